@@ -1,0 +1,68 @@
+"""Every error textlora raises on purpose: one tree, one sentence each.
+
+An error says what is wrong and where; `fix` says what to do about it. The command line prints
+`str(error)` on one line and ends with `exit_code`; the server answers with `http_status`.
+
+    TextloraError
+    ├── UsageError        a flag, argument or setting is wrong
+    ├── DataError         a data file, row or column is wrong
+    ├── ModelError        the base model cannot be read or does not fit
+    ├── AdapterError      the adapter folder cannot be trusted or does not fit
+    ├── StorageError      the disk is full, not writable, or the folder is in use
+    ├── VerificationError what was saved does not give what was trained
+    └── Interrupted       stopped by the user; the run can be resumed
+"""
+
+
+class TextloraError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        message: what is wrong and where, without a trailing full stop.
+        fix: what the reader can do about it.
+    """
+
+    code = "error"
+    exit_code = 2
+    http_status = 400
+
+    def __init__(self, message: str, fix: str = ""):
+        super().__init__(message)
+        self.message = " ".join(message.split())
+        self.fix = " ".join(fix.split())
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.fix}" if self.fix else self.message
+
+
+class UsageError(TextloraError):
+    code = "usage"
+
+
+class DataError(TextloraError):
+    code = "data"
+
+
+class ModelError(TextloraError):
+    code = "model"
+
+
+class AdapterError(TextloraError):
+    code = "adapter"
+
+
+class StorageError(TextloraError):
+    code = "storage"
+    http_status = 503
+
+
+class VerificationError(TextloraError):
+    code = "verification"
+    exit_code = 1
+    http_status = 500
+
+
+class Interrupted(TextloraError):
+    code = "interrupted"
+    exit_code = 130
+    http_status = 503

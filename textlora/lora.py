@@ -1,0 +1,138 @@
+"""The equation, three times: slow and plain, fused for training, and as a weight difference for merging.
+
+    y = x W^T + b + s (x A^T) B^T        W [out, in] frozen, A [r, in], B [out, r], s = lora_alpha / r
+
+(arXiv 2106.09685; rsLoRA: s = lora_alpha / sqrt(r), arXiv 2312.03732). A starts Kaiming-uniform and B at zero, so a fresh
+adapter changes nothing. DoRA (arXiv 2402.09353) scales each output row of the adapted weight to a learned length:
+
+    y = c (x W^T + s (x A^T) B^T) + b    c = m / ||W + s B A||_row, the norm held constant in the gradient
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA on one dense layer: A (r, in), B (out, r), scale s, DoRA's magnitude (out,) or None, dropout on its input."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+    dropout: float = 0.0
+
+
+def init_lora(out: int, inner: int, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A (r, inner) Kaiming-uniform with a = sqrt(5), as PEFT and loralib have it, and B (out, r) at zero; float32."""
+    bound = 1 / math.sqrt(inner)
+    return torch.empty(r, inner).uniform_(-bound, bound, generator=generator), torch.zeros(out, r)
+
+
+def weight_norm(weight: Tensor, lora: Lora) -> Tensor:
+    """Row lengths (out,) of `W + s B A`, without a gradient (section 4.3 of the DoRA paper)."""
+    with torch.no_grad():
+        return torch.linalg.vector_norm(weight.float() + lora.scaling * (lora.B.float() @ lora.A.float()), dim=1)
+
+
+def delta(weight: Tensor, lora: Lora) -> Tensor:
+    """What merging adds to `weight`, (out, in): `s B A`, or with DoRA `c (W + s B A) - W`."""
+    change = lora.scaling * (lora.B @ lora.A)
+    if lora.magnitude is None:
+        return change
+    return (lora.magnitude / weight_norm(weight, lora)).unsqueeze(1) * (weight + change) - weight
+
+
+def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequence[tuple[int, Lora]]) -> Tensor:
+    """The formula as written, by autograd, one adapted slice at a time: the oracle of `lora_linear`. No dropout."""
+    outputs, at = [], 0
+    for start, lora in loras:
+        stop = start + lora.B.shape[0]
+        outputs.append(F.linear(x, weight[at:start]))
+        part = F.linear(x, weight[start:stop]) + lora.scaling * (x @ lora.A.T) @ lora.B.T
+        if lora.magnitude is not None:
+            part = lora.magnitude / weight_norm(weight[start:stop], lora) * part
+        outputs.append(part)
+        at = stop
+    outputs.append(F.linear(x, weight[at:]))
+    y = torch.cat(outputs, dim=-1)
+    return y if bias is None else y + bias
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor, loras: Sequence[tuple[int, Lora]], generator: torch.Generator | None = None) -> Tensor:
+    """Dense layer with LoRA on slices of its output: x (T, in) to (T, out).
+
+    Args:
+        weight: (out, in), frozen; several layers that read the same x may be stacked into it.
+        loras: (first output row, Lora) in ascending order.
+        generator: draws the dropout masks; None means no dropout.
+    """
+    if not loras:
+        return F.linear(x, weight, bias)
+    dora = any(lora.magnitude is not None for _, lora in loras)
+    masks = [
+        torch.rand(x.shape, generator=generator, device=x.device) >= lora.dropout if generator is not None and lora.dropout else None
+        for _, lora in loras
+    ]
+    pairs = [tensor for _, lora in loras for tensor in (lora.A, lora.B)]
+    starts = [start for start, _ in loras]
+    scalings = [lora.scaling for _, lora in loras]
+    keeps = [1 - lora.dropout for _, lora in loras]
+    y = _LoraLinear.apply(x, weight, None if dora else bias, starts, scalings, keeps, masks, *pairs)
+    if not dora:
+        return y
+    pieces, at = [], 0
+    for start, lora in loras:
+        stop = start + lora.B.shape[0]
+        pieces.append(y.new_ones(start - at))
+        norm = weight_norm(weight[start:stop], lora)
+        pieces.append(y.new_ones(stop - start) if lora.magnitude is None else (lora.magnitude / norm).to(y.dtype))
+        at = stop
+    pieces.append(y.new_ones(weight.shape[0] - at))
+    return y * torch.cat(pieces) + bias
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Fused forward and backward: keeps x and the small u = x A^T only, writes into slices, no gradient for W."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, starts, scalings, keeps, masks, *pairs):
+        y = F.linear(x, weight, bias)
+        saved = []
+        for k, start in enumerate(starts):
+            A, B = pairs[2 * k].to(x.dtype), pairs[2 * k + 1].to(x.dtype)
+            inner = x if masks[k] is None else x * masks[k] / keeps[k]
+            u = inner @ A.T
+            y[:, start : start + B.shape[0]].addmm_(u, B.T, alpha=scalings[k])
+            saved.append(u)
+        ctx.save_for_backward(x, weight, *pairs, *saved, *(mask for mask in masks if mask is not None))
+        ctx.starts, ctx.scalings, ctx.keeps, ctx.masked = starts, scalings, keeps, [mask is not None for mask in masks]
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        n = len(ctx.starts)
+        x, weight, *rest = ctx.saved_tensors
+        pairs, us, masks = rest[: 2 * n], rest[2 * n : 3 * n], iter(rest[3 * n :])
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        grads = []
+        for k, start in enumerate(ctx.starts):
+            A, B = pairs[2 * k].to(x.dtype), pairs[2 * k + 1].to(x.dtype)
+            part = dy[:, start : start + B.shape[0]]
+            du = (part @ B).mul_(ctx.scalings[k])
+            if ctx.masked[k]:
+                mask = next(masks)
+                dA = du.T @ (x * mask / ctx.keeps[k])
+                if dx is not None:
+                    dx += (du @ A) * mask / ctx.keeps[k]
+            else:
+                dA = du.T @ x
+                if dx is not None:
+                    dx.addmm_(du, A)
+            grads += [dA.to(pairs[2 * k].dtype), (part.T @ us[k]).mul_(ctx.scalings[k]).to(pairs[2 * k + 1].dtype)]
+        return dx, None, None, None, None, None, None, *grads

@@ -1,0 +1,193 @@
+"""The packed classifier: frozen encoder, LoRA, head. One forward for training, evaluation, checks and serving.
+
+`reference.ReferenceModel` has the same interface over transformers + peft; `open_model` picks between them.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from textlora.base import BaseFiles, BaseWeights, read_weights
+from textlora.config import LoraConfig
+from textlora.encoder import PackedEncoder, activate
+from textlora.errors import AdapterError
+from textlora.families import MEAN_HEAD, SLOTS, EncoderSpec, HeadLayer, read_spec
+from textlora.lora import Lora, init_lora, weight_norm
+from textlora.targets import resolve_targets
+from textlora.tokens import PackedBatch
+
+PREFIX = "base_model.model."
+
+
+class Model(Protocol):
+    """What the jobs need of a classifier. Tensors of `trainable` are float32 leaves under PEFT's file names."""
+
+    path: str
+    max_length: int
+    target_modules: list[str]
+    modules_to_save: list[str]
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Logits (B, C) float32 in packed order."""
+
+    def trainable(self) -> dict[str, Tensor]: ...
+
+    def load_trainable(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+    def training(self, on: bool, seed: int = 0) -> None:
+        """Switch LoRA dropout; `seed` fixes the masks of the next forwards. Base-model dropout is always off."""
+
+    def base_hash(self) -> str: ...
+
+
+class PackedModel:
+    """The fast path.
+
+    Args:
+        base: frozen weights, shared with other models.
+        lora: rank, scale, places.
+        num_labels: C; 1 for regression.
+        pooling: "first" or "mean".
+        seed: of A and the head.
+    """
+
+    path = "packed"
+
+    def __init__(self, base: BaseWeights, lora: LoraConfig, num_labels: int, pooling: str = "first", seed: int = 0, device: str = "cpu"):
+        self.base, self.lora, self.pooling, self.device = base, lora, pooling, torch.device(device)
+        self.encoder = PackedEncoder(base)
+        self.max_length = base.spec.max_length
+        spec, family = base.spec, base.spec.family
+        names = {family.module(i, slot): (i, slot) for i in range(spec.layers) for slot in SLOTS}
+        modules = [(i, full, spec.width(slot)) for full, (i, slot) in names.items()]
+        self.target_modules = resolve_targets(lora, modules, spec.layers)
+        self._slots = {full: names[full] for full in self.target_modules}
+        self._head = MEAN_HEAD if pooling == "mean" else family.head
+        trained = [layer for layer in self._head if not self._frozen(layer)]
+        self.modules_to_save = _top_modules(trained, family.prefix)
+        self._trainable = self._initial(trained, spec, num_labels, torch.Generator().manual_seed(seed))
+        self._generator: torch.Generator | None = None
+
+    def _frozen(self, layer: HeadLayer) -> bool:
+        return layer.module.endswith("pooler.dense") and "pooler.weight" in self.base.tensors
+
+    def _initial(self, trained: list[HeadLayer], spec: EncoderSpec, num_labels: int, generator: torch.Generator) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for full, (i, slot) in self._slots.items():
+            out, inner = spec.width(slot)
+            A, B = init_lora(out, inner, self.lora.r, generator)
+            tensors[f"{PREFIX}{full}.lora_A.weight"] = A
+            tensors[f"{PREFIX}{full}.lora_B.weight"] = B
+            if self.lora.use_dora:
+                weight = self._weight(i, slot)
+                tensors[f"{PREFIX}{full}.lora_magnitude_vector"] = weight_norm(weight, Lora(A.to(weight.device), B.to(weight.device), 0.0)).cpu()
+        for k, layer in enumerate(trained):
+            last = k == len(trained) - 1
+            shape = (num_labels if last else spec.hidden, spec.hidden)
+            tensors[f"{PREFIX}{layer.module}.weight"] = torch.empty(shape).normal_(0.0, spec.initializer_range, generator=generator)
+            tensors[f"{PREFIX}{layer.module}.bias"] = torch.zeros(shape[0])
+        return {name: tensor.to(self.device).requires_grad_() for name, tensor in tensors.items()}
+
+    def _weight(self, layer: int, slot: str) -> Tensor:
+        block, hidden = self.encoder.blocks[layer], self.base.spec.hidden
+        if slot in ("query", "key", "value"):
+            start = ("query", "key", "value").index(slot) * hidden
+            return block["qkv.weight"][start : start + hidden]
+        return block[f"{slot}.weight"]
+
+    def loras(self) -> dict[tuple[int, str], Lora]:
+        """(layer, slot) -> LoRA over the trainable tensors."""
+        t, made = self._trainable, {}
+        for full, place in self._slots.items():
+            name = PREFIX + full
+            made[place] = Lora(
+                t[f"{name}.lora_A.weight"],
+                t[f"{name}.lora_B.weight"],
+                self.lora.scaling,
+                t.get(f"{name}.lora_magnitude_vector"),
+                self.lora.lora_dropout,
+            )
+        return made
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        x = self.encoder.forward(batch, self.loras(), pooling=self.pooling, generator=self._generator).float()
+        for layer in self._head:
+            if self._frozen(layer):
+                weight, bias = self.base.tensors["pooler.weight"].float(), self.base.tensors["pooler.bias"].float()
+            else:
+                weight, bias = self._trainable[f"{PREFIX}{layer.module}.weight"], self._trainable[f"{PREFIX}{layer.module}.bias"]
+            x = activate(F.linear(x, weight, bias), layer.activation)
+        return x
+
+    def trainable(self) -> dict[str, Tensor]:
+        return self._trainable
+
+    def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors in place. Raises AdapterError where a name or shape differs."""
+        copy_strictly(self._trainable, tensors)
+
+    def training(self, on: bool, seed: int = 0) -> None:
+        dropout = on and self.lora.lora_dropout > 0
+        self._generator = torch.Generator(self.device).manual_seed(seed) if dropout else None
+
+    def base_hash(self) -> str:
+        return self.base.hash
+
+
+def _top_modules(trained: list[HeadLayer], prefix: str) -> list[str]:
+    """Names for PEFT's `modules_to_save`: `classifier` for `classifier.dense`, and the pooler where it is trained."""
+    names: list[str] = []
+    for layer in trained:
+        name = layer.module.removeprefix(prefix + ".") if layer.module.startswith(prefix + ".") else layer.module.split(".")[0]
+        if name not in names:
+            names.append(name)
+    return names
+
+
+def copy_strictly(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Copy `given` into `mine` in place.
+
+    Raises:
+        AdapterError: a tensor is missing, unknown, of another shape, or holds values that are not finite.
+    """
+    for name in mine:
+        if name not in given:
+            raise AdapterError(f"tensor '{name}' is missing from the adapter")
+    for name, tensor in given.items():
+        if name not in mine:
+            raise AdapterError(f"tensor '{name}' of the adapter has no place in this model")
+        if tensor.shape != mine[name].shape:
+            raise AdapterError(f"tensor '{name}' has shape {tuple(tensor.shape)}, this model needs {tuple(mine[name].shape)}")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"tensor '{name}' holds values that are not finite numbers")
+    with torch.no_grad():
+        for name, tensor in given.items():
+            mine[name].copy_(tensor)
+
+
+def open_model(
+    files: BaseFiles, lora: LoraConfig, num_labels: int, *, pooling: str = "first", seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Model, str | None]:
+    """A fresh classifier on a base: the packed path where the architecture has one, else transformers + peft.
+
+    Returns:
+        the model, and where it is the reference path the reason.
+    """
+    spec = read_spec(files.config)
+    if isinstance(spec, str):
+        from textlora.reference import ReferenceModel
+
+        return ReferenceModel.create(files.folder, lora, num_labels, pooling=pooling, seed=seed, device=device, dtype=dtype), spec
+    weights = read_weights(files.folder, spec, pooler=pooling == "first", dtype=dtype)
+    weights = BaseWeights(spec, {name: t.to(device) for name, t in weights.tensors.items()}, weights.hash)
+    return PackedModel(weights, lora, num_labels, pooling, seed, device), None
+
+
+def parameter_counts(tensors: Mapping[str, Any]) -> tuple[int, int]:
+    """Numbers of parameters: (A, B and magnitudes, head)."""
+    adapter = sum(math.prod(t.shape) for name, t in tensors.items() if ".lora_" in name)
+    return adapter, sum(math.prod(t.shape) for t in tensors.values()) - adapter
