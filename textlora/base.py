@@ -153,12 +153,12 @@ def read_weights(folder: Path, spec: EncoderSpec, *, pooler: bool, dtype: torch.
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
-                for raw in tensors.keys():
+                for raw in tensors.keys():  # noqa: SIM118
                     name = raw.removeprefix(prefix)
                     if name not in wanted:
                         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
                     if name not in wanted:
-                        known = spec.family.ignores(name) or name.startswith("pooler.dense.") or name.startswith("embeddings_project.")
+                        known = spec.family.ignores(name) or name.startswith(("pooler.dense.", "embeddings_project."))
                         if not known:
                             raise ModelError(f"{file}: unknown tensor '{raw}' for a {spec.family.prefix} encoder", "is config.json of another model?")
                         continue

@@ -8,10 +8,8 @@ from typing import Final
 
 import numpy as np
 
-from textlora.config import PROBLEM_TYPES
+from textlora.config import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from textlora.errors import UsageError
-
-SINGLE_LABEL, MULTI_LABEL, REGRESSION = PROBLEM_TYPES
 
 LOG_TEMPERATURE_RANGE: Final = (-3.0, 3.0)
 THRESHOLD_RANGE: Final = (0.05, 0.95)
@@ -19,9 +17,9 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 def check_problem_type(problem_type: str) -> None:
-    """Raise UsageError unless `problem_type` is one of `PROBLEM_TYPES`."""
-    if problem_type not in PROBLEM_TYPES:
-        raise UsageError(f"unknown problem type {problem_type!r}", f"use one of {', '.join(PROBLEM_TYPES)}")
+    """Raise UsageError unless `problem_type` is a value of `PROBLEM_TYPES`."""
+    if problem_type not in PROBLEM_TYPES.values():
+        raise UsageError(f"unknown problem type {problem_type!r}", f"use one of {', '.join(PROBLEM_TYPES.values())}")
 
 
 def probabilities(logits: np.ndarray, problem_type: str, temperature: float = 1.0) -> np.ndarray:

@@ -15,7 +15,8 @@ from typing import Any
 
 from textlora.errors import UsageError
 
-PROBLEM_TYPES = ("single-label", "multi-label", "regression")
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+PROBLEM_TYPES = {"single-label": SINGLE_LABEL, "multi-label": MULTI_LABEL, "regression": REGRESSION}  # ours -> transformers'
 TRUNCATIONS = ("head", "tail", "head-tail")
 
 
@@ -53,7 +54,7 @@ class TrainConfig:
     label_column: str | None = _option(None, "Column of the label. Default: found by its name.", metavar="NAME")
     label_separator: str | None = _option(None, "Splits a label cell into several labels (makes the task multi-label).", metavar="TEXT")
     problem_type: str | None = _option(
-        None, "Task. Default: lists are multi-label, numbers with a fraction are regression, all else is single-label.", PROBLEM_TYPES
+        None, "Task. Default: lists are multi-label, numbers with a fraction are regression, all else is single-label.", tuple(PROBLEM_TYPES)
     )
     encoding: str = _option("utf-8", "Encoding of CSV, TSV and JSONL files, such as cp1252 or cp949.", metavar="NAME")
     model: str = _option("minilm", "Base model: a folder, a hub id, or minilm (all-MiniLM-L6-v2).", metavar="MODEL")

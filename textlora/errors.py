@@ -9,6 +9,7 @@ An error says what is wrong and where; `fix` says what to do about it. The comma
     ├── ModelError        the base model cannot be read or does not fit
     ├── AdapterError      the adapter folder cannot be trusted or does not fit
     ├── StorageError      the disk is full, not writable, or the folder is in use
+    ├── TrainingError     the loss diverged
     ├── VerificationError what was saved does not give what was trained
     └── Interrupted       stopped by the user; the run can be resumed
 """
@@ -54,6 +55,12 @@ class AdapterError(TextloraError):
 class StorageError(TextloraError):
     code = "storage"
     http_status = 503
+
+
+class TrainingError(TextloraError):
+    code = "training"
+    exit_code = 1
+    http_status = 500
 
 
 class VerificationError(TextloraError):

@@ -179,7 +179,7 @@ def read_spec(config: dict[str, Any]) -> EncoderSpec | str:
     if config.get("is_decoder") or config.get("add_cross_attention") or config.get("quantization_config"):
         return "decoder, cross-attention and quantised variants are not on the fast path"
     distil = kind == "distilbert"
-    get = lambda name, old, default: config.get(old if distil and old in config else name, default)  # noqa: E731
+    get = lambda name, old, default: config.get(old if distil and old in config else name, default)
     activation = get("hidden_act", "activation", "gelu")
     if activation not in ACTIVATIONS:
         return f"activation '{activation}' is not on the fast path"

@@ -170,7 +170,14 @@ def copy_strictly(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> No
 
 
 def open_model(
-    files: BaseFiles, lora: LoraConfig, num_labels: int, *, pooling: str = "first", seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32
+    files: BaseFiles,
+    lora: LoraConfig,
+    num_labels: int,
+    *,
+    pooling: str = "first",
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Model, str | None]:
     """A fresh classifier on a base: the packed path where the architecture has one, else transformers + peft.
 

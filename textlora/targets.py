@@ -41,7 +41,7 @@ def resolve_targets(lora: LoraConfig, modules: Sequence[tuple[int, str, tuple[in
     """
     chosen_blocks = set(resolve_layers(lora.layers, blocks))
     names = lora.target_modules
-    ends = lambda full, name: full == name or full.endswith("." + name)  # noqa: E731
+    ends = lambda full, name: full == name or full.endswith("." + name)
     existing = sorted({_short(full, block) for block, full, _ in modules})
     if names is None:
         names = tuple(name for name in DEFAULT_TARGETS if any(ends(full, name) for _, full, _ in modules))

@@ -77,7 +77,7 @@ def pack(encoded: Sequence[Encoded], labels: np.ndarray | None = None, device: t
     positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths[rows])
     ids = np.concatenate([encoded[i].ids for i in rows]).astype(np.int64)
     type_ids = np.concatenate([encoded[i].type_ids for i in rows]).astype(np.int64)
-    as_device = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+    as_device = lambda array: torch.from_numpy(array).to(device)
     return PackedBatch(
         ids=as_device(ids),
         positions=as_device(positions),
@@ -130,8 +130,7 @@ class TextTokenizer:
             return [self._build(self._single, [ids]) for ids in first]
         second = [e.ids for e in self.backend.encode_batch_fast([p or "" for p in pairs], add_special_tokens=False)]
         return [
-            self._build(self._single, [a]) if p is None else self._build(self._pair, [a, b])
-            for a, b, p in zip(first, second, pairs, strict=True)
+            self._build(self._single, [a]) if p is None else self._build(self._pair, [a, b]) for a, b, p in zip(first, second, pairs, strict=True)
         ]
 
     def _build(self, template: "_Template", parts: list[list[int]]) -> Encoded:
@@ -183,7 +182,7 @@ def _template(backend: Tokenizer, pair: bool) -> _Template:
 
 def _longest_first(a: int, b: int, room: int) -> list[int]:
     """Lengths of two texts after `LongestFirst` truncation, as the tokenizers library defines it."""
-    short, long = min(a, b), max(a, b)
+    short = min(a, b)
     long_kept = short if short > room else max(short, room - short)
     if short + long_kept > room:
         short = room // 2

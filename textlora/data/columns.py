@@ -72,7 +72,8 @@ def find_columns(
         label = others[0]
     if text is None:
         raise DataError(
-            f"{source}: no text column found among {_listed(names)}", "name it with --text-column; the first line must hold the names"
+            f"{source}: no text column found among {_listed(names)}",
+            "name it with --text-column; the first line must hold the names",
         )
     if label is None and need_labels:
         raise DataError(f"{source}: no label column found among {_listed(names)}", "name it with --label-column")

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from textlora.data.columns import sniff_delimiter
+from textlora.data.columns import DELIMITERS, sniff_delimiter
 from textlora.data.rows import clean_text, place
 from textlora.errors import DataError, UsageError
 
 # A quote that never closes must not swallow a whole file; no text to classify is longer than this many characters.
 FIELD_LIMIT = 1 << 23
+BLOCK = 1 << 16
 
 
 def extension(path: str | Path) -> str:
@@ -31,6 +32,12 @@ def check_encoding(encoding: str) -> None:
         "a".encode(encoding)
     except (LookupError, UnicodeError) as error:
         raise UsageError(f"unknown encoding {encoding!r}", "use a name such as utf-8, cp1252, cp949 or utf-16") from error
+
+
+def is_line_wise(encoding: str) -> bool:
+    """Whether bytes can be parted at LF and each line decoded alone: not in UTF-16 and not where earlier lines set a state."""
+    stateful = codecs.lookup(encoding).name.startswith(("iso2022", "hz", "utf-7"))
+    return not stateful and "\n".encode(encoding) in (b"\n", codecs.BOM_UTF8 + b"\n")
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -53,7 +60,7 @@ class Lines:
         self.number = 0
         self.bad: dict[int, str] = {}
         self._name, self._strict = name, strict
-        self._encoding = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+        self._encoding = codecs.lookup(encoding).name
         self._waiting: deque[str] = deque()
         self._fresh = 0  # lines read from the file, whereas `number` goes back with `back`
         self._lines = self._read(file)
@@ -72,11 +79,7 @@ class Lines:
 
     def _read(self, file: BinaryIO) -> Iterator[str]:
         try:
-            if "\n".encode(self._encoding).removeprefix(codecs.BOM_UTF8) == b"\n":
-                yield from self._by_line(file)
-            else:
-                for line in io.TextIOWrapper(file, encoding=self._encoding, newline=""):
-                    yield self._checked(line, None)
+            yield from self._by_line(file) if is_line_wise(self._encoding) else self._by_block(file)
         except UnicodeError as error:
             raise DataError(f"{self._name}: the bytes are not {self._encoding} ({error})", "name the right one with --encoding") from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -84,27 +87,36 @@ class Lines:
         except OSError as error:
             raise DataError(f"cannot read {self._name}: {error.strerror or error}", "check the file") from error
 
+    def _by_block(self, file: BinaryIO) -> Iterator[str]:
+        decoder, rest, block = codecs.getincrementaldecoder(self._encoding)(), "", b" "
+        while block:
+            block = file.read(BLOCK)
+            *whole, rest = io.StringIO(rest + decoder.decode(block, not block), newline="").readlines() or [""]
+            for line in whole:  # the last one may go on in the next block, even after a CR
+                yield self._checked(line, None)
+        if rest:
+            yield self._checked(rest, None)
+
     def _by_line(self, file: BinaryIO) -> Iterator[str]:
-        encoding = self._encoding
         for raw in file:
             problem = None
             try:
-                text = raw.decode(encoding)
+                text = raw.decode(self._encoding)
             except UnicodeDecodeError as error:
-                problem = f"byte 0x{raw[error.start]:02x} is not {encoding.removesuffix('-sig')}"
-                text = raw.decode(encoding, "replace")
+                problem = f"byte 0x{raw[error.start]:02x} is not {self._encoding}"
+                text = raw.decode(self._encoding, "replace")
                 if self._fresh == 0 and raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                     raise DataError(f"{self._name} is UTF-16", "give --encoding utf-16") from error
-            if encoding == "utf-8-sig":
-                encoding = "utf-8"  # only the first line can have a BOM
-            if "\r" in text[:-2] or (text.endswith("\r") and raw):  # old Mac endings
-                for part in _split_cr(text):
+            if text.count("\r") != text.endswith("\r\n"):  # old Mac endings
+                for part in io.StringIO(text, newline="").readlines():
                     yield self._checked(part, problem)
             else:
                 yield self._checked(text, problem)
 
     def _checked(self, line: str, problem: str | None) -> str:
         self._fresh += 1
+        if self._fresh == 1:
+            line = line.removeprefix("\ufeff")
         if problem is None and "\0" in line:
             problem = "NUL bytes"
         if problem is not None:
@@ -118,10 +130,6 @@ class Lines:
         """Why one of the lines from `start` up to the last one handed out could not be read; forgets it."""
         found = [self.bad.pop(line) for line in range(start, self.number + 1) if line in self.bad] if self.bad else []
         return found[0] if found else None
-
-
-def _split_cr(text: str) -> list[str]:
-    return io.StringIO(text, newline="").readlines()
 
 
 @contextlib.contextmanager
@@ -174,21 +182,19 @@ def _csv_problem(error: csv.Error) -> str:
     return words
 
 
-def csv_header(lines: Lines, name: str, text: str) -> tuple[str, list[str]]:
+def csv_header(lines: Lines, name: str, suffix: str) -> tuple[str, list[str]]:
     """Delimiter and column names, without outer blanks; the names' line is consumed.
 
-    `text` is the file's extension. Excel's `sep=;` line is understood. Raises DataError if there is no header.
+    `suffix` is the file's extension. Excel's `sep=;` line is understood. Raises DataError if there is no header.
     """
     first = next((line for line in lines if line.strip()), None)
     if first is None:
         raise DataError(f"{name} is empty", "give a file with a line of column names and rows")
-    bare = first.strip().strip('"')
-    if bare.lower().startswith("sep=") and len(bare) == 5:
-        delimiter = bare[4]
-    elif first.rstrip("\r\n").lower() == "sep=\t":
-        delimiter = "\t"
+    bare = first.rstrip("\r\n").strip('"')
+    if bare[:4].lower() == "sep=" and bare[4:] in DELIMITERS:
+        delimiter = bare[4:]
     else:
-        delimiter = sniff_delimiter(first, text == "tsv")
+        delimiter = sniff_delimiter(first, tab_first=suffix == "tsv")
         lines.back([first])
     try:
         start, names, problem = next(csv_records(lines, delimiter, csv.QUOTE_MINIMAL))
@@ -256,7 +262,11 @@ def json_records(lines: Lines, name: str) -> Iterator[tuple[int, dict[str, objec
         if not line.strip():
             continue
         if line.lstrip().startswith("["):
-            yield from _json_list(line + "".join(lines), name)
+            start = lines.number
+            text = line + "".join(lines)
+            if unread := lines.problem(start):
+                raise DataError(f"{name}: {unread}", "name the right encoding with --encoding")
+            yield from _json_list(text, name)
             return
         start = lines.number
         unread = lines.problem(start)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-LINE_FORMATS = ("csv", "tsv", "txt", "jsonl", "ndjson", "json")
+LINE_FORMATS = ("csv", "tsv", "txt", "jsonl", "ndjson")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 Label = str | int | float | list[str] | None

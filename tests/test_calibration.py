@@ -1,0 +1,150 @@
+"""Probabilities, decisions, temperature and thresholds, against SciPy, scikit-learn and brute force."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.special import expit, softmax
+from sklearn.metrics import log_loss
+
+from textlora.calibration import decide, fit_temperature, fit_thresholds, probabilities, row_log_loss
+from textlora.errors import UsageError
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+LOGITS = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(2, 5)), elements=st.floats(-1e4, 1e4, width=32))
+
+
+@given(LOGITS, st.floats(0.05, 20))
+def test_probabilities_are_scipys(logits, temperature):
+    np.testing.assert_allclose(probabilities(logits, SINGLE, temperature), softmax(logits / temperature, axis=1), atol=1e-12)
+    np.testing.assert_allclose(probabilities(logits, MULTI, temperature), expit(logits / temperature), atol=1e-12)
+    assert np.array_equal(probabilities(logits, REGRESSION, temperature), logits)
+
+
+def test_probabilities_of_huge_float32_logits_do_not_overflow():
+    logits = np.array([[3e38, -3e38], [0.0, 88.0]], dtype=np.float32)
+    single, multi = probabilities(logits, SINGLE), probabilities(logits, MULTI)
+    assert single.dtype == multi.dtype == np.float64
+    assert single[0].tolist() == multi[0].tolist() == [1.0, 0.0]
+    assert single[1, 0] == pytest.approx(np.exp(-88.0))
+
+
+def test_decide():
+    probs = np.array([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]])
+    assert decide(probs, SINGLE).tolist() == [1, 0, 0]
+    assert decide(probs, MULTI).tolist() == [[False, True], [True, True], [True, False]]
+    assert decide(probs, MULTI, np.array([0.95, 0.1])).tolist() == [[False, True], [False, True], [False, True]]
+    assert decide(np.array([[1.5], [-2.0]]), REGRESSION).tolist() == [1.5, -2.0]
+
+
+@given(LOGITS, st.floats(0.05, 20))
+def test_temperature_never_changes_a_single_label_decision(logits, temperature):
+    picked = decide(probabilities(logits, SINGLE, temperature), SINGLE)
+    rows = np.arange(len(logits))
+    # Logits closer than rounding may tie after the division; the picked one is still a highest one.
+    np.testing.assert_allclose(logits[rows, picked], logits.max(axis=1), rtol=1e-12, atol=1e-10)
+
+
+def test_row_log_loss_is_scikit_learns_and_stays_finite():
+    random = np.random.default_rng(0)
+    logits, labels = random.normal(size=(50, 4)), random.integers(0, 4, 50)
+    assert row_log_loss(logits, labels, SINGLE, 0.7).mean() == pytest.approx(log_loss(labels, softmax(logits / 0.7, axis=1)))
+    truth = (random.random((50, 4)) < 0.5).astype(float)
+    each = [log_loss(truth[:, c], expit(logits[:, c] / 0.7)) for c in range(4)]
+    assert row_log_loss(logits, truth, MULTI, 0.7).mean() == pytest.approx(np.mean(each))
+    assert row_log_loss(np.array([[1000.0, 0.0]]), np.array([1]), SINGLE).tolist() == [1000.0]
+    assert row_log_loss(np.array([[1000.0, -1000.0]]), np.array([[0, 0]]), MULTI).tolist() == [500.0]
+    with pytest.raises(UsageError, match="regression has no log loss"):
+        row_log_loss(np.zeros((1, 1)), np.zeros(1), REGRESSION)
+
+
+@pytest.mark.parametrize("true_temperature", [0.4, 1.7, 5.0])
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
+def test_temperature_finds_the_one_the_labels_were_drawn_with(problem_type, true_temperature):
+    random = np.random.default_rng(1)
+    logits = random.normal(size=(40_000, 3)) * 3
+    probs = probabilities(logits, problem_type, true_temperature)
+    if problem_type == SINGLE:
+        labels = (random.random((len(probs), 1)) > probs.cumsum(axis=1)).sum(axis=1).clip(0, 2)
+    else:
+        labels = random.random(probs.shape) < probs
+    assert fit_temperature(logits, labels, problem_type) == pytest.approx(true_temperature, rel=0.03)
+
+
+def test_temperature_is_the_best_on_a_fine_grid():
+    random = np.random.default_rng(2)
+    labels = random.integers(0, 5, 200)
+    logits = random.normal(size=(200, 5)) * 4 + 3 * np.eye(5)[labels]
+    found = fit_temperature(logits, labels, SINGLE)
+    grid = [row_log_loss(logits, labels, SINGLE, t).mean() for t in np.exp(np.linspace(-3, 3, 2001))]
+    assert row_log_loss(logits, labels, SINGLE, found).mean() <= min(grid) + 1e-12
+
+
+@given(arrays(np.float64, (8, 3), elements=st.floats(-50, 50)), arrays(np.int64, 8, elements=st.integers(0, 2)))
+@settings(max_examples=50, deadline=None)
+def test_temperature_never_raises_the_loss(logits, labels):
+    found = fit_temperature(logits, labels, SINGLE)
+    assert np.exp(-3) <= found <= np.exp(3)
+    assert row_log_loss(logits, labels, SINGLE, found).mean() <= row_log_loss(logits, labels, SINGLE).mean()
+
+
+def test_temperature_is_1_where_it_cannot_help():
+    zeros, labels = np.zeros((4, 2)), np.array([0, 1, 0, 1])
+    assert fit_temperature(zeros, labels, SINGLE) == 1.0
+    assert fit_temperature(zeros + np.nan, labels, SINGLE) == 1.0
+    assert fit_temperature(zeros[:0], labels[:0], SINGLE) == 1.0
+    assert fit_temperature(zeros[:, :1], labels.astype(float), REGRESSION) == 1.0
+
+
+def test_thresholds_by_hand():
+    probs = np.array([[0.1, 0.9, 0.3, 0.01], [0.2, 0.8, 0.3, 0.02], [0.4, 0.7, 0.3, 0.03], [0.6, 0.6, 0.3, 0.04]])
+    labels = np.array([[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1], [1, 0, 0, 1]])
+    # 1: any in (0.2, 0.4] is perfect, the midpoint is taken. 2: the best is above 0.8. 3: no positive. 4: scores below the range.
+    np.testing.assert_allclose(fit_thresholds(probs, labels), [0.3, 0.85, 0.5, 0.5])
+
+
+SCORES = st.integers(2, 12).flatmap(
+    lambda n: st.tuples(arrays(np.float64, (n, 2), elements=st.floats(0, 1)), arrays(np.int64, (n, 2), elements=st.integers(0, 1)))
+)
+
+
+def _f1(truth, picked):
+    return 2 * (truth & picked).sum() / (truth.sum() + picked.sum())
+
+
+@given(SCORES)
+@settings(deadline=None)
+def test_thresholds_beat_every_other_in_the_range(case):
+    probs, labels = case
+    found = fit_thresholds(probs, labels)
+    assert ((found >= 0.05) & (found <= 0.95)).all()
+    for c in range(2):
+        if not labels[:, c].any():
+            assert found[c] == 0.5
+            continue
+        best = _f1(labels[:, c], probs[:, c] >= found[c])
+        others = [t for t in (*np.linspace(0.05, 0.95, 91), *probs[:, c]) if 0.05 <= t <= 0.95]
+        assert best >= max(_f1(labels[:, c], probs[:, c] >= t) for t in others) - 1e-12
+
+
+def test_thresholds_tie_goes_to_the_middle_and_the_order_of_rows_does_not_matter():
+    probs = np.array([[0.1], [0.45], [0.55], [0.9]])
+    labels = np.array([[0], [0], [1], [1]])
+    assert fit_thresholds(probs, labels).tolist() == [0.5]
+    assert fit_thresholds(probs[::-1], labels[::-1]).tolist() == [0.5]
+    assert fit_thresholds(probs * np.nan, labels).tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: probabilities(np.zeros((1, 2)), "softmax"), "unknown problem type 'softmax'; use one of single_label_classification"),
+        (lambda: probabilities(np.zeros((1, 2)), SINGLE, 0.0), "temperature 0.0 is not above 0"),
+        (lambda: probabilities(np.zeros((1, 2)), SINGLE, float("nan")), "temperature nan is not above 0"),
+        (lambda: decide(np.zeros((1, 2)), "multi"), "unknown problem type 'multi'"),
+    ],
+)
+def test_refusals(call, words):
+    with pytest.raises(UsageError, match=words):
+        call()

@@ -1,0 +1,264 @@
+"""Adapter folders: PEFT's two files, and `textlora.json` with all that a prediction depends on and PEFT does not store.
+
+Reading trusts nothing: file hashes, names and shapes are checked, pickles are refused, unknown keys are kept.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from textlora.config import LoraConfig
+from textlora.errors import AdapterError
+from textlora.files import atomic_path, sha256_file, write_text
+
+FORMAT = 1
+SIDE_FILE = "textlora.json"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+MEAN_POOLING_TYPE = "TEXTLORA_MEAN_POOLING"
+_SCHEMA: dict[str, type | tuple[type, ...]] = {
+    "labels": list,
+    "problem_type": str,
+    "pairs": bool,
+    "pooling": str,
+    "max_length": int,
+    "truncation": str,
+    "temperature": (int, float),
+    "base": dict,
+    "files": dict,
+    "golden": list,
+    "scores": dict,
+    "training": dict,
+    "textlora_version": str,
+}
+
+
+@dataclass(frozen=True)
+class AdapterMeta:
+    """What `textlora.json` says. `base` has id, revision, model_type and hash; `golden` has text, text_pair and logits."""
+
+    labels: tuple[str, ...]
+    problem_type: str
+    pairs: bool
+    pooling: str
+    max_length: int
+    truncation: str
+    base: dict[str, Any]
+    label_separator: str | None = None
+    thresholds: tuple[float, ...] | None = None
+    temperature: float = 1.0
+    golden: tuple[dict[str, Any], ...] = ()
+    scores: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    textlora_version: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """One adapter as read: PEFT's config, float32 tensors under PEFT's file names, and our side file or None."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    meta: AdapterMeta | None
+
+
+def peft_config(lora: LoraConfig, target_modules: list[str], modules_to_save: list[str], pooling: str, base_id: str | None, revision: str | None):
+    """`adapter_config.json` as PEFT reads it. A mean-pooling adapter names a type of its own: no transformers class computes it."""
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": base_id,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": int(lora.lora_alpha) if float(lora.lora_alpha).is_integer() else lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "modules_to_save": modules_to_save,
+        "peft_type": MEAN_POOLING_TYPE if pooling == "mean" else "LORA",
+        "r": lora.r,
+        "rank_pattern": {},
+        "revision": revision,
+        "target_modules": target_modules,
+        "task_type": "SEQ_CLS",
+        "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora,
+    }
+
+
+def write_weights(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write PEFT's two files. Equal tensors give equal bytes. Raises StorageError when the disk is full."""
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    with atomic_path(folder / WEIGHTS_FILE) as part:
+        part.write_bytes(save(plain, metadata={"format": "pt"}))  # one metadata key only: safetensors orders several at random
+
+
+def write_side_file(folder: Path, meta: AdapterMeta) -> None:
+    """Hash every other file of the folder and write `textlora.json`, last: without it the folder is not an adapter yet."""
+    files = {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != SIDE_FILE and not p.name.startswith(".")}
+    content = {"format": FORMAT, **dataclasses.asdict(dataclasses.replace(meta, files=files))}
+    content["sha256"] = _self_hash(content)
+    write_text(folder / SIDE_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Move a finished adapter from `source` into `target`, `textlora.json` last."""
+    (target / SIDE_FILE).unlink(missing_ok=True)
+    for path in sorted(source.iterdir(), key=lambda p: p.name == SIDE_FILE):
+        with atomic_path(target / path.name) as part:
+            shutil.copyfile(path, part)
+
+
+def read_adapter(folder: Path | str) -> AdapterFolder:
+    """Read an adapter folder and check everything that needs no base model.
+
+    Raises:
+        AdapterError: a file is missing, damaged, changed since it was saved, a pickle, or of a kind textlora does not run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such adapter folder")
+    meta = read_meta(folder)
+    if meta is not None:
+        _check_files(folder, meta)
+    config = read_peft_config(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise AdapterError(f"{folder}: the weights are a pickle (adapter_model.bin), which can run code when opened", "save them as safetensors")
+        raise AdapterError(f"{folder}: no {WEIGHTS_FILE}", "was the folder copied whole?")
+    try:
+        tensors = {name: t.to(torch.float32) for name, t in load_file(weights).items()}
+    except (SafetensorError, OSError, KeyError) as error:
+        raise AdapterError(f"{weights}: not a whole safetensors file ({error})", "copy the adapter again") from error
+    return AdapterFolder(folder, config, tensors, meta)
+
+
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """Read `adapter_config.json`. Raises AdapterError when missing, not JSON, or not LoRA."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"{folder}: no {CONFIG_FILE}", "an adapter folder needs one") from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", MEAN_POOLING_TYPE):
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise AdapterError(f"{path}: peft_type {kind!r}, textlora runs LORA adapters")
+    return config
+
+
+def lora_config(folder: AdapterFolder) -> LoraConfig:
+    """The LoRA settings of a folder; places are read off the tensors, not guessed from name patterns.
+
+    Raises:
+        AdapterError: the folder uses something that would change its answers and that this version does not run.
+    """
+    config, path = folder.config, folder.path / CONFIG_FILE
+    refused = {
+        "rank_pattern": "ranks per layer",
+        "alpha_pattern": "scales per layer",
+        "fan_in_fan_out": "transposed weights",
+        "lora_bias": "a bias on B",
+        "megatron_config": "Megatron layers",
+        "trainable_token_indices": "trained token embeddings",
+        "target_parameters": "LoRA on bare parameters",
+    }
+    for key, what in refused.items():
+        if config.get(key):
+            raise AdapterError(f"{path}: {key} ({what}) is not supported")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"{path}: bias '{config['bias']}' trains biases of the base, which is not supported")
+    if config.get("init_lora_weights") not in (True, False, None, "gaussian", "eva", "orthogonal"):
+        start = config["init_lora_weights"]
+        raise AdapterError(
+            f"{path}: init_lora_weights '{start}' rewrote the base, this folder is wrong on the plain one", "convert it with PEFT first"
+        )
+    modules = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in folder.tensors if name.endswith(".lora_A.weight")]
+    if not modules:
+        raise AdapterError(f"{folder.path / WEIGHTS_FILE}: holds no LoRA tensors")
+    try:
+        return LoraConfig(
+            r=int(config["r"]),
+            lora_alpha=float(config["lora_alpha"]),
+            lora_dropout=float(config.get("lora_dropout") or 0.0),
+            use_rslora=bool(config.get("use_rslora")),
+            use_dora=bool(config.get("use_dora")),
+            target_modules=tuple(modules),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path}: r and lora_alpha are missing or not numbers") from error
+
+
+def read_meta(folder: Path) -> AdapterMeta | None:
+    """Read `textlora.json` and check its own hash and types; None where there is no such file.
+
+    Raises:
+        AdapterError: it is damaged, edited by hand, or of a newer format.
+    """
+    path = folder / SIDE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: not valid JSON ({error})", "copy the adapter again") from error
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise AdapterError(f"{path}: not a textlora side file")
+    if content["format"] > FORMAT:
+        raise AdapterError(f"{path}: written by a newer textlora (format {content['format']})", "upgrade textlora")
+    if content.get("sha256") != _self_hash(content):
+        raise AdapterError(f"{path}: was changed after it was saved", "copy it again; to rename labels use `textlora inspect --relabel`")
+    for key, kind in _SCHEMA.items():
+        if not isinstance(content.get(key), kind):
+            raise AdapterError(f"{path}: '{key}' is missing or of the wrong type")
+    known = {item.name for item in dataclasses.fields(AdapterMeta)}
+    values = {key: value for key, value in content.items() if key in known}
+    values["labels"] = tuple(map(str, content["labels"]))
+    values["golden"] = tuple(content["golden"])
+    if content.get("thresholds") is not None:
+        values["thresholds"] = tuple(map(float, content["thresholds"]))
+    return AdapterMeta(**values)
+
+
+def _check_files(folder: Path, meta: AdapterMeta) -> None:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if name not in meta.files:
+            raise AdapterError(f"{folder / SIDE_FILE}: has no hash for {name}")
+    for name, expected in meta.files.items():
+        path = folder / name
+        if Path(name).name != name or name in (".", ".."):
+            raise AdapterError(f"{folder / SIDE_FILE}: file name '{name}' leaves the folder")
+        if name == CARD_FILE:  # for people; editing it changes no answer
+            continue
+        if not path.is_file():
+            raise AdapterError(f"{path} is missing", "copy the adapter again")
+        if sha256_file(path) != expected:
+            raise AdapterError(f"{path}: was changed after it was saved (SHA-256 differs)", "copy the adapter again")
+
+
+def changed_files(folder: Path, meta: AdapterMeta) -> list[str]:
+    """Names of files that differ from what `textlora.json` recorded, the card included; for `inspect`."""
+    return [name for name, expected in meta.files.items() if not (folder / name).is_file() or sha256_file(folder / name) != expected]
+
+
+def _self_hash(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

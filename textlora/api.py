@@ -1,0 +1,42 @@
+"""`textlora.train`: the training job as one Python call."""
+
+from collections.abc import Callable
+from typing import Any
+
+from textlora.classifier import TextClassifier
+from textlora.config import TrainConfig
+from textlora.run import run_training
+
+
+def train(
+    train: Any,
+    *,
+    output: str,
+    validation: Any = None,
+    test: Any = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> TextClassifier:
+    """Train an adapter and load it.
+
+    Args:
+        train: path, hub id, list of (text, label) or (text, text_pair, label), list of dicts, DataFrame or Dataset.
+        output: folder for the adapter.
+        validation, test: as `train`; what happens without them is in `TrainConfig`.
+        callback: called with every record of `run/metrics.jsonl` as it is made.
+        resume: go on with the run in `output`.
+        settings: fields of `TrainConfig`.
+
+    Returns:
+        the classifier as loaded from `output`; its scores are in `.meta.scores`.
+
+    Raises:
+        TextloraError: what is wrong and where.
+    """
+    given = {"train": train, "validation": validation, "test": test}
+    paths = {split: str(value) for split, value in given.items() if isinstance(value, str) or hasattr(value, "__fspath__")}
+    sources = {split: value for split, value in given.items() if value is not None and split not in paths}
+    config = TrainConfig(output=str(output), **paths, **settings)
+    run_training(config, sources, resume=resume, on_record=callback or (lambda record: None))
+    return TextClassifier.load(output, base=config.model, device=config.device)

@@ -1,0 +1,217 @@
+"""`TextClassifier`: base, adapter, head, tokenizer and labels as one thing that loads and predicts."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from textlora.adapter import AdapterFolder, AdapterMeta, lora_config, read_adapter
+from textlora.base import BaseFiles, find_base
+from textlora.calibration import decide, probabilities
+from textlora.config import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
+from textlora.errors import AdapterError, UsageError
+from textlora.hardware import choose_device
+from textlora.model import Model, open_model
+from textlora.tokens import Encoded, TextTokenizer, load_tokenizer, pack, token_batches
+
+EVAL_TOKENS = 4096  # tokens per forward when predicting: larger gains nothing on CPU, see docs/log.md
+GOLDEN_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One text's answer.
+
+    Attributes:
+        label: the label, the labels joined by ", " (multi-label), or the value as text (regression).
+        labels: those decided on: one, any number (multi-label), none (regression).
+        score: probability of the label; of the likeliest label (multi-label); the value (regression).
+        scores: probability of each label in stored order; {"value": x} for regression.
+        logits: raw outputs in label order.
+    """
+
+    label: str
+    labels: tuple[str, ...]
+    score: float
+    scores: dict[str, float]
+    logits: tuple[float, ...]
+
+
+class TextClassifier:
+    """A loaded classifier. Make one with `TextClassifier.load`."""
+
+    def __init__(self, model: Model, tokenizer: TextTokenizer, meta: AdapterMeta):
+        self.model, self.tokenizer, self.meta = model, tokenizer, meta
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        base: str | None = None,
+        labels: Sequence[str] | None = None,
+        problem_type: str | None = None,
+        device: str = "auto",
+        verify: bool = True,
+    ) -> "TextClassifier":
+        """Load an adapter folder onto its base and check that it answers as it did when it was saved.
+
+        Args:
+            path: folder written by textlora, or by PEFT (then `labels` must be given).
+            base: folder or hub id of the base model; default: the one the adapter names.
+            labels: label names in class order, only for a folder without `textlora.json`.
+            problem_type: task of such a folder; default single-label, or regression for one label.
+            verify: recompute the golden examples (float32, tolerance 1e-3 x max(1, |logit|)).
+
+        Raises:
+            AdapterError: the folder is damaged, incomplete, or does not fit the base.
+            ModelError: the base cannot be found or read.
+        """
+        folder = read_adapter(path)
+        files = find_adapter_base(folder, base)
+        meta = folder.meta or _foreign_meta(folder, files, labels, problem_type)
+        if folder.meta is not None and labels is not None and tuple(labels) != meta.labels:
+            raise UsageError(f"{path} has its own labels", "`textlora inspect --relabel old=new` renames them")
+        device = choose_device(device)
+        model, _ = open_model(files, lora_config(folder), len(meta.labels), pooling=meta.pooling, device=device)
+        if meta.base.get("hash") and model.base_hash() != meta.base["hash"]:
+            named = meta.base.get("id") or meta.base.get("model_type")
+            raise AdapterError(
+                f"{path} was trained on another base than {files.folder} (weights differ)", f"it needs {named}, {meta.base['hash'][:19]}"
+            )
+        try:
+            model.load_trainable(folder.tensors)
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error.message}", error.fix) from error
+        model.training(False)
+        where = folder.path if (folder.path / "tokenizer.json").is_file() else files.folder
+        length = min(meta.max_length, model.max_length)
+        tokenizer = TextTokenizer(load_tokenizer(where, files.config["model_type"]), length, meta.truncation)
+        classifier = cls(model, tokenizer, meta)
+        if verify and meta.golden:
+            classifier.verify(str(path))
+        return classifier
+
+    def verify(self, name: str = "this adapter") -> float:
+        """Recompute the golden examples; the largest difference of a logit. Raises AdapterError beyond the tolerance."""
+        stored = np.array([row["logits"] for row in self.meta.golden], dtype=np.float64)
+        now = self.logits([row["text"] for row in self.meta.golden], [row["text_pair"] for row in self.meta.golden])
+        if stored.shape != now.shape:
+            raise AdapterError(f"{name}: golden examples have {stored.shape[-1]} logits, the model gives {now.shape[-1]}")
+        difference = np.abs(stored - now)
+        if not (difference <= GOLDEN_TOLERANCE * np.maximum(1, np.abs(stored))).all():
+            worst = int(difference.max(axis=1).argmax())
+            raise AdapterError(
+                f"{name}: golden example {worst + 1} gives logits that differ by {difference.max():.2g} from those stored with the adapter",
+                "the base, the tokenizer or the adapter is not what it was when this was saved",
+            )
+        return float(difference.max())
+
+    def logits(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None) -> np.ndarray:
+        """Logits (N, C) float32, rows in the order given."""
+        return encoded_logits(self.model, self.tokenizer.encode(texts, pairs))
+
+    def predict(self, texts: Sequence[str] | str, pairs: Sequence[str | None] | None = None) -> list[Prediction]:
+        """Predict texts, or text pairs.
+
+        Raises:
+            UsageError: an empty text, something that is not a string, or pairs that do not fit the task.
+        """
+        if isinstance(texts, str):
+            texts = [texts]
+        for i, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise UsageError(f"text {i + 1}: {'empty' if isinstance(text, str) else 'not a string'}")
+        if pairs is not None and len(pairs) != len(texts):
+            raise UsageError(f"{len(texts)} texts and {len(pairs)} pairs", "give one pair per text")
+        if not texts:
+            return []
+        logits = self.logits(texts, pairs)
+        probs = probabilities(logits, self.meta.problem_type, self.meta.temperature)
+        decided = decide(probs, self.meta.problem_type, None if self.meta.thresholds is None else np.array(self.meta.thresholds))
+        return [self._prediction(*row) for row in zip(logits, probs, decided, strict=True)]
+
+    def _prediction(self, logits: np.ndarray, probs: np.ndarray, decided: Any) -> Prediction:
+        names, kind = self.meta.labels, self.meta.problem_type
+        raw = tuple(map(float, logits))
+        if kind == REGRESSION:
+            return Prediction(f"{raw[0]:.6g}", (), raw[0], {"value": raw[0]}, raw)
+        scores = dict(zip(names, map(float, probs), strict=True))
+        if kind == MULTI_LABEL:
+            chosen = tuple(name for name, yes in zip(names, decided, strict=True) if yes)
+            return Prediction(", ".join(chosen), chosen, float(probs.max()), scores, raw)
+        label = names[int(decided)]
+        return Prediction(label, (label,), scores[label], scores, raw)
+
+    def record(self, prediction: Prediction, with_logits: bool = False) -> dict[str, Any]:
+        """The JSON form of a prediction, as `predict --json` prints it."""
+        if self.meta.problem_type == REGRESSION:
+            row: dict[str, Any] = {"value": prediction.score}
+        elif self.meta.problem_type == MULTI_LABEL:
+            row = {"labels": list(prediction.labels), "score": prediction.score, "scores": prediction.scores}
+        else:
+            row = {"label": prediction.label, "score": prediction.score, "scores": prediction.scores}
+        return row | {"logits": list(prediction.logits)} if with_logits else row
+
+
+def encoded_logits(model: Model, encoded: Sequence[Encoded], max_tokens: int = EVAL_TOKENS) -> np.ndarray:
+    """Logits (N, C) of encoded texts in the order given; computed by length in batches of at most `max_tokens`."""
+    lengths = [len(e.ids) for e in encoded]
+    order = np.argsort(lengths, kind="stable")
+    device = getattr(model, "device", "cpu")
+    result: np.ndarray | None = None
+    with torch.inference_mode():
+        for rows in token_batches(lengths, order, max_tokens):
+            batch = pack([encoded[i] for i in rows], device=device)
+            part = model.forward(batch).float().cpu().numpy()
+            if result is None:
+                result = np.empty((len(encoded), part.shape[1]), dtype=np.float32)
+            result[np.asarray(rows)[batch.rows.numpy()]] = part
+    if result is None:
+        raise UsageError("there are no texts")
+    return result
+
+
+def find_adapter_base(folder: AdapterFolder, base: str | None = None) -> BaseFiles:
+    """The base of an adapter: the one given, else the one it names, else the local folder its own run used.
+
+    Raises:
+        AdapterError: it names none.
+        ModelError: it cannot be found.
+    """
+    if base is not None:
+        return find_base(base)
+    named = folder.meta.base.get("id") if folder.meta else folder.config.get("base_model_name_or_path")
+    revision = folder.meta.base.get("revision") if folder.meta else folder.config.get("revision")
+    if named:
+        return find_base(named, revision)
+    try:
+        used = tomllib.loads((folder.path / "run" / "config.toml").read_text(encoding="utf-8")).get("model")
+    except (OSError, ValueError):
+        used = None
+    if isinstance(used, str) and Path(used).is_dir():  # its weights are still compared by hash
+        return find_base(used)
+    raise AdapterError(f"{folder.path} names no base model (it was trained on a local folder)", "pass that folder as --model")
+
+
+def _foreign_meta(folder: AdapterFolder, files: BaseFiles, labels: Sequence[str] | None, problem_type: str | None) -> AdapterMeta:
+    if not labels:
+        raise AdapterError(
+            f"{folder.path} has no textlora.json, so its labels and task are not known", "name the labels in class order: --labels negative,positive"
+        )
+    kind = problem_type or (REGRESSION if len(labels) == 1 else SINGLE_LABEL)
+    kind = PROBLEM_TYPES.get(kind, kind)
+    limit = int(files.config.get("max_position_embeddings", 512))
+    return AdapterMeta(
+        labels=tuple(labels), problem_type=kind, pairs=False, pooling="first", max_length=min(512, limit), truncation="head",
+        base={"id": files.id, "revision": files.revision, "model_type": files.config["model_type"], "hash": None},
+    )  # fmt: skip
+
+
+def with_meta(classifier: TextClassifier, **changes: Any) -> TextClassifier:
+    """The same classifier with some of its stored facts replaced."""
+    return TextClassifier(classifier.model, classifier.tokenizer, replace(classifier.meta, **changes))

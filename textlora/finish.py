@@ -1,0 +1,184 @@
+"""After the last step: calibrate, score, save, and prove with transformers + peft that the saved folder is what was trained."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+
+from textlora.adapter import WEIGHTS_FILE, AdapterMeta, copy_folder, peft_config, write_side_file, write_weights
+from textlora.calibration import fit_temperature, fit_thresholds, probabilities
+from textlora.card import model_card
+from textlora.classifier import TextClassifier, encoded_logits
+from textlora.config import MULTI_LABEL, REGRESSION
+from textlora.errors import VerificationError
+from textlora.files import write_text
+from textlora.golden import golden_rows
+from textlora.metrics import details, intervals
+from textlora.model import parameter_counts
+from textlora.prepare import Prepared
+from textlora.reference import ReferenceModel
+from textlora.report import markdown_summary
+from textlora.train import Trainer, score
+
+TOLERANCE = 1e-4  # of a saved float32 adapter against transformers + peft, relative to max(1, |logit|)
+_CARD_SETTINGS = ("epochs", "learning_rate", "scheduler", "warmup", "batch_size", "r", "lora_alpha", "lora_dropout", "layers", "max_length", "seed")
+
+
+def finish(prepared: Prepared, trainer: Trainer, run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score the model as it stands (the best checkpoint), save it into `run/..`, and check the saved files.
+
+    Returns:
+        the result record, and the `final` records of the log.
+
+    Raises:
+        VerificationError: the saved folder does not give what the trained model gives.
+        StorageError: the disk is full.
+    """
+    held = prepared.sets.get("validation")
+    kind = prepared.schema.problem_type
+    calibration: dict[str, Any] = {"temperature": 1.0, "thresholds": None}
+    if held is not None and kind != REGRESSION:
+        logits = encoded_logits(prepared.model, held.encoded)
+        calibration["temperature"] = fit_temperature(logits, held.labels, kind)
+        if kind == MULTI_LABEL:
+            calibration["thresholds"] = fit_thresholds(probabilities(logits, kind, calibration["temperature"]), held.labels)
+    finals, scores = [], {}
+    for split in ("validation", "test"):
+        if split in prepared.sets:
+            finals.append(_final(prepared, trainer, split, calibration))
+            scores[split] = finals[-1]["metrics"]
+    adapter, head = parameter_counts(prepared.model.trainable())
+    difference = _save(prepared, trainer, run, calibration, scores, finals)
+    result = {
+        "problem_type": kind,
+        "labels": list(prepared.schema.labels),
+        "model": prepared.files.id or prepared.files.folder.name,
+        "path": prepared.model.path,
+        "adapter_parameters": adapter,
+        "head_parameters": head,
+        "golden_difference": difference,
+        **scores,
+    }
+    return result, finals
+
+
+def _final(prepared: Prepared, trainer: Trainer, split: str, calibration: dict[str, Any]) -> dict[str, Any]:
+    data, kind, names = prepared.sets[split], prepared.schema.problem_type, prepared.schema.labels
+    loss, metrics, logits = score(prepared, data, trainer.loss, **calibration)
+    ranges = intervals(kind, data.labels, logits, **calibration)
+    texts = [row.text if row.text_pair is None else f"{row.text} || {row.text_pair}" for row in data.rows]
+    wheres = [f"{row.source}:{row.where}" for row in data.rows]
+    return {
+        "kind": "final",
+        "split": split,
+        "rows": len(data.rows),
+        "loss": loss,
+        "metrics": metrics,
+        "intervals": {name: list(bounds) if bounds is not None else None for name, bounds in ranges.items()},
+        "details": details(kind, data.labels, logits, names, texts, wheres, **calibration),
+    }
+
+
+def _save(
+    prepared: Prepared, trainer: Trainer, run: Path, calibration: dict[str, Any], scores: dict[str, Any], finals: list[dict[str, Any]]
+) -> float:
+    """Write into a staging folder, check it there, then move it up, `textlora.json` last."""
+    config, files, model = prepared.config, prepared.files, prepared.model
+    staging = run / "staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        lora = dataclasses.replace(config.lora, target_modules=tuple(model.target_modules))
+        write_weights(
+            staging,
+            peft_config(config.lora, model.target_modules, model.modules_to_save, config.pooling, files.id, files.revision),
+            model.trainable(),
+        )
+        _write_tokenizer(prepared, staging)
+        thresholds = calibration["thresholds"]
+        meta = AdapterMeta(
+            labels=prepared.schema.labels,
+            problem_type=prepared.schema.problem_type,
+            pairs=prepared.pairs,
+            pooling=config.pooling,
+            max_length=prepared.tokenizer.max_length,
+            truncation=config.truncation,
+            base={"id": files.id, "revision": files.revision, "model_type": files.config["model_type"], "hash": model.base_hash()},
+            label_separator=prepared.schema.label_separator,
+            thresholds=None if thresholds is None else tuple(map(float, thresholds)),
+            temperature=float(calibration["temperature"]),
+            golden=tuple(_golden(prepared, staging)),
+            scores=scores,
+            training={
+                "data_sha256": prepared.data_sha256,
+                "rows": {split: len(data.rows) for split, data in prepared.sets.items()},
+                "settings": {name: getattr(config, name) for name in _CARD_SETTINGS},
+                "epochs_done": trainer.epochs_done,
+                "best_step": trainer.best_step,
+                "path": model.path,
+            },
+            textlora_version=_version(),
+        )
+        architecture = "AutoModelForSequenceClassification"
+        settings = meta.training["settings"] | {"rows": meta.training["rows"]["train"]}
+        card = model_card(meta, lora, architecture, markdown_summary(finals), settings, run.resolve().parent.name)
+        write_text(staging / "README.md", card)
+        write_side_file(staging, meta)
+        difference = _prove(prepared, staging)
+        copy_folder(staging, run.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return difference
+
+
+def _write_tokenizer(prepared: Prepared, folder: Path) -> None:
+    """tokenizer.json as used here, and the base's tokenizer settings with our length, so that AutoTokenizer agrees."""
+    prepared.tokenizer.backend.save(str(folder / "tokenizer.json"))
+    source = prepared.files.folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = {}
+    settings = {key: value for key, value in settings.items() if key not in ("name_or_path", "auto_map")}
+    settings |= {"model_max_length": prepared.tokenizer.max_length}
+    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def _golden(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
+    """Golden texts with the logits that transformers + peft give for the saved files, float32 on the CPU."""
+    rows = golden_rows(prepared.pairs)
+    reference = ReferenceModel.from_adapter(folder, prepared.files.folder, len(prepared.schema.labels), pooling=prepared.config.pooling)
+    logits = encoded_logits(reference, prepared.tokenizer.encode([a for a, _ in rows], [b for _, b in rows]))
+    return [{"text": a, "text_pair": b, "logits": [float(x) for x in row]} for (a, b), row in zip(rows, logits, strict=True)]
+
+
+def _prove(prepared: Prepared, folder: Path) -> float:
+    """Load the folder afresh; its tensors must be the trained ones, its logits those of transformers + peft.
+
+    Returns:
+        the largest difference of a golden logit.
+    """
+    saved = load_file(folder / WEIGHTS_FILE)
+    for name, tensor in prepared.model.trainable().items():
+        if not np.array_equal(saved[name].numpy(), tensor.detach().cpu().float().numpy()):
+            raise VerificationError(f"tensor '{name}' was not saved as it was trained")
+    classifier = TextClassifier.load(folder, base=str(prepared.files.folder), device="cpu", verify=False)
+    stored = np.array([row["logits"] for row in classifier.meta.golden])
+    now = classifier.logits([row["text"] for row in classifier.meta.golden], [row["text_pair"] for row in classifier.meta.golden])
+    difference = np.abs(stored - now)
+    if not (difference <= TOLERANCE * np.maximum(1, np.abs(stored))).all():
+        raise VerificationError(
+            f"the saved adapter gives logits {difference.max():.2g} away from transformers + peft", "please report this with run/config.toml"
+        )
+    return float(difference.max())
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("textlora")

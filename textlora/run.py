@@ -1,0 +1,237 @@
+"""A training run on disk: start or resume, log, checkpoint, score, save, prove, report.
+
+out/  adapter_config.json  adapter_model.safetensors  textlora.json  tokenizer.json  README.md
+out/run/  config.toml  metrics.jsonl  report.html  result.json  (checkpoint.safetensors while it runs)
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from textlora.adapter import read_adapter
+from textlora.checkpoint import read_checkpoint, write_checkpoint
+from textlora.config import TrainConfig, write_config
+from textlora.errors import Interrupted, StorageError, UsageError
+from textlora.files import folder_lock, write_text
+from textlora.finish import finish
+from textlora.hardware import peak_memory
+from textlora.model import parameter_counts
+from textlora.prepare import Prepared, prepare
+from textlora.report import render
+from textlora.train import Trainer, start_head
+
+CHECKPOINT_SECONDS = 30.0
+Record = dict[str, Any]
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Refuse a folder that another run holds, or that holds something already. Writes nothing."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output}: is a file", "choose a folder")
+    if (output / "run" / ".lock").exists():
+        with folder_lock(output / "run"):
+            pass
+    kept = [p for p in output.rglob("*") if p.name != ".lock" and p.is_file()] if output.exists() else []
+    if kept and not resume:
+        raise StorageError(f"--output {output}: is not empty", "choose another folder, or add --resume to go on with the run in it")
+    if kept and not (output / "run" / "config.toml").is_file():
+        raise StorageError(f"--output {output}: holds files but no textlora run to resume", "choose another folder")
+
+
+def run_training(
+    config: TrainConfig,
+    sources: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    on_record: Callable[[Record], None] = lambda record: None,
+    stop: Callable[[], bool] = lambda: False,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> Record:
+    """Train, or go on with, one adapter; leave it in `config.output`; return the result record.
+
+    Args:
+        sources: rows, DataFrames or datasets by split, in place of the settings' paths.
+        on_record: called with every line of `run/metrics.jsonl` as it is written.
+        stop: asked after each step; True makes a checkpoint and raises Interrupted.
+
+    Raises:
+        TextloraError: what is wrong and where; nothing is left behind unless training had begun.
+    """
+    if config.output is None:
+        raise UsageError("no output folder", "name one with --output")
+    output, run = Path(config.output), Path(config.output) / "run"
+    check_output(output, resume)
+    if (run / "result.json").is_file():
+        return json.loads((run / "result.json").read_text(encoding="utf-8"))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    began = time.perf_counter()
+    prepared = prepare(config, sources)
+    trainer = Trainer(prepared)
+    _start(prepared)
+    new = not output.exists()
+    try:
+        with folder_lock(run):
+            return _run(prepared, trainer, run, on_record, stop, checkpoint_seconds, began)
+    except BaseException:
+        if new and not (run / "config.toml").is_file():  # nothing worth keeping was written
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _run(
+    prepared: Prepared,
+    trainer: Trainer,
+    run: Path,
+    on_record: Callable[[Record], None],
+    stop: Callable[[], bool],
+    checkpoint_seconds: float,
+    began: float,
+) -> Record:
+    checkpoint = run / "checkpoint.safetensors"
+    fingerprint = _fingerprint(prepared)
+    kept = read_checkpoint(checkpoint)
+    if kept is not None:
+        tensors, state = kept
+        if state.pop("fingerprint") != fingerprint:
+            raise UsageError(f"{run.parent}: the data, the base model or a library changed since this run began", "start again in another --output")
+        log_bytes = state.pop("log_bytes")
+        trainer.restore(tensors, state)
+    else:
+        log_bytes = 0
+        write_text(run / "config.toml", write_config(prepared.config))
+    with _log(run / "metrics.jsonl", log_bytes) as log:
+
+        def emit(record: Record) -> None:
+            log.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            log.flush()
+            on_record(record)
+
+        def save_checkpoint() -> None:
+            tensors, state = trainer.state()
+            write_checkpoint(checkpoint, tensors, state | {"fingerprint": fingerprint, "log_bytes": os.fstat(log.fileno()).st_size})
+
+        if not log_bytes:
+            emit(start_record(prepared, len(trainer.steps)))
+            emit({"kind": "data", **prepared.report.as_dict()})
+        last = time.monotonic()
+        for record in trainer.records():
+            emit(record)
+            halted = stop()
+            if halted or record["kind"] == "evaluation" or time.monotonic() - last > checkpoint_seconds:
+                save_checkpoint()
+                last = time.monotonic()
+            if halted:
+                raise Interrupted(
+                    f"stopped at step {trainer.step} of {len(trainer.steps)}", f"`textlora train --resume --output {run.parent}` goes on"
+                )
+        prepared.model.load_trainable(trainer.best)
+        result, finals = finish(prepared, trainer, run)
+        for record in finals:
+            emit(record)
+        end = {
+            "kind": "end",
+            "train_seconds": trainer.seconds,
+            "total_seconds": time.perf_counter() - began,
+            "tokens": trainer.tokens,
+            "tokens_per_second": trainer.tokens / trainer.seconds if trainer.seconds else 0.0,
+            "peak_memory_bytes": peak_memory(prepared.device),
+            "epochs": trainer.epochs_done,
+            "steps": trainer.step,
+            "best_step": trainer.best_step,
+            "best_metric": {"name": prepared.metric, "value": trainer.best_score},
+        }
+        emit(end)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    write_text(run / "report.html", render([json.loads(line) for line in lines], run.resolve().parent.name))
+    result |= {key: value for key, value in end.items() if key != "kind"} | {"output": str(run.parent)}
+    write_text(run / "result.json", json.dumps(result, ensure_ascii=False, indent=2) + "\n")
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+@contextmanager
+def _log(path: Path, keep_bytes: int) -> Iterator[Any]:
+    """Open the log, cut back to what the checkpoint knew."""
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.truncate(keep_bytes)
+            yield file
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}", "free some space, then --resume") from error
+
+
+def _start(prepared: Prepared) -> None:
+    """What a fresh run starts from: another adapter, or a head that knows the label frequencies."""
+    source = prepared.config.init_adapter
+    if source is None:
+        start_head(prepared)
+        return
+    folder = read_adapter(source)
+    mine = prepared.model.trainable()
+    same_labels = folder.meta is not None and folder.meta.labels == prepared.schema.labels
+    taken = dict(mine)
+    for name, tensor in folder.tensors.items():
+        if ".lora_" in name or (name in mine and tensor.shape == mine[name].shape and same_labels):
+            taken[name] = tensor
+    if folder.meta is not None and folder.meta.base["hash"] != prepared.model.base_hash():
+        raise UsageError(f"--init-adapter {source}: was trained on another base model")
+    lost = [name for name in mine if ".lora_" in name and name not in folder.tensors]
+    if lost or set(taken) != set(mine):
+        raise UsageError(f"--init-adapter {source}: adapts other layers than this run", "give the same --target-modules, --layers and --use-dora")
+    prepared.model.load_trainable(taken)
+    if not same_labels:
+        start_head(prepared)
+
+
+def start_record(prepared: Prepared, steps: int) -> Record:
+    """First line of the log: what is trained on what."""
+    adapter, head = parameter_counts(prepared.model.trainable())
+    settings = {item.name: getattr(prepared.config, item.name) for item in dataclasses.fields(TrainConfig)}
+    return {
+        "kind": "start",
+        "model": prepared.files.id or prepared.files.folder.name,
+        "path": prepared.model.path,
+        "reason": prepared.reason,
+        "problem_type": prepared.schema.problem_type,
+        "labels": list(prepared.schema.labels),
+        "metric": prepared.metric,
+        "steps": steps,
+        "device": prepared.device,
+        "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items() if value is not None},
+        "adapter_parameters": adapter,
+        "head_parameters": head,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("textlora", "torch", "transformers", "peft", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _fingerprint(prepared: Prepared) -> str:
+    """Changes when resuming would no longer give the same adapter."""
+    config = dataclasses.replace(prepared.config, output=None)
+    rows = hashlib.sha256()
+    for data in prepared.sets.values():
+        rows.update(data.labels.tobytes())
+        for encoded in data.encoded:
+            rows.update(encoded.ids.tobytes())
+    facts = [write_config(config), rows.hexdigest(), prepared.model.base_hash(), versions(), torch.get_num_threads()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

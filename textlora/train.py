@@ -1,0 +1,278 @@
+"""The training loop: a generator of step and evaluation records over any `Model`. Knows no files and prints nothing.
+
+Only A, B, DoRA's magnitudes and the head carry gradients. A step takes `batch_size x gradient_accumulation_steps` rows, computed in
+pieces of about 2,000 tokens, so memory does not grow with the batch. Every random draw comes from (seed, epoch) or (seed, step).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from textlora.classifier import encoded_logits
+from textlora.config import MULTI_LABEL, REGRESSION, TrainConfig
+from textlora.errors import TrainingError, UsageError
+from textlora.metrics import METRICS, evaluate
+from textlora.prepare import EncodedSet, Prepared
+from textlora.tokens import pack, token_batches
+
+PIECE_TOKENS = 2048
+
+
+class Loss:
+    """Loss of each row, and its weight; their weighted mean over a step is what is minimised.
+
+    Cross-entropy with class weights and label smoothing, binary cross-entropy with a weight on positives, or squared error.
+    """
+
+    def __init__(self, prepared: Prepared):
+        self.kind = prepared.schema.problem_type
+        self.smoothing = prepared.config.label_smoothing
+        weights = class_weights(prepared.config.class_weights, prepared.schema.labels, self.kind, prepared.sets["train"].labels)
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32, device=prepared.device)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of weighted losses and sum of weights, both scalars, for logits (B, C)."""
+        if self.kind == REGRESSION:
+            return F.mse_loss(logits[:, 0], labels, reduction="sum"), logits.new_tensor(float(len(labels)))
+        if self.kind == MULTI_LABEL:
+            smooth = labels * (1 - self.smoothing) + 0.5 * self.smoothing
+            loss = F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=self.weights, reduction="none")
+            return loss.mean(1).sum(), logits.new_tensor(float(len(labels)))
+        loss = F.cross_entropy(logits, labels, weight=self.weights, label_smoothing=self.smoothing, reduction="sum")
+        return loss, logits.new_tensor(float(len(labels))) if self.weights is None else self.weights[labels].sum()
+
+
+def class_weights(spec: str | None, names: tuple[str, ...], kind: str, labels: np.ndarray) -> np.ndarray | None:
+    """Weights (C,) from `balanced` or `label=weight,...`; unnamed labels get 1.
+
+    `balanced` is N / (C n_c) for single-label tasks and (N - n_c) / n_c on positives for multi-label ones.
+
+    Raises:
+        UsageError: the task has no classes, or a label or number cannot be read.
+    """
+    if spec is None:
+        return None
+    if kind == REGRESSION:
+        raise UsageError("--class-weights: a regression task has no classes")
+    if spec == "balanced":
+        if kind == MULTI_LABEL:
+            positive = labels.sum(0)
+            return np.where(positive > 0, (len(labels) - positive) / np.maximum(positive, 1), 1.0)
+        counts = np.bincount(labels, minlength=len(names))
+        return np.where(counts > 0, len(labels) / (len(names) * np.maximum(counts, 1)), 0.0)
+    weights = np.ones(len(names))
+    for part in spec.split(","):
+        name, _, number = part.rpartition("=")
+        if name not in names:
+            raise UsageError(f"--class-weights {part}: no such label", f"labels are: {', '.join(names[:10])}")
+        try:
+            weights[names.index(name)] = float(number)
+        except ValueError as error:
+            raise UsageError(f"--class-weights {part}: '{number}' is not a number") from error
+        if not 0 <= weights[names.index(name)] < math.inf:
+            raise UsageError(f"--class-weights {part}: a weight must be a finite number, at least 0")
+    return weights
+
+
+def plan_epoch(config: TrainConfig, lengths: np.ndarray, epoch: int) -> list[list[int]]:
+    """Rows of each optimizer step of an epoch, in an order drawn from (seed, epoch)."""
+    order = np.random.default_rng([config.seed, epoch]).permutation(len(lengths))
+    if config.batch_tokens:
+        batches = list(token_batches(lengths, order, config.batch_tokens))
+    else:
+        batches = [order[i : i + config.batch_size].tolist() for i in range(0, len(order), config.batch_size)]
+    k = config.gradient_accumulation_steps
+    return [[row for batch in batches[i : i + k] for row in batch] for i in range(0, len(batches), k)]
+
+
+def plan(config: TrainConfig, lengths: np.ndarray) -> list[tuple[float, list[int]]]:
+    """All steps of a run: (epochs done after the step, rows). The last epoch may be a part of one."""
+    steps: list[tuple[float, list[int]]] = []
+    for epoch in range(math.ceil(config.epochs)):
+        rows = plan_epoch(config, lengths, epoch)
+        steps += [(epoch + (i + 1) / len(rows), step) for i, step in enumerate(rows)]
+    return [step for step in steps if step[0] <= config.epochs + 1e-9] or steps[:1]
+
+
+def rate_at(config: TrainConfig, step: int, total: int) -> float:
+    """Share of the peak learning rate at a step counted from 0: linear warm-up, then linear, cosine or constant."""
+    warmup = int(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total - warmup)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.scheduler]
+
+
+class Trainer:
+    """State of one run: step, optimizer, best checkpoint. `records()` advances it; `state()` and `restore()` carry it over a kill."""
+
+    def __init__(self, prepared: Prepared):
+        self.prepared, self.config, self.model = prepared, prepared.config, prepared.model
+        self.train_set = prepared.sets["train"]
+        self.lengths = self.train_set.lengths
+        self.steps = plan(self.config, self.lengths)
+        self.loss = Loss(prepared)
+        self.parameters = self.model.trainable()
+        self.optimizer = self._optimizer()
+        self.step = self.tokens = self.best_step = self.waited = 0
+        self.evaluated_at = -1
+        self.seconds = self.best_epoch = 0.0
+        self.best_score: float | None = None
+        self.best = {name: t.detach().clone() for name, t in self.parameters.items()}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """AdamW; no decay on biases and norms; B's rate times `loraplus_ratio` (LoRA+, arXiv 2402.12354)."""
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, tensor in self.parameters.items():
+            decay = self.config.weight_decay if tensor.ndim > 1 else 0.0
+            ratio = self.config.loraplus_ratio if ".lora_B." in name else 1.0
+            groups.setdefault((decay, ratio), []).append(tensor)
+        return torch.optim.AdamW(
+            [{"params": tensors, "weight_decay": decay, "lr": 0.0, "ratio": ratio} for (decay, ratio), tensors in groups.items()], fused=True
+        )
+
+    @property
+    def finished(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return self.evaluated_at == self.step and (self.step == len(self.steps) or (patience is not None and self.waited >= patience))
+
+    @property
+    def epochs_done(self) -> float:
+        return self.steps[self.step - 1][0] if self.step else 0.0
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Advance to the end, one record per step and per evaluation.
+
+        Raises:
+            TrainingError: the loss is no longer a finite number.
+        """
+        while not self.finished:
+            if self._evaluation_due():
+                yield self._evaluate()
+            else:
+                yield self._train_step()
+
+    def _evaluation_due(self) -> bool:
+        if self.evaluated_at == self.step or self.step == 0:
+            return False
+        if self.step == len(self.steps):
+            return True
+        if self.config.eval_every:
+            return self.step % self.config.eval_every == 0
+        return math.floor(self.steps[self.step][0] - 1e-9) > math.floor(self.steps[self.step - 1][0] - 1e-9)
+
+    def _train_step(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        epoch, rows = self.steps[self.step]
+        rows = sorted(rows, key=lambda i: self.lengths[i])
+        rate = self.config.learning_rate * rate_at(self.config, self.step, len(self.steps))
+        total = torch.zeros((), device=self.prepared.device)
+        weight = torch.zeros((), device=self.prepared.device)
+        tokens = 0
+        for k, piece in enumerate(token_batches(self.lengths, rows, PIECE_TOKENS)):
+            seed = int(np.random.SeedSequence([self.config.seed, self.step, k]).generate_state(1, np.uint64)[0] >> 1)
+            self.model.training(True, seed)
+            batch = pack([self.train_set.encoded[i] for i in piece], self.train_set.labels[piece], self.prepared.device)
+            loss, part = self.loss(self.model.forward(batch), batch.labels)
+            loss.backward()
+            total += loss.detach()
+            weight += part
+            tokens += batch.tokens
+        self.model.training(False)
+        mean = float(total / weight) if float(weight) else 0.0
+        if not math.isfinite(mean):
+            raise TrainingError(f"the loss is {mean} at step {self.step + 1}", "lower --learning-rate")
+        gradients = [t.grad for t in self.parameters.values() if t.grad is not None]
+        torch._foreach_mul_(gradients, 1 / max(float(weight), 1e-12))  # type: ignore[attr-defined]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.max_grad_norm, torch.tensor(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["ratio"]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.tokens += tokens
+        taken = time.perf_counter() - start
+        self.seconds += taken
+        return {
+            "kind": "step",
+            "step": self.step,
+            "epoch": round(epoch, 6),
+            "loss": mean,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "tokens_per_second": tokens / taken,
+        }
+
+    def _evaluate(self) -> dict[str, Any]:
+        self.evaluated_at = self.step
+        held = self.prepared.sets.get("validation")
+        record = {"kind": "evaluation", "split": "validation", "step": self.step, "epoch": round(self.epochs_done, 6)}
+        if held is None:
+            self._keep_best(None)
+            return record | {"loss": None, "metrics": {}, "best": True}
+        loss, metrics, _ = score(self.prepared, held, self.loss)
+        value = metrics.get(self.prepared.metric)
+        sign = 1 if METRICS[self.prepared.metric].higher_is_better else -1
+        better = value is not None and (self.best_score is None or sign * value > sign * self.best_score)
+        self.waited = 0 if better else self.waited + 1
+        if better or self.best_step == 0:
+            self._keep_best(value)
+        return record | {"loss": loss, "metrics": metrics, "best": better}
+
+    def _keep_best(self, value: float | None) -> None:
+        self.best_score, self.best_step, self.best_epoch = value, self.step, self.epochs_done
+        self.best = {name: t.detach().clone() for name, t in self.parameters.items()}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-able facts from which `restore` continues to the same bytes."""
+        tensors = {f"now/{name}": t for name, t in self.parameters.items()} | {f"best/{name}": t for name, t in self.best.items()}
+        for name, tensor in self.parameters.items():
+            for key, value in self.optimizer.state.get(tensor, {}).items():
+                tensors[f"{key}/{name}"] = value
+        facts = ("step", "tokens", "seconds", "evaluated_at", "best_score", "best_step", "best_epoch", "waited")
+        return tensors, {fact: getattr(self, fact) for fact in facts}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        device = self.prepared.device
+        self.model.load_trainable({name: tensors[f"now/{name}"] for name in self.parameters})
+        self.best = {name: tensors[f"best/{name}"].to(device) for name in self.parameters}
+        for name, tensor in self.parameters.items():
+            if f"step/{name}" in tensors:
+                self.optimizer.state[tensor] = {key: tensors[f"{key}/{name}"].to(device) for key in ("step", "exp_avg", "exp_avg_sq")}
+        for fact, value in state.items():
+            setattr(self, fact, value)
+
+
+def score(
+    prepared: Prepared, data: EncodedSet, loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], **calibration: Any
+) -> tuple[float, dict[str, float], np.ndarray]:
+    """Mean loss, metrics and logits (N, C) of a model on a set."""
+    logits = encoded_logits(prepared.model, data.encoded)
+    total, weight = loss(torch.from_numpy(logits).to(prepared.device), torch.from_numpy(data.labels).to(prepared.device))
+    metrics = evaluate(prepared.schema.problem_type, data.labels, logits, prepared.schema.labels, **calibration)
+    return float(total / weight) if float(weight) else 0.0, metrics, logits
+
+
+def start_head(prepared: Prepared) -> None:
+    """Start the head's last bias at what is known without reading a text: mean target, or log odds of each label (multi-label).
+
+    The network then need not spend its first steps on it; merging and PEFT see an ordinary bias.
+    """
+    labels, kind = prepared.sets["train"].labels, prepared.schema.problem_type
+    bias = list(prepared.model.trainable().values())[-1]
+    with torch.no_grad():
+        if kind == REGRESSION:
+            bias.fill_(float(labels.mean()))
+        elif kind == MULTI_LABEL:
+            share = np.clip(labels.mean(0), 1e-3, 1 - 1e-3)
+            bias.copy_(torch.from_numpy(np.log(share / (1 - share))).to(bias))
