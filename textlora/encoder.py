@@ -75,9 +75,20 @@ class PackedEncoder:
         if "type" in e:
             types = batch.type_ids if self.spec.family.uses_type_ids else torch.zeros_like(batch.type_ids)
             x = x + F.embedding(types, e["type"])
-        x = x + F.embedding(batch.positions + self.spec.position_offset, e["position"])
+        x = x + F.embedding(self._positions(batch), e["position"])
         x = F.layer_norm(x, x.shape[-1:], e["norm.weight"], e["norm.bias"], self.spec.eps)
         return F.linear(x, e["project.weight"], e["project.bias"]) if "project.weight" in e else x
+
+    def _positions(self, batch: PackedBatch) -> Tensor:
+        """Rows (T,) of the position table. RoBERTa does not count a padding token, even one that a text spells out ("<pad>")."""
+        offset = self.spec.position_offset
+        if not offset:
+            return batch.positions
+        real = batch.ids != offset - 1
+        counted = real.long().cumsum(0)
+        first = torch.arange(real.numel(), device=real.device) - batch.positions
+        before = (counted - real.long())[first]
+        return torch.where(real, counted - before - 1 + offset, offset - 1)
 
     def _block(self, i: int, x: Tensor, runs: Runs, loras: Loras, generator: torch.Generator | None, firsts: Tensor | None) -> Tensor:
         w, hidden = self.blocks[i], self.spec.hidden
@@ -114,6 +125,11 @@ def attend(projected: Tensor, queries: Tensor | None, runs: Runs, heads: int) ->
     """
     if projected.device.type == "cpu":
         return _RunAttention.apply(projected, queries, runs, heads)
+    return attend_plain(projected, queries, runs, heads)
+
+
+def attend_plain(projected: Tensor, queries: Tensor | None, runs: Runs, heads: int) -> Tensor:
+    """`attend` by torch's own attention and autograd: the way of every device but the CPU, and the oracle of the CPU's."""
     outputs = []
     sizes = [count * length for _, count, _, length in runs]
     for (first, count, _, length), part in zip(runs, projected.split(sizes), strict=True):

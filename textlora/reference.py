@@ -36,9 +36,7 @@ from textlora.tokens import PackedBatch
 CLASSIFIERS = ("classifier", "score", "pre_classifier", "sequence_summary", "logits_proj")
 # Checked to answer the same with padding behind a mask. All others are run one length at a time: some mix padding in
 # (FNet, ConvBERT) or read the last token (XLNet).
-PADDED = (
-    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta",
-)  # fmt: skip
+PADDED = ["albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"]
 
 
 @dataclass(frozen=True)
@@ -304,16 +302,9 @@ def _start_afresh(net: nn.Module, head: nn.Module) -> None:
 
 def _wrap(base: _Base, lora: LoraConfig, targets: list[str], pooling: str) -> nn.Module:
     config = peft.LoraConfig(
-        task_type=None if pooling == "mean" else "SEQ_CLS",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        target_modules=list(targets),
-        modules_to_save=list(base.heads),
-        bias="none",
-    )
+        task_type=None if pooling == "mean" else "SEQ_CLS", r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora, use_dora=lora.use_dora, target_modules=list(targets), modules_to_save=list(base.heads),
+    )  # fmt: skip
     return peft.get_peft_model(base.net, config)
 
 

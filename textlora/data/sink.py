@@ -16,6 +16,7 @@ from textlora.files import atomic_path
 KNOWN = ".csv, .tsv, .jsonl (each also with .gz) and .parquet"
 FORMATS = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "txt": "jsonl", "parquet": "parquet"}
 GROUP = 2000  # rows of a Parquet row group, all that is held in memory
+PATIENCE = 10  # so many groups are held where all rows so far were bad, and so the types of the predictions are not known
 
 
 class Sink:
@@ -146,7 +147,10 @@ def _cell(value: object) -> str:
 
 
 class _ParquetSink(Sink):
-    """Types come from `arrow_schema` and, for the extra columns, from the first row group; a column of nothing is text."""
+    """Types come from `arrow_schema` and, for the extra columns, from the first row group.
+
+    A column without any value there becomes text, and what comes later in it is written as in CSV.
+    """
 
     def __init__(self, path: Path, fieldnames: Sequence[str], extra_columns: Sequence[str], arrow_schema):
         super().__init__("parquet", fieldnames, extra_columns)
@@ -154,13 +158,16 @@ class _ParquetSink(Sink):
         if arrow_schema is not None:
             self._types = {name: arrow_schema.field(name).type for name in self.fieldnames}
         self._rows: list[dict[str, object]] = []
+        self._text: set[str] = set()
+        self._typed = False
         self._writer = None
 
     def write(self, fields: Mapping[str, object], extra: Mapping[str, object]) -> None:
         row = {name: fields.get(name) for name in self.fieldnames}
         row.update((named, extra.get(name)) for name, named in self.names.items())
         self._rows.append(row)
-        if len(self._rows) >= GROUP:
+        self._typed = self._typed or any(value is not None for value in extra.values())
+        if len(self._rows) >= (GROUP if self._typed else GROUP * PATIENCE):
             self._write_group()
 
     def close(self) -> None:
@@ -179,6 +186,8 @@ class _ParquetSink(Sink):
         arrays = []
         for name in [*self.fieldnames, *self.names.values()]:
             values = [row[name] for row in self._rows]
+            if name in self._text:
+                values = [None if value is None else _cell(value) for value in values]
             try:
                 array = pa.array(values, type=self._types.get(name))
             except (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError) as error:
@@ -186,6 +195,7 @@ class _ParquetSink(Sink):
                 raise DataError(f"column {name!r} cannot be held in Parquet: {reason}", "write .jsonl") from error
             if pa.types.is_null(array.type):
                 array = array.cast(pa.string())
+                self._text.add(name)
             self._types[name] = array.type
             arrays.append(array)
         table = pa.table(arrays, names=[*self.fieldnames, *self.names.values()])

@@ -17,6 +17,7 @@ from textlora.data.formats import (
     csv_quoting,
     csv_records,
     extension,
+    is_line_wise,
     json_records,
     open_binary,
     ragged,
@@ -125,11 +126,8 @@ def _from_stdin(file: BinaryIO, encoding: str, named: dict[str, str | None]) -> 
     if raw.startswith((b"PAR1", b"\x1f\x8b")):
         kind, fix = ("Parquet", "give the file's path") if raw.startswith(b"PAR1") else ("gzip", "unpack it first, as zcat does")
         raise DataError(f"{STDIN} is {kind}", fix)
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or "\n".encode(encoding) not in (
-        b"\n",
-        codecs.BOM_UTF8 + b"\n",
-    ):
-        raise DataError(f"{STDIN} is not in an encoding that extends ASCII", "give the file's path, or convert it to utf-8 first")
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or not is_line_wise(encoding):
+        raise DataError(f"{STDIN} is in an encoding that cannot be read line by line", "give the file's path, or convert it to utf-8 first")
     lines = Lines(itertools.chain([raw] if raw else [], file), encoding, STDIN, strict=False)
     first = next((line for line in lines if line.strip()), None)
     if first is None:

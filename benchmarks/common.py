@@ -1,0 +1,40 @@
+"""What every benchmark shares: machine facts, paired medians, result files."""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions: what a figure depends on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    packages = ("torch", "transformers", "peft", "tokenizers")
+    return {"processor": model, "cores": os.cpu_count(), "python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def write_result(name: str, claim: str, rows: Sequence[tuple[str, str]], details: dict[str, Any]) -> None:
+    """Write `results/NAME.json`: `rows` (what, value) go into the README, `details` hold everything measured."""
+    command = "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    record = {"claim": claim, "command": command, "machine": machine(), "rows": [list(row) for row in rows], "details": details}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for what, value in rows:
+        print(f"{what}: {value}")
+
+
+def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Median of a[i] / b[i]: pairs measured side by side, so that a drift of the machine cancels."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))

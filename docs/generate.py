@@ -1,0 +1,85 @@
+"""Make the generated parts of the documentation, or with --check fail when one is stale.
+
+docs/cli.md comes from the commands' own help, the tables in README.md and docs/scores.md from benchmarks/results/*.json.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import click
+
+from textlora.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def cli_reference() -> str:
+    parts = ["# Command line", "", "Made from `textlora COMMAND --help` by `make docs`.", ""]
+    for name in sorted(app.commands):
+        context = click.Context(app.commands[name], info_name=f"textlora {name}", max_content_width=110, terminal_width=110)
+        parts += [f"## {name}", "", "```text", app.commands[name].get_help(context), "```", ""]
+    return "\n".join(parts)
+
+
+def _rows(names: list[str]) -> list[str]:
+    lines = []
+    for name in names:
+        record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        lines += [f"| {what} | {value} | `{_generic(record['command'])}` |" for what, value in record["rows"]]
+    return lines
+
+
+def _generic(command: str) -> str:
+    """A command as a reader would type it: data paths of one machine become a placeholder."""
+    return re.sub(r"(?:\.\./|/)[\w./-]*?(?=imdb|banking77|data\b)", "DATA/", command).replace("DATA/data", "DATA")
+
+
+def figures() -> str:
+    names = [path.stem for path in sorted(RESULTS.glob("*.json")) if not path.stem.startswith("set-")]
+    return "\n".join(["| measured | value | command |", "|---|---|---|", *_rows(names)])
+
+
+def scores() -> str:
+    lines = ["| set | kind of task | test scores | training rows | epochs | seconds | flags of `textlora train` |", "|---|---|---|---|---|---|---|"]
+    for path in sorted(RESULTS.glob("set-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        (name, shown), details = record["rows"][0], record["details"]
+        kind = details["problem_type"].replace("_classification", "").replace("_", "-")
+        lines.append(
+            f"| {name} | {kind} | {shown} | {details['train_rows']:,} | {details['epochs']:g} | {details['train_seconds']:,.0f} | `{details['flags']}` |"
+        )
+    return "\n".join(lines)
+
+
+def filled(path: Path, name: str, body: str) -> str:
+    """The file's text with what stands between the markers of `name` replaced."""
+    start, end = f"<!-- {name}: made by `make docs` -->", f"<!-- end of {name} -->"
+    text = path.read_text(encoding="utf-8")
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    if not rest or not after:
+        raise SystemExit(f"{path.name}: markers of '{name}' are missing")
+    return f"{before}{start}\n{body}\n{end}{after}"
+
+
+def main() -> int:
+    pages = {
+        ROOT / "docs" / "cli.md": cli_reference(),
+        ROOT / "README.md": filled(ROOT / "README.md", "figures", figures()),
+        ROOT / "docs" / "scores.md": filled(ROOT / "docs" / "scores.md", "scores", scores()),
+    }
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is stale: run `make docs`", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(pages[path], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

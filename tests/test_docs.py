@@ -1,0 +1,75 @@
+"""The documentation tells the truth: generated parts are fresh, links lead somewhere, the example data are as their card says."""
+
+import csv
+import itertools
+import re
+import runpy
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REVIEWS = ROOT / "examples" / "film-reviews"
+PAGES = [p for p in ROOT.rglob("*.md") if not {".venv", "build", "demo", ".git"} & set(p.relative_to(ROOT).parts)]
+
+
+def test_generated_parts_are_fresh(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "docs" / "generate.py"), run_name="__main__")
+    assert capsys.readouterr().err == ""
+    assert ended.value.code == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path):
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+def test_every_flag_in_the_readme_exists():
+    reference = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [line for line in re.findall(r"^\$? ?(?:.*\| )?textlora .*$", text, flags=re.MULTILINE)]
+    assert commands, "the README shows no command"
+    for command in commands:
+        for flag in re.findall(r"--[a-z][a-z-]+", command):
+            assert flag in reference, f"{flag} in: {command}"
+
+
+def test_make_targets_in_the_docs_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"`make ([\w-]+)`", page.read_text(encoding="utf-8"))) <= targets, page
+
+
+def _reviews(name: str) -> list[dict[str, str]]:
+    with open(REVIEWS / name, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_example_reviews_are_as_their_card_says():
+    train, test = _reviews("train.csv"), _reviews("test.csv")
+    card = (REVIEWS / "README.md").read_text(encoding="utf-8")
+    for name, rows in (("train.csv", train), ("test.csv", test)):
+        counts = Counter(row["label"] for row in rows)
+        assert f"| {name} | {len(rows):,} | {counts['positive']:,} | {counts['negative']:,} |" in card
+    for kind, count in Counter(row["kind"] for row in train + test).items():
+        assert f"| {kind} | {count:,} |" in card
+    assert len(train) + len(test) >= 600
+
+
+def test_example_reviews_are_not_near_copies():
+    """No two share more than 0.3 of their word 5-grams (Jaccard); only pairs with a common 5-gram can."""
+    grams = []
+    for row in _reviews("train.csv") + _reviews("test.csv"):
+        words = re.findall(r"\w+", row["text"].lower())
+        grams.append({tuple(words[i : i + 5]) for i in range(len(words) - 4)})
+    holders: dict[tuple[str, ...], list[int]] = {}
+    for i, mine in enumerate(grams):
+        for gram in mine:
+            holders.setdefault(gram, []).append(i)
+    pairs = {pair for members in holders.values() for pair in itertools.combinations(members, 2)}
+    assert max((len(grams[a] & grams[b]) / len(grams[a] | grams[b]) for a, b in pairs), default=0) <= 0.3
