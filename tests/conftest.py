@@ -127,7 +127,7 @@ _FAMILIES = {
 
 def _wordpiece(cls: str, sep: str, pad: str, unk: str, mask: str, roberta: bool) -> Tokenizer:
     special = [cls, pad, sep, unk] if roberta else [pad, unk, cls, sep]
-    vocab = {word: i for i, word in enumerate([*special, mask, *WORDS, *PIECES, *(f"##{c}" for c in PIECES), "##ing", "##ed", "##s"])}
+    vocab = {word: i for i, word in enumerate([*special, mask, *WORDS, *PIECES, *(f"##{c}" for c in PIECES), "##ing", "##ed"])}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unk, max_input_chars_per_word=40))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -137,6 +137,12 @@ def test_electra_without_projection_and_other_eps(tmp_path):
     compare(fast, slow, random_batch(LENGTHS))
 
 
+def test_roberta_with_another_padding_id(tmp_path):
+    fast, slow = both_ways(make_tiny("roberta", tmp_path, pad_token_id=3), LoraConfig(r=4))
+    assert (fast.base.spec.position_offset, fast.max_length, slow.max_length) == (4, 46, 46)
+    compare(fast, slow, random_batch([1, 5, 46], specials=(0, 3)))
+
+
 def test_roberta_counts_positions_past_a_padding_token(tiny_base):
     """A text may spell out "<pad>"; transformers gives that token the padding row and does not count it."""
     for family in ("roberta", "xlm-roberta", "camembert"):
@@ -198,7 +204,7 @@ def test_low_precision_stays_near_float32(dtype, tiny_base):
     batch = random_batch(LENGTHS)
     for family, dora in (("bert", False), ("roberta", True)):
         lora = LoraConfig(r=4, use_dora=dora, target_modules=("all-linear",))
-        fast, slow = both_ways(tiny_base(family), lora)
+        fast, _ = both_ways(tiny_base(family), lora)
         tensors = {name: t.detach().clone() for name, t in fast.trainable().items()}
         low_fast, _ = open_model(find_base(str(tiny_base(family))), lora, 3, dtype=dtype)
         low_slow = ReferenceModel.create(tiny_base(family), lora, 3, dtype=dtype)

@@ -122,9 +122,9 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / Path(name).name for name in names]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index}: not a shard index") from error
-        files = [folder / Path(name).name for name in names]
         for file in files:
             if not file.is_file():
                 raise ModelError(f"{file}: this shard is missing", "download the checkpoint again")

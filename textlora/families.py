@@ -178,12 +178,12 @@ def read_spec(config: dict[str, Any]) -> EncoderSpec | str:
         return f"position_embedding_type '{config['position_embedding_type']}' is not on the fast path"
     if config.get("is_decoder") or config.get("add_cross_attention") or config.get("quantization_config"):
         return "decoder, cross-attention and quantised variants are not on the fast path"
-    distil = kind == "distilbert"
+    distil, electra = kind == "distilbert", kind == "electra"
     get = lambda name, old, default: config.get(old if distil and old in config else name, default)
     activation = get("hidden_act", "activation", "gelu")
     if activation not in ACTIVATIONS:
         return f"activation '{activation}' is not on the fast path"
-    hidden, heads = get("hidden_size", "dim", 768), get("num_attention_heads", "n_heads", 12)
+    hidden, heads = get("hidden_size", "dim", 256 if electra else 768), get("num_attention_heads", "n_heads", 4 if electra else 12)
     if hidden % heads:
         return f"hidden size {hidden} is not a multiple of {heads} heads"
     offset = (config.get("pad_token_id", 1) or 0) + 1 if family.offset_positions else 0
@@ -192,10 +192,10 @@ def read_spec(config: dict[str, Any]) -> EncoderSpec | str:
         layers=get("num_hidden_layers", "n_layers", 6 if distil else 12),
         hidden=hidden,
         heads=heads,
-        intermediate=get("intermediate_size", "hidden_dim", 4 * hidden),
+        intermediate=get("intermediate_size", "hidden_dim", 1024 if electra else 3072),
         eps=1e-12 if distil else config.get("layer_norm_eps", 1e-12),
         activation=activation,
-        embedding_size=config.get("embedding_size", hidden) if kind == "electra" else hidden,
+        embedding_size=config.get("embedding_size", 128) if electra else hidden,
         position_offset=offset,
         max_length=config.get("max_position_embeddings", 512) - offset,
         initializer_range=config.get("initializer_range", 0.02),

@@ -17,6 +17,7 @@ from textlora.config import MULTI_LABEL, REGRESSION
 from textlora.errors import VerificationError
 from textlora.files import write_text
 from textlora.golden import golden_rows
+from textlora.hardware import peak_memory
 from textlora.metrics import details, intervals
 from textlora.model import parameter_counts
 from textlora.prepare import Prepared
@@ -51,8 +52,8 @@ def finish(prepared: Prepared, trainer: Trainer, run: Path) -> tuple[dict[str, A
         if split in prepared.sets:
             finals.append(_final(prepared, trainer, split, calibration))
             scores[split] = finals[-1]["metrics"]
-    adapter, head = parameter_counts(prepared.model.trainable())
     difference = _save(prepared, trainer, run, calibration, scores, finals)
+    adapter, head = parameter_counts(prepared.model.trainable())
     result = {
         "problem_type": kind,
         "labels": list(prepared.schema.labels),
@@ -61,6 +62,7 @@ def finish(prepared: Prepared, trainer: Trainer, run: Path) -> tuple[dict[str, A
         "adapter_parameters": adapter,
         "head_parameters": head,
         "golden_difference": difference,
+        "train_rows": len(prepared.sets["train"].rows),
         **scores,
     }
     return result, finals
@@ -88,6 +90,7 @@ def _save(
 ) -> float:
     """Write into a staging folder, check it there, then move it up, `textlora.json` last."""
     config, files, model = prepared.config, prepared.files, prepared.model
+    adapter, head = parameter_counts(model.trainable())
     staging = run / "staging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -117,9 +120,15 @@ def _save(
                 "data_sha256": prepared.data_sha256,
                 "rows": {split: len(data.rows) for split, data in prepared.sets.items()},
                 "settings": {name: getattr(config, name) for name in _CARD_SETTINGS},
-                "epochs_done": trainer.epochs_done,
                 "best_step": trainer.best_step,
                 "path": model.path,
+                "train_seconds": trainer.seconds,
+                "tokens": trainer.tokens,
+                "tokens_per_second": trainer.tokens / trainer.seconds if trainer.seconds else 0.0,
+                "peak_memory_bytes": peak_memory(prepared.device),
+                "epochs": trainer.epochs_done,
+                "adapter_parameters": adapter,
+                "head_parameters": head,
             },
             textlora_version=_version(),
         )
