@@ -22,8 +22,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from textlora.base import find_base
 from textlora.config import TrainConfig
 from textlora.prepare import prepare
-from textlora.train import Trainer as OurTrainer
-from textlora.train import start_head
+from textlora.training import Trainer as OurTrainer
+from textlora.training import start_head
 
 
 def recipe_seconds(folder: str, rows: list[dict]) -> float:

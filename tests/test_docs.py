@@ -4,11 +4,14 @@ import csv
 import itertools
 import re
 import runpy
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from textlora.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
 REVIEWS = ROOT / "examples" / "film-reviews"
@@ -32,7 +35,7 @@ def test_links_lead_somewhere(page: Path):
 def test_every_flag_in_the_readme_exists():
     reference = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = [line for line in re.findall(r"^\$? ?(?:.*\| )?textlora .*$", text, flags=re.MULTILINE)]
+    commands = re.findall(r"^\$? ?(?:.*\| )?textlora .*$", text, flags=re.MULTILINE)
     assert commands, "the README shows no command"
     for command in commands:
         for flag in re.findall(r"--[a-z][a-z-]+", command):
@@ -73,3 +76,32 @@ def test_example_reviews_are_not_near_copies():
             holders.setdefault(gram, []).append(i)
     pairs = {pair for members in holders.values() for pair in itertools.combinations(members, 2)}
     assert max((len(grams[a] & grams[b]) / len(grams[a] | grams[b]) for a, b in pairs), default=0) <= 0.3
+
+
+def _block(after: str, language: str) -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition(after)[2]
+    found = re.search(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    assert found, f"no {language} block after '{after}'"
+    return found.group(1)
+
+
+def test_readme_commands_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [("a warm and funny film", "good"), ("two dull hours, wasted", "bad"), ("I would see it again", "good"), ("I walked out", "bad")]
+    for name, count in (("reviews.csv", 10), ("test.csv", 2), ("new.csv", 1)):
+        with open(name, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"] if name != "new.csv" else ["text"])
+            writer.writerows([(f"{text} {i}", label)[: 2 if name != "new.csv" else 1] for i in range(count) for text, label in rows])
+    for line in _block("## Train on your own text", "bash").splitlines():
+        assert run(shlex.split(line)[1:]) == 0, f"{line}: {capsys.readouterr().err}"
+    with open(tmp_path / "labelled.csv", encoding="utf-8") as file:
+        labelled = list(csv.DictReader(file))
+    assert [row["text"] for row in labelled] == [f"{text} 0" for text, _ in rows]
+    assert {row["label"] for row in labelled} <= {"good", "bad"}
+
+
+def test_readme_snippet_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(_block("goes on with", "python"), {})
+    assert capsys.readouterr().out.strip() in ("good", "bad")

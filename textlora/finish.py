@@ -23,7 +23,7 @@ from textlora.model import parameter_counts
 from textlora.prepare import Prepared
 from textlora.reference import ReferenceModel
 from textlora.report import markdown_summary
-from textlora.train import Trainer, score
+from textlora.training import Trainer, score
 
 TOLERANCE = 1e-4  # of a saved float32 adapter against transformers + peft, relative to max(1, |logit|)
 _CARD_SETTINGS = ("epochs", "learning_rate", "scheduler", "warmup", "batch_size", "r", "lora_alpha", "lora_dropout", "layers", "max_length", "seed")

@@ -28,7 +28,7 @@ from textlora.hardware import peak_memory
 from textlora.model import parameter_counts
 from textlora.prepare import Prepared, prepare
 from textlora.report import render
-from textlora.train import Trainer, start_head
+from textlora.training import Trainer, start_head
 
 CHECKPOINT_SECONDS = 30.0
 Record = dict[str, Any]
