@@ -5,7 +5,6 @@ import string
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
@@ -20,64 +19,16 @@ from textlora.model import Model, open_model
 from textlora.reference import ReferenceModel
 from textlora.tokens import Encoded, PackedBatch, pack
 
+transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models gain nothing from more, and threads that wait for a busy core cost minutes
 
 FAST = ("bert", "bert-no-pooler", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 SLOW = ("modernbert", "deberta-v2", "mpnet", "albert")
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "it",
-    "was",
-    "for",
-    "on",
-    "that",
-    "by",
-    "this",
-    "with",
-    "you",
-    "not",
-    "are",
-    "from",
-    "at",
-    "as",
-    "good",
-    "bad",
-    "very",
-    "film",
-    "story",
-    "plot",
-    "actor",
-    "great",
-    "dull",
-    "boring",
-    "fun",
-    "slow",
-    "fast",
-    "red",
-    "blue",
-    "door",
-    "water",
-    "train",
-    "time",
-    "never",
-    "always",
-    "again",
-    "people",
-    "said",
-    "would",
-    "could",
-    "about",
-    "after",
-    "before",
-    "because",
-    "between",
-    "where",
-] + [consonant + vowel for consonant in "bcdfgklmnprst" for vowel in "aeiu"]
+_TEXT = (
+    "the of and to in is it was for on that by this with you not are from at as good bad very film story plot actor great dull boring "
+    "fun slow fast red blue door water train time never always again people said would could about after before because between where"
+)
+WORDS = _TEXT.split() + [consonant + vowel for consonant in "bcdfgklmnprst" for vowel in "aeiu"]
 PIECES = [*string.ascii_lowercase, *string.digits, *".,!?'-"]
 MAX_POSITIONS = 48
 

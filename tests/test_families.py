@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -331,7 +332,9 @@ def test_finding_a_base(tiny_base, tmp_path, minilm):
 def test_the_hub_out_of_reach(monkeypatch):
     """Each failure of the hub is one sentence that says how to go on without it."""
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    answer = SimpleNamespace(headers={}, request=None, status_code=404)
 
     def fail(error):
         def download(*args, **kwargs):
@@ -341,6 +344,8 @@ def test_the_hub_out_of_reach(monkeypatch):
 
     for error, message in (
         (LocalEntryNotFoundError("no\nnet"), "a/b: the hub cannot be reached and the model is not in its cache; pass the path of a local folder"),
+        (RepositoryNotFoundError("404", response=answer), "a/b: no folder here and no such model on the hub (or it is private); pass the path"),
+        (HfHubHTTPError("503\nbusy", response=answer), "a/b: the hub answered with an error (503); pass the path"),
         (HFValidationError("bad"), "a/b: neither a folder nor a hub id; pass the path"),
         (OSError("disk\nfull"), "a/b: the hub answered with an error (disk); pass the path"),
     ):

@@ -164,9 +164,10 @@ def test_transformers_itself_agrees(family, tiny_base):
         ("DebertaModel", "DebertaConfig", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}, "in_proj", 2, 12),
         ("FNetModel", "FNetConfig", {}, None, 0, 4),
         ("AlbertModel", "AlbertConfig", {"embedding_size": 16, "num_hidden_groups": 2, "inner_group_num": 1}, "query", 4, 12),
+        ("GteModel", "GteConfig", {"num_key_value_heads": 4}, "q_proj", 4, 14),
         ("ConvBertModel", "ConvBertConfig", {"embedding_size": 32, "head_ratio": 2}, "query", 4, 16),
     ],
-    ids=["deberta", "fnet", "albert-2-groups", "convbert"],
+    ids=["deberta", "fnet", "albert-2-groups", "gte", "convbert"],
 )
 def test_other_architectures(architecture, config_class, settings, default, count, every, tmp_path):
     folder = other(architecture, tmp_path / "base", architecture, config_class, max_position_embeddings=48, **settings)
@@ -188,6 +189,7 @@ def test_other_architectures(architecture, config_class, settings, default, coun
         alone = pack([Encoded(batch.ids[start:stop].numpy(), batch.type_ids[start:stop].numpy(), stop - start)])
         torch.testing.assert_close(model.forward(alone)[0], together[b], rtol=1e-5, atol=1e-6)
     together.square().sum().backward()
+    assert ReferenceModel.create(folder, LoraConfig(r=2, target_modules=("all-linear",)), 2, pooling="mean").forward(batch).shape == (4, 2)
     assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in model.trainable().values())
 
 
@@ -237,9 +239,18 @@ def test_dropout_masks_only_lora(tiny_base):
 
 
 def test_creating_leaves_the_process_as_it_was(tiny_base):
-    verbosity, bars, state = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled(), torch.get_rng_state()
-    first = ReferenceModel.create(tiny_base("roberta"), LORA, 3, seed=1)
-    assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == (verbosity, bars)
+    before, state = hf_logging.get_verbosity(), torch.get_rng_state()
+    for verbosity in (hf_logging.INFO, hf_logging.CRITICAL):
+        hf_logging.set_verbosity(verbosity)
+        first = ReferenceModel.create(tiny_base("roberta"), LORA, 3, seed=1)
+        assert hf_logging.get_verbosity() == verbosity
+    hf_logging.set_verbosity(before)
+    hf_logging.enable_progress_bar()
+    refusal(UsageError, tiny_base("roberta"), LoraConfig(r=99), 3)
+    assert hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    ReferenceModel.create(tiny_base("roberta"), LORA, 3, seed=1)
+    assert not hf_logging.is_progress_bar_enabled()
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(123)
     again, later = (ReferenceModel.create(tiny_base("roberta"), LORA, 3, seed=seed) for seed in (1, 2))

@@ -77,7 +77,13 @@ class TextClassifier:
         if folder.meta is not None and labels is not None and tuple(labels) != meta.labels:
             raise UsageError(f"{path} has its own labels", "`textlora inspect --relabel old=new` renames them")
         device = choose_device(device)
-        model, _ = open_model(files, lora_config(folder), len(meta.labels), pooling=meta.pooling, device=device)
+        kind = files.config["model_type"]
+        if kind != meta.base.get("model_type"):
+            raise AdapterError(f"{path} was trained on a {meta.base.get('model_type')}, {files.folder} is a {kind}", "pass its own base as --model")
+        try:
+            model, _ = open_model(files, lora_config(folder), len(meta.labels), pooling=meta.pooling, device=device)
+        except UsageError as error:  # layers that this base does not have
+            raise AdapterError(f"{path} does not fit {files.folder}: {error.message}", "pass the base it was trained on as --model") from error
         if meta.base.get("hash") and model.base_hash() != meta.base["hash"]:
             named = meta.base.get("id") or meta.base.get("model_type")
             raise AdapterError(

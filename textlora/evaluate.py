@@ -40,7 +40,7 @@ def evaluate_table(classifier: TextClassifier, table: Table, rows_output: Path |
     meta = classifier.meta
     require_texts(table)
     schema = LabelSchema(meta.problem_type, meta.labels, meta.label_separator)
-    labels = schema.encode_all(table.rows)
+    labels = schema.encode_all(table.rows, table.columns.label or "label")
     pairs = [row.text_pair for row in table.rows]
     texts = [row.text for row in table.rows]
     logits = classifier.logits(texts, pairs)

@@ -59,6 +59,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in `folder`. Only for who holds the folder's lock."""
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold `folder/.lock` while the block runs; the kernel drops it when the process dies.

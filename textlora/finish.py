@@ -146,7 +146,7 @@ def _save(
 
 def _write_tokenizer(prepared: Prepared, folder: Path) -> None:
     """tokenizer.json as used here, and the base's tokenizer settings with our length, so that AutoTokenizer agrees."""
-    prepared.tokenizer.backend.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", prepared.tokenizer.backend.to_str(pretty=True))
     source = prepared.files.folder / "tokenizer_config.json"
     try:
         settings = json.loads(source.read_text(encoding="utf-8"))

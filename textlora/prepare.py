@@ -131,7 +131,7 @@ def encode_rows(tokenizer: TextTokenizer, rows: Sequence[Row]) -> list[Encoded]:
 def check_data(config: TrainConfig) -> DataReport:
     """The data report of `textlora check`: every row of every split, token lengths by the base's tokenizer."""
     tables = read_tables(config)
-    schema = infer_schema(tables["train"].rows, config.problem_type, config.label_separator)
+    schema = infer_schema(tables["train"].rows, config.problem_type, config.label_separator, tables["train"].columns.label or "label")
     files = find_base(config.model, config.revision)
     limit = read_spec(files.config)
     length = files.config.get("max_position_embeddings", DEFAULT_MAX_LENGTH) if isinstance(limit, str) else limit.max_length
@@ -152,13 +152,14 @@ def prepare(config: TrainConfig, sources: Mapping[str, Any] | None = None) -> Pr
     tables = read_tables(config, sources)
     for table in tables.values():
         require_texts(table)
-    schema = infer_schema(tables["train"].rows, config.problem_type, config.label_separator)
+    schema = infer_schema(tables["train"].rows, config.problem_type, config.label_separator, tables["train"].columns.label or "label")
     metric = config.metric or DEFAULT_METRIC[schema.problem_type]
     if metric not in METRICS or schema.problem_type not in METRICS[metric].problem_types:
         fitting = ", ".join(name for name, info in METRICS.items() if schema.problem_type in info.problem_types)
         raise UsageError(f"--metric {metric}: not a metric of this task", f"there are: {fitting}")
     rows = split_rows(tables, schema, config)
-    labels = {split: schema.encode_all(picked) for split, picked in rows.items() if picked}
+    columns = {split: tables.get(split, tables["train"]).columns.label or "label" for split in rows}
+    labels = {split: schema.encode_all(picked, columns[split]) for split, picked in rows.items() if picked}
     if schema.problem_type == SINGLE_LABEL and len(set(labels["train"].tolist())) < 2:
         raise DataError("the training rows picked hold one class only", "raise --limit-train")
     model, reason = open_model(

@@ -18,6 +18,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class _MeanPooled(nn.Module):
 
     def __init__(self, encoder: nn.Module, prefix: str, num_labels: int):
         super().__init__()
-        self.config, self.prefix = encoder.config, prefix
+        self.config, self.base_model_prefix = encoder.config, prefix
         setattr(self, prefix, encoder)
         self.classifier = nn.Linear(encoder.config.hidden_size, num_labels)
         nn.init.normal_(self.classifier.weight, std=getattr(encoder.config, "initializer_range", 0.02))
@@ -63,7 +64,7 @@ class _MeanPooled(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> SimpleNamespace:
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
-        x = getattr(self, self.prefix)(input_ids=input_ids, **inputs)[0].float()
+        x = getattr(self, self.base_model_prefix)(input_ids=input_ids, **inputs)[0].to(self.classifier.weight.dtype)
         if attention_mask is None:
             return SimpleNamespace(logits=self.classifier(x.mean(1)))
         real = attention_mask.unsqueeze(-1).to(x.dtype)
@@ -80,8 +81,7 @@ class ReferenceModel:
         self.target_modules, self.modules_to_save = targets, list(base.heads)
         self._hash = base.hash
         self._net = net.base_model.model
-        config = self._net.config
-        kind = config.model_type
+        config, kind = self._net.config, self._net.config.model_type
         self.max_length = _max_length(getattr(self._net, base.prefix), config)
         encoder_takes = inspect.signature(getattr(self._net, base.prefix).forward).parameters
         family = next((f for f in FAMILIES if kind in f.model_types), None)
@@ -365,8 +365,7 @@ def _file_name(name: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")
 
 
 @contextlib.contextmanager
@@ -384,14 +383,17 @@ def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """No warnings and progress bars from transformers and peft while a model is built; settings are put back."""
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
+    verbosity, bars, hub_silent = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hf_logging.set_verbosity_error()
         if bars:
-            hf_logging.enable_progress_bar()
+            hf_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            hf_logging.set_verbosity(verbosity)
+            if bars:
+                hf_logging.enable_progress_bar()  # switches the hub's on too
+                if hub_silent:
+                    disable_progress_bars()

@@ -20,9 +20,9 @@ import torch
 
 from textlora.adapter import read_adapter
 from textlora.checkpoint import read_checkpoint, write_checkpoint
-from textlora.config import TrainConfig, write_config
+from textlora.config import TrainConfig, read_config, write_config
 from textlora.errors import Interrupted, StorageError, UsageError
-from textlora.files import folder_lock, write_text
+from textlora.files import folder_lock, remove_parts, write_text
 from textlora.finish import finish
 from textlora.hardware import peak_memory
 from textlora.model import parameter_counts
@@ -41,7 +41,7 @@ def check_output(output: Path, resume: bool) -> None:
     if (output / "run" / ".lock").exists():
         with folder_lock(output / "run"):
             pass
-    kept = [p for p in output.rglob("*") if p.name != ".lock" and p.is_file()] if output.exists() else []
+    kept = [p for p in output.rglob("*") if p.is_file() and p.name != ".lock" and not (p.name.startswith(".") and p.suffix == ".part")]
     if kept and not resume:
         raise StorageError(f"--output {output}: is not empty", "choose another folder, or add --resume to go on with the run in it")
     if kept and not (output / "run" / "config.toml").is_file():
@@ -72,6 +72,10 @@ def run_training(
     output, run = Path(config.output), Path(config.output) / "run"
     check_output(output, resume)
     if (run / "result.json").is_file():
+        saved = TrainConfig(**read_config(run / "config.toml"))
+        if dataclasses.replace(saved, output=config.output, threads=config.threads) != config:
+            raise UsageError(f"{output}: holds a finished run with other settings", "choose another --output")
+        (run / "checkpoint.safetensors").unlink(missing_ok=True)  # where the run was killed between the two
         return json.loads((run / "result.json").read_text(encoding="utf-8"))
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -80,13 +84,13 @@ def run_training(
     trainer = Trainer(prepared)
     _start(prepared)
     new = not output.exists()
-    try:
-        with folder_lock(run):
+    with folder_lock(run):
+        try:
             return _run(prepared, trainer, run, on_record, stop, checkpoint_seconds, began)
-    except BaseException:
-        if new and not (run / "config.toml").is_file():  # nothing worth keeping was written
-            shutil.rmtree(output, ignore_errors=True)
-        raise
+        except BaseException:
+            if not (run / "config.toml").is_file():  # nothing worth keeping was written
+                shutil.rmtree(output if new else run, ignore_errors=True)
+            raise
 
 
 def _run(
@@ -98,6 +102,8 @@ def _run(
     checkpoint_seconds: float,
     began: float,
 ) -> Record:
+    remove_parts(run.parent)
+    remove_parts(run)
     checkpoint = run / "checkpoint.safetensors"
     fingerprint = _fingerprint(prepared)
     kept = read_checkpoint(checkpoint)
@@ -118,6 +124,7 @@ def _run(
             on_record(record)
 
         def save_checkpoint() -> None:
+            os.fsync(log.fileno())
             tensors, state = trainer.state()
             write_checkpoint(checkpoint, tensors, state | {"fingerprint": fingerprint, "log_bytes": os.fstat(log.fileno()).st_size})
 
@@ -152,7 +159,7 @@ def _run(
             "best_metric": {"name": prepared.metric, "value": trainer.best_score},
         }
         emit(end)
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines would cut at U+2028
     write_text(run / "report.html", render([json.loads(line) for line in lines], run.resolve().parent.name))
     result |= {key: value for key, value in end.items() if key != "kind"} | {"output": str(run.parent)}
     write_text(run / "result.json", json.dumps(result, ensure_ascii=False, indent=2) + "\n")

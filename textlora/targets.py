@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from textlora.config import LoraConfig
 from textlora.errors import UsageError
 
-DEFAULT_TARGETS = ("query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "Wqkv", "q", "v", "in_proj")
+DEFAULT_TARGETS = ("query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "Wqkv", "q", "v", "in_proj", "q_proj", "v_proj")
 
 
 def resolve_layers(layers: str, count: int) -> list[int]:

@@ -13,6 +13,7 @@ from textlora.data.rows import Row, label_text, number, place
 from textlora.errors import DataError, UsageError
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -94,7 +95,7 @@ def infer_schema(rows: Sequence[Row], problem_type: str | None = None, label_sep
 
     The rule, where `problem_type` is None:
       1. any label is a list, or a separator is given: multi-label;
-      2. else all labels are finite numbers and at least one is not whole: regression;
+      2. else all labels are numbers and at least one is not whole: regression (where a NaN or infinity is an error, not a class);
       3. else single-label.
 
     Class names are the labels as text: "01" stays "01", 1 and 1.0 are "1" (a string "1.0" stays), True is "true". They stand
@@ -136,9 +137,9 @@ def _infer_type(rows: Sequence[Row], separator: str | None) -> str:
     fraction = False
     for row in rows:
         value = number(row.label)
-        if value is None:
+        if value is None and not (isinstance(row.label, (str, float)) and NOT_FINITE.fullmatch(str(row.label).strip())):
             return SINGLE
-        fraction = fraction or not value.is_integer()
+        fraction = fraction or (value is not None and not value.is_integer())
     return REGRESSION if fraction else SINGLE
 
 
