@@ -6,6 +6,7 @@ Reading trusts nothing: file hashes, names and shapes are checked, pickles are r
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from textlora.config import LoraConfig
+from textlora.config import PROBLEM_TYPES, TRUNCATIONS, LoraConfig
 from textlora.errors import AdapterError
 from textlora.files import atomic_path, sha256_file, write_text
 
@@ -233,9 +234,35 @@ def read_meta(folder: Path) -> AdapterMeta | None:
     values = {key: value for key, value in content.items() if key in known}
     values["labels"] = tuple(map(str, content["labels"]))
     values["golden"] = tuple(content["golden"])
-    if content.get("thresholds") is not None:
-        values["thresholds"] = tuple(map(float, content["thresholds"]))
+    if not _sound(values):
+        raise AdapterError(f"{path}: holds values that no textlora writes", "copy the adapter again")
+    if values.get("thresholds") is not None:
+        values["thresholds"] = tuple(map(float, values["thresholds"]))
     return AdapterMeta(**values)
+
+
+def _sound(values: Mapping[str, Any]) -> bool:
+    """Whether the parts of a side file fit each other: names, ranges, and as many numbers as there are labels."""
+    count, thresholds, separator = len(values["labels"]), values.get("thresholds"), values.get("label_separator")
+
+    def numbers(found: Any) -> bool:
+        return isinstance(found, list) and len(found) == count and all(type(x) in (int, float) and math.isfinite(x) for x in found)
+
+    return (
+        0 < count == len(set(values["labels"]))
+        and values["problem_type"] in PROBLEM_TYPES.values()
+        and values["pooling"] in ("first", "mean")
+        and values["truncation"] in TRUNCATIONS
+        and type(values["max_length"]) is int
+        and values["max_length"] >= 8
+        and 0 < values["temperature"] < math.inf
+        and (separator is None or isinstance(separator, str))
+        and (thresholds is None or numbers(thresholds))
+        and all(isinstance(values["base"].get(key), str) for key in ("model_type", "hash"))
+        and all(isinstance(digest, str) for digest in values["files"].values())
+        and all(isinstance(row, dict) and isinstance(row.get("text"), str) and numbers(row.get("logits")) for row in values["golden"])
+        and all("text_pair" in row and isinstance(row["text_pair"], str | None) for row in values["golden"])
+    )
 
 
 def _check_files(folder: Path, meta: AdapterMeta) -> None:

@@ -117,6 +117,13 @@ class TextClassifier:
             )
         return float(difference.max())
 
+    def require_pairs(self, all_given: bool, any_given: bool) -> None:
+        """Refuse single texts for a pair task and pairs for any other. Raises UsageError; a folder of PEFT's own does not say, and takes both."""
+        if self.meta.pairs and not all_given:
+            raise UsageError("this adapter was trained on text pairs and got single texts", "give the second texts (--text-pair-column)")
+        if any_given and not self.meta.pairs and self.meta.textlora_version:
+            raise UsageError("this adapter was trained on single texts and got pairs", "name the one column of the text with --text-column")
+
     def logits(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None) -> np.ndarray:
         """Logits (N, C) float32, rows in the order given."""
         return encoded_logits(self.model, self.tokenizer.encode(texts, pairs))
@@ -136,6 +143,7 @@ class TextClassifier:
             raise UsageError(f"{len(texts)} texts and {len(pairs)} pairs", "give one pair per text")
         if not texts:
             return []
+        self.require_pairs(pairs is not None and all(pair is not None for pair in pairs), pairs is not None and any(pair is not None for pair in pairs))
         logits = self.logits(texts, pairs)
         probs = probabilities(logits, self.meta.problem_type, self.meta.temperature)
         decided = decide(probs, self.meta.problem_type, None if self.meta.thresholds is None else np.array(self.meta.thresholds))

@@ -207,6 +207,8 @@ def predict(data: str, output: Path | None, logits: bool, as_json: bool, strict:
         raise UsageError("--json prints to standard output", "leave out --output, or name a .jsonl file without --json")
     with open_stream(data, **{name: value for name, value in columns.items() if value is not None}) as stream:
         classifier = _load(**flags)
+        paired = stream.columns.text_pair is not None
+        classifier.require_pairs(paired, paired)
         from textlora.predict import output_columns, output_values, predict_stream
 
         skipped = []
@@ -228,7 +230,7 @@ def predict(data: str, output: Path | None, logits: bool, as_json: bool, strict:
                 for record, prediction in rows:
                     sink.write(record.fields, output_values(classifier, prediction))
     if skipped:
-        print(f"textlora: {len(skipped)} rows skipped", file=sys.stderr)
+        print(f"textlora: {len(skipped)} row{'s' * (len(skipped) > 1)} skipped", file=sys.stderr)
     return 2 if skipped and strict else 0
 
 

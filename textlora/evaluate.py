@@ -39,6 +39,7 @@ def evaluate_table(classifier: TextClassifier, table: Table, rows_output: Path |
     """
     meta = classifier.meta
     require_texts(table)
+    classifier.require_pairs(table.columns.text_pair is not None, table.columns.text_pair is not None)
     schema = LabelSchema(meta.problem_type, meta.labels, meta.label_separator)
     labels = schema.encode_all(table.rows, table.columns.label or "label")
     pairs = [row.text_pair for row in table.rows]

@@ -74,12 +74,13 @@ def relabel_folder(path: Path, changes: Sequence[str]) -> None:
     folder = read_adapter(path)
     if folder.meta is None:
         raise UsageError(f"{path} has no textlora.json to relabel")
-    names = list(folder.meta.labels)
+    known, renamed = folder.meta.labels, {}
     for change in changes:
         old, separator, new = change.partition("=")
-        if not separator or old not in names or not new:
-            raise UsageError(f"--relabel {change}: not old=new with a known label", f"labels are: {', '.join(names[:10])}")
-        names[names.index(old)] = new
+        if not separator or old not in known or not new:
+            raise UsageError(f"--relabel {change}: not old=new with a known label", f"labels are: {', '.join(known[:10])}")
+        renamed[old] = new
+    names = [renamed.get(label, label) for label in known]  # all at once, so that two names can be swapped
     if len(set(names)) != len(names):
         raise UsageError("--relabel: two labels would have one name")
     card = path / "README.md"

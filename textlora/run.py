@@ -21,7 +21,7 @@ import torch
 from textlora.adapter import read_adapter
 from textlora.checkpoint import read_checkpoint, write_checkpoint
 from textlora.config import TrainConfig, read_config, write_config
-from textlora.errors import Interrupted, StorageError, UsageError
+from textlora.errors import AdapterError, Interrupted, StorageError, UsageError
 from textlora.files import folder_lock, remove_parts, write_text
 from textlora.finish import finish
 from textlora.hardware import peak_memory
@@ -196,7 +196,10 @@ def _start(prepared: Prepared) -> None:
     lost = [name for name in mine if ".lora_" in name and name not in folder.tensors]
     if lost or set(taken) != set(mine):
         raise UsageError(f"--init-adapter {source}: adapts other layers than this run", "give the same --target-modules, --layers and --use-dora")
-    prepared.model.load_trainable(taken)
+    try:
+        prepared.model.load_trainable(taken)
+    except AdapterError as error:
+        raise UsageError(f"--init-adapter {source}: {error.message}", "give the same --r") from error
     if not same_labels:
         start_head(prepared)
 

@@ -224,7 +224,7 @@ class Trainer:
         sign = 1 if METRICS[self.prepared.metric].higher_is_better else -1
         better = value is not None and (self.best_score is None or sign * value > sign * self.best_score)
         self.waited = 0 if better else self.waited + 1
-        if better or self.best_step == 0:
+        if better or self.best_score is None:  # a metric that is not defined yet cannot choose: the latest is kept
             self._keep_best(value)
         return record | {"loss": loss, "metrics": metrics, "best": better}
 
