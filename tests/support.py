@@ -145,7 +145,7 @@ def forked(job: Callable[[], int]) -> tuple[int, str, str]:
         try:
             for number, (_, writer) in enumerate(pipes, 1):
                 os.dup2(writer, number)
-            sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
             code = job()
         except BaseException as error:
             print(repr(error), file=sys.stderr)

@@ -36,7 +36,9 @@ def peft_logits(base: Path, folder: Path, texts: list[str], pairs: list[str] | N
     rows = []
     with torch.inference_mode():
         for i, text in enumerate(texts):
-            inputs = tokenizer(text, None if pairs is None else pairs[i], truncation=True, max_length=length, return_tensors="pt", return_token_type_ids=kinds)
+            inputs = tokenizer(
+                text, None if pairs is None else pairs[i], truncation=True, max_length=length, return_tensors="pt", return_token_type_ids=kinds
+            )
             rows.append(model(**inputs).logits[0].numpy())
     return np.array(rows)
 

@@ -244,9 +244,7 @@ def test_header_without_rows(train, tmp_path):
 
 def test_pairs_in_one_split_only(train, tmp_path):
     path = write_csv(tmp_path / "pairs.csv", [("a", "b", "pos")], ("sentence1", "sentence2", "label"))
-    assert train("--test", path) == (
-        "some splits hold text pairs and others single texts; name --text-pair-column, or leave it out in all files"
-    )
+    assert train("--test", path) == ("some splits hold text pairs and others single texts; name --text-pair-column, or leave it out in all files")
 
 
 # --- base models ---
@@ -654,7 +652,9 @@ def test_evaluate_in_words_and_with_rows(cli, single, tmp_path):
 def test_evaluate_picks_the_same_limited_rows(cli, single):
     import numpy as np
 
-    code, out, _ = cli("evaluate", single.folder, "--data", single.config.test, "--model", single.config.model, "--limit-eval", 5, "--seed", 3, "--json")
+    code, out, _ = cli(
+        "evaluate", single.folder, "--data", single.config.test, "--model", single.config.model, "--limit-eval", 5, "--seed", 3, "--json"
+    )
     assert code == 0
     assert json.loads(out)["rows"] == 5
     rows = Path(single.config.test).read_text(encoding="utf-8").splitlines()[1:]

@@ -279,6 +279,7 @@ def test_parquet_dataframe_and_dataset_agree(tmp_path, monkeypatch):
         return dataset
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("textlora.data.hub._require_hub", lambda repo: None)
     for source in ("some/set", "some/set:test", "some/set:fine:test"):
         assert contents(read_table(source)) == wanted
     assert asked == [("some/set", None, "train"), ("some/set", None, "test"), ("some/set", "fine", "test")]

@@ -72,7 +72,7 @@ def near(row: dict[str, Any], scores: dict[str, float]) -> bool:
 
 
 def test_csv_to_standard_output(cli, single, tmp_path):
-    path = write_csv(tmp_path / "in.csv", [(i, text, "x,\n\"y\"") for i, text in enumerate(TEXTS)], ("id", "review", "note"))
+    path = write_csv(tmp_path / "in.csv", [(i, text, 'x,\n"y"') for i, text in enumerate(TEXTS)], ("id", "review", "note"))
     out, err = predict(cli, single, path)
     assert err == ""
     rows = list(csv.DictReader(io.StringIO(out)))
@@ -127,7 +127,9 @@ def test_output_extension_decides_the_form(cli, single, tmp_path):
     predict(cli, single, path, "--output", tmp_path / "out.jsonl")
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["text"], row["label"]) for row in found] == [(text, label) for text, (label, _, _) in zip(TEXTS, answers(single), strict=True)]
-    assert cli.fails("predict", single.folder, "--data", path, "--output", tmp_path / "out.xlsx").startswith("unknown kind of file: out.xlsx; known are ")
+    assert cli.fails("predict", single.folder, "--data", path, "--output", tmp_path / "out.xlsx").startswith(
+        "unknown kind of file: out.xlsx; known are "
+    )
     assert not (tmp_path / "out.xlsx").exists()
 
 
@@ -151,9 +153,7 @@ def test_json_and_logits(cli, single, tmp_path):
 
 def test_bad_rows_are_said_and_left_out(cli, single, tmp_path):
     path = tmp_path / "in.csv"
-    path.write_bytes(
-        b"id,text\n1,good fun film\n2,too,many\n3,\n4,  \n5,caf\xe9\n6,dull film\n7\n8,\"a \"b\" c\"\n9,great plot\n"
-    )
+    path.write_bytes(b'id,text\n1,good fun film\n2,too,many\n3,\n4,  \n5,caf\xe9\n6,dull film\n7\n8,"a "b" c"\n9,great plot\n')
     output = tmp_path / "out.csv"
     out, err = predict(cli, single, path, "--output", output)
     assert out == ""

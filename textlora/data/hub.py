@@ -40,6 +40,7 @@ def load_hub(name: str, split: str):
 
     repo, *rest = name.split(":")
     config = rest[0] if len(rest) == 2 else None
+    _require_hub(repo)
     try:
         return datasets.load_dataset(repo, config, split=rest[-1] if rest else split)
     except Exception as error:  # network, hub and file errors of several libraries
@@ -47,6 +48,24 @@ def load_hub(name: str, split: str):
             f"the data set {name} could not be had from the hub: {_first_line(error)}",
             "check the name and the network, or download it and give the local path",
         ) from error
+
+
+def _require_hub(repo: str) -> None:
+    """Ask the hub once for the data set: `datasets` would retry a dead connection for half a minute, with a line for each try."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    local = "check the name, or download it and give the local path"
+    try:
+        HfApi().dataset_info(repo, timeout=10)
+    except OfflineModeIsEnabled:  # wanted: what is in the cache is used
+        return
+    except RepositoryNotFoundError as error:
+        raise DataError(f"{repo}: no file here and no such data set on the hub (or it is private)", local) from error
+    except HfHubHTTPError:  # `datasets` may still have it in its cache, or says more
+        return
+    except Exception as error:  # no connection
+        raise DataError(f"{repo}: no file here, and the hub cannot be reached", f"{local}; HF_HUB_OFFLINE=1 uses what was fetched before") from error
 
 
 def arrow_table(dataset, split: str, name: str):
