@@ -1,10 +1,12 @@
 """`textlora.train`: the training job as one Python call."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from textlora.classifier import TextClassifier
 from textlora.config import TrainConfig
+from textlora.errors import UsageError
 from textlora.run import run_training
 
 
@@ -37,6 +39,9 @@ def train(
     given = {"train": train, "validation": validation, "test": test}
     paths = {split: str(value) for split, value in given.items() if isinstance(value, str) or hasattr(value, "__fspath__")}
     sources = {split: value for split, value in given.items() if value is not None and split not in paths}
+    unknown = sorted(set(settings) - {item.name for item in dataclasses.fields(TrainConfig)})
+    if unknown:
+        raise UsageError(f"unknown setting '{unknown[0]}'", "settings are the fields of textlora.TrainConfig")
     config = TrainConfig(output=str(output), **paths, **settings)
     run_training(config, sources, resume=resume, on_record=callback or (lambda record: None))
     return TextClassifier.load(output, base=config.model, device=config.device)

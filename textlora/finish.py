@@ -15,6 +15,7 @@ from textlora.card import model_card
 from textlora.classifier import TextClassifier, encoded_logits
 from textlora.config import MULTI_LABEL, REGRESSION
 from textlora.errors import VerificationError
+from textlora.families import read_spec
 from textlora.files import write_text
 from textlora.golden import golden_rows
 from textlora.hardware import peak_memory
@@ -154,6 +155,10 @@ def _write_tokenizer(prepared: Prepared, folder: Path) -> None:
         settings = {}
     settings = {key: value for key, value in settings.items() if key not in ("name_or_path", "auto_map")}
     settings |= {"model_max_length": prepared.tokenizer.max_length}
+    spec = read_spec(prepared.files.config)
+    if not isinstance(spec, str):  # else AutoTokenizer may leave out the segment ids of pairs
+        inputs = ["input_ids", *(["token_type_ids"] if spec.family.uses_type_ids else []), "attention_mask"]
+        settings.setdefault("model_input_names", inputs)
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 

@@ -1,7 +1,7 @@
 """From settings to everything a run needs: rows, label schema, splits, token ids, data report and a fresh model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ def split_rows(tables: Mapping[str, Table], schema: LabelSchema, config: TrainCo
     """Pick the rows of each split.
 
     `--limit-train N` takes the first N of `default_rng(seed).permutation(n)`. Without validation data, rows beyond the limit are used
-    (half as many as train, at most 2,000), else a tenth of each class is split off; rows that repeat a training text are left out.
+    (half as many as train, at least 100 and at most 2,000), else a tenth of each class is split off; rows that repeat a training text are left out.
     """
     rng = lambda: np.random.default_rng(config.seed)
     everything = tables["train"].rows
@@ -176,4 +176,7 @@ def prepare(config: TrainConfig, sources: Mapping[str, Any] | None = None) -> Pr
     picked = {split: Table(rows[split], tables.get(split, tables["train"]).columns, split, "") for split in sets}
     lengths = np.array([e.full for e in sets["train"].encoded])
     report = check_tables(picked["train"], {s: t for s, t in picked.items() if s != "train"}, schema, lengths, tokenizer.max_length)
+    if "validation" not in sets:
+        warning = "no row is left for validation, so the last step is kept and nothing is calibrated"
+        report = replace(report, warnings=[*report.warnings, warning])
     return Prepared(config, files, model, reason, tokenizer, schema, sets, report, metric, tables["train"].sha256, device)
