@@ -1,7 +1,7 @@
 """Scores of `textlora train` with its defaults, one command per data set; test splits are read once, at the end of each run.
 
-    python benchmarks/accuracy.py path/to/data imdb      # three seeds of 1,000 IMDB rows
-    python benchmarks/accuracy.py path/to/data sets      # six kinds of task
+python benchmarks/accuracy.py path/to/data imdb      # three seeds of 1,000 IMDB rows
+python benchmarks/accuracy.py path/to/data sets      # six kinds of task
 """
 
 import argparse

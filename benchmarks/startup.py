@@ -1,6 +1,6 @@
 """How long a person waits: `textlora --help`, one text through `textlora predict`, and memory over 200,000 rows.
 
-    python benchmarks/startup.py path/to/an/adapter
+python benchmarks/startup.py path/to/an/adapter
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
         alone.append(timed(torch))
         help_.append(timed([textlora, "--help"]))
     extra = statistics.median(a - b for a, b in zip(one, alone, strict=True))
-    words = "train coast noon folder water book price garden letter music river glass".split()
+    words = ["train", "coast", "noon", "folder", "water", "book", "price", "garden", "letter", "music", "river", "glass"]
     peaks = []
     with tempfile.TemporaryDirectory() as scratch:
         for count in options.rows:
