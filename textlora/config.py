@@ -63,7 +63,7 @@ class TrainConfig:
     method: str = _option("lora", "What is trained besides the head.", ("lora",))
     pooling: str = _option("first", "What the head sees: the first token, as transformers has it, or the mean of all tokens.", ("first", "mean"))
     epochs: float = _option(4.0, "Passes over the training rows.")
-    learning_rate: float = _option(2e-3, "Peak learning rate of A, B and head.")
+    learning_rate: float = _option(1e-3, "Peak learning rate of A, B and head.")
     scheduler: str = _option("linear", "Course of the learning rate after the warm-up.", ("linear", "cosine", "constant"))
     warmup: float = _option(0.06, "Warm-up: a share of all steps if below 1, else a number of steps.")
     weight_decay: float = _option(0.01, "AdamW weight decay; never on biases and norms.")
