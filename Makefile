@@ -24,7 +24,7 @@ setup: $(VENV)/.dev
 
 demo: $(VENV)/.demo
 	@rm -rf demo
-	$(BIN)/textlora train --train $(REVIEWS)/train.csv --test $(REVIEWS)/test.csv --output demo/film-reviews
+	$(BIN)/textlora train --train $(REVIEWS)/train.csv --test $(REVIEWS)/test.csv --learning-rate 2e-3 --epochs 6 --output demo/film-reviews
 	@$(BIN)/python $(REVIEWS)/baseline.py
 	$(BIN)/textlora inspect demo/film-reviews
 	$(BIN)/textlora evaluate demo/film-reviews --data $(REVIEWS)/test.csv
@@ -49,9 +49,12 @@ check: setup
 docs: setup
 	$(BIN)/python docs/generate.py
 
-bench: setup
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/startup.py
+# make bench DATA=folder-of-data-sets
+bench: setup demo
+	$(BIN)/python benchmarks/training.py $(DATA)/imdb/train.parquet
+	$(BIN)/python benchmarks/startup.py demo/film-reviews
+	$(BIN)/python benchmarks/accuracy.py $(DATA) imdb
+	$(BIN)/python benchmarks/accuracy.py $(DATA) sets
 	$(BIN)/python docs/generate.py
 
 clean:
