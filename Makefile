@@ -39,7 +39,7 @@ test-wheel: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel/site build/wheel/textlora-*.whl
 	git archive HEAD | tar -x -C build/wheel/tree && rm -rf build/wheel/tree/textlora
-	cd build/wheel/tree && PYTHONPATH=../site ../../../$(BIN)/python -m pytest -q
+	cd build/wheel/tree && PYTHONPATH=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/python -m pytest -q
 
 check: setup
 	$(BIN)/ruff check .

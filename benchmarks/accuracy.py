@@ -16,11 +16,11 @@ from pathlib import Path
 from common import write_result
 
 SETS = {
-    "banking77": "--train banking77/train.parquet --test banking77/test.parquet",
-    "goemotions": "--train goemotions/train.parquet --test goemotions/test.parquet --limit-train 8000 --epochs 3",
-    "glue_stsb": "--train glue_stsb/train.parquet --validation glue_stsb/validation.parquet --test glue_stsb/test.parquet --epochs 3",
-    "glue_rte": "--train glue_rte/train.parquet --test glue_rte/validation.parquet",
-    "sms_spam": "--train sms_spam/train.parquet --validation sms_spam/validation.parquet --test sms_spam/test.parquet --metric macro_f1 --class-weights balanced",
+    "banking77": "--train banking77/train.parquet --test banking77/test.parquet --epochs 3",
+    "goemotions": "--train goemotions/train.parquet --test goemotions/test.parquet --limit-train 8000 --epochs 2",
+    "glue_stsb": "--train glue_stsb/train.parquet --validation glue_stsb/validation.parquet --test glue_stsb/test.parquet --epochs 2",
+    "glue_rte": "--train glue_rte/train.parquet --test glue_rte/validation.parquet --epochs 3",
+    "sms_spam": "--train sms_spam/train.parquet --validation sms_spam/validation.parquet --test sms_spam/test.parquet --metric macro_f1 --class-weights balanced --epochs 2",
     "nsmc_small": "--train nsmc_small/train.parquet --validation nsmc_small/validation.parquet --test nsmc_small/test.parquet --limit-train 4000 --epochs 2",
 }
 SHOWN = ("accuracy", "macro_f1", "micro_f1", "exact_match", "spearman", "pearson", "mcc")

@@ -43,13 +43,13 @@ def figures() -> str:
 
 
 def scores() -> str:
-    lines = ["| set | kind of task | test scores | training rows | epochs | seconds | flags of `textlora train` |", "|---|---|---|---|---|---|---|"]
+    lines = ["| set | kind of task | test scores | training rows | epochs | flags of `textlora train` |", "|---|---|---|---|---|---|"]
     for path in sorted(RESULTS.glob("set-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         (name, shown), details = record["rows"][0], record["details"]
         kind = details["problem_type"].replace("_classification", "").replace("_", "-")
         lines.append(
-            f"| {name} | {kind} | {shown} | {details['train_rows']:,} | {details['epochs']:g} | {details['train_seconds']:,.0f} | `{details['flags']}` |"
+            f"| {name} | {kind} | {shown} | {details['train_rows']:,} | {details['epochs']:g} | `{details['flags']}` |"
         )
     return "\n".join(lines)
 

@@ -79,8 +79,8 @@ class Display:
         if record["kind"] == "start":
             self.steps = record["steps"]
         if record["kind"] == "data":
-            for warning in record.get("warnings", []):
-                self.say(f"note: {warning}")
+            for line in record["lines"]:
+                self.say(line)
         if record["kind"] == "evaluation":
             self.metric = _metric(record["metrics"])
         if record["kind"] == "step":

@@ -130,7 +130,7 @@ def _run(
 
         if not log_bytes:
             emit(start_record(prepared, len(trainer.steps)))
-            emit({"kind": "data", **prepared.report.as_dict()})
+            emit({"kind": "data", **prepared.report.as_dict(), "lines": prepared.report.lines()})
         last = time.monotonic()
         for record in trainer.records():
             emit(record)
