@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/python $(REVIEWS)/baseline.py
 	$(BIN)/textlora inspect demo/film-reviews
 	$(BIN)/textlora evaluate demo/film-reviews --data $(REVIEWS)/test.csv
-	printf 'A slow start, then I forgot to breathe.\nTwo hours I will never get back.\n' | $(BIN)/textlora predict demo/film-reviews --data - --json
+	printf 'Warm, funny and beautifully acted; I would see it again tomorrow.\nDull, clumsy and far too long, a waste of good actors.\n' | $(BIN)/textlora predict demo/film-reviews --data - --json
 
 test: setup
 	$(BIN)/python -m pytest -q
