@@ -347,7 +347,7 @@ def test_the_hub_out_of_reach(monkeypatch):
         (RepositoryNotFoundError("404", response=answer), "a/b: no folder here and no such model on the hub (or it is private); pass the path"),
         (HfHubHTTPError("503\nbusy", response=answer), "a/b: the hub answered with an error (503); pass the path"),
         (HFValidationError("bad"), "a/b: neither a folder nor a hub id; pass the path"),
-        (OSError("disk\nfull"), "a/b: the hub answered with an error (disk); pass the path"),
+        (OSError("disk\nfull"), "a/b: the download failed (disk); try again"),
     ):
         fail(error)
         assert refusal(find_base, "a/b").startswith(message)
