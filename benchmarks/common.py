@@ -27,12 +27,20 @@ def machine() -> dict[str, Any]:
 
 def write_result(name: str, claim: str, rows: Sequence[tuple[str, str]], details: dict[str, Any]) -> None:
     """Write `results/NAME.json`: `rows` (what, value) go into the README, `details` hold everything measured."""
-    command = "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    command = "python " + shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_machine, sys.argv[1:])])
     record = {"claim": claim, "command": command, "machine": machine(), "rows": [list(row) for row in rows], "details": details}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for what, value in rows:
         print(f"{what}: {value}")
+
+
+def _without_machine(argument: str) -> str:
+    """An argument as a reader would type it: data outside the project become DATA/..."""
+    path = Path(argument)
+    if not path.exists() or path.resolve().is_relative_to(RESULTS.parent.parent):
+        return argument
+    return "/".join(["DATA", *path.parts[-2:]]) if path.is_file() else "DATA"
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:

@@ -4,7 +4,6 @@ docs/cli.md comes from the commands' own help, the tables in README.md and docs/
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -28,13 +27,8 @@ def _rows(names: list[str]) -> list[str]:
     lines = []
     for name in names:
         record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        lines += [f"| {what} | {value} | `{_generic(record['command'])}` |" for what, value in record["rows"]]
+        lines += [f"| {what} | {value} | `{record['command']}` |" for what, value in record["rows"]]
     return lines
-
-
-def _generic(command: str) -> str:
-    """A command as a reader would type it: data paths of one machine become a placeholder."""
-    return re.sub(r"(?:\.\./|/)[\w./-]*?(?=imdb|banking77|data\b)", "DATA/", command).replace("DATA/data", "DATA")
 
 
 def figures() -> str:
