@@ -1,7 +1,8 @@
 """`TextClassifier`: base, adapter, head, tokenizer and labels as one thing that loads and predicts."""
 
+import contextlib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from textlora.hardware import choose_device
 from textlora.model import Model, open_model
 from textlora.tokens import Encoded, TextTokenizer, load_tokenizer, pack, token_batches
 
-EVAL_TOKENS = 4096  # tokens per forward when predicting: larger gains nothing on CPU, see docs/log.md
+EVAL_TOKENS = 2048  # tokens per forward when predicting: larger is not faster on a CPU, and holds more memory
 GOLDEN_TOLERANCE = 1e-3
 
 
@@ -179,7 +180,7 @@ def encoded_logits(model: Model, encoded: Sequence[Encoded], max_tokens: int = E
     order = np.argsort(lengths, kind="stable")
     device = getattr(model, "device", "cpu")
     result: np.ndarray | None = None
-    with torch.inference_mode():
+    with torch.inference_mode(), _bounded_memory(model):
         for rows in token_batches(lengths, order, max_tokens):
             batch = pack([encoded[i] for i in rows], device=device)
             part = model.forward(batch).float().cpu().numpy()
@@ -189,6 +190,19 @@ def encoded_logits(model: Model, encoded: Sequence[Encoded], max_tokens: int = E
     if result is None:
         raise UsageError("there are no texts")
     return result
+
+
+@contextlib.contextmanager
+def _bounded_memory(model: Model) -> Iterator[None]:
+    """oneDNN keeps a compiled product for each of the last 1,024 shapes, some 100 MB over a long stream of packed batches, which
+    never repeat a shape; MKL, which is as fast in float32, keeps none. bfloat16 needs oneDNN."""
+    plain = str(getattr(model, "device", "")) == "cpu" and getattr(model, "dtype", None) == torch.float32
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and not plain
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def find_adapter_base(folder: AdapterFolder, base: str | None = None) -> BaseFiles:

@@ -60,6 +60,7 @@ class PackedModel:
     def __init__(self, base: BaseWeights, lora: LoraConfig, num_labels: int, pooling: str = "first", seed: int = 0, device: str = "cpu"):
         self.base, self.lora, self.pooling, self.device = base, lora, pooling, torch.device(device)
         self.encoder = PackedEncoder(base)
+        self.dtype = next(iter(base.tensors.values())).dtype
         self.max_length = base.spec.max_length
         spec, family = base.spec, base.spec.family
         names = {family.module(i, slot): (i, slot) for i in range(spec.layers) for slot in SLOTS}
