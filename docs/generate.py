@@ -42,9 +42,7 @@ def scores() -> str:
         record = json.loads(path.read_text(encoding="utf-8"))
         (name, shown), details = record["rows"][0], record["details"]
         kind = details["problem_type"].replace("_classification", "").replace("_", "-")
-        lines.append(
-            f"| {name} | {kind} | {shown} | {details['train_rows']:,} | {details['epochs']:g} | `{details['flags']}` |"
-        )
+        lines.append(f"| {name} | {kind} | {shown} | {details['train_rows']:,} | {details['epochs']:g} | `{details['flags']}` |")
     return "\n".join(lines)
 
 
