@@ -18,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def cli_reference() -> str:
     parts = ["# Command line", "", "Made from `textlora COMMAND --help` by `make docs`.", ""]
     for name in sorted(app.commands):
-        context = click.Context(app.commands[name], info_name=f"textlora {name}", max_content_width=110, terminal_width=110)
+        context = click.Context(app.commands[name], info_name=f"textlora {name}", terminal_width=110, **app.context_settings)
         parts += [f"## {name}", "", "```text", app.commands[name].get_help(context), "```", ""]
     return "\n".join(parts)
 
