@@ -194,8 +194,8 @@ def encoded_logits(model: Model, encoded: Sequence[Encoded], max_tokens: int = E
 
 @contextlib.contextmanager
 def _bounded_memory(model: Model) -> Iterator[None]:
-    """oneDNN keeps a compiled product for each of the last 1,024 shapes, some 100 MB over a long stream of packed batches, which
-    never repeat a shape; MKL, which is as fast in float32, keeps none. bfloat16 needs oneDNN."""
+    """Memory grows over a long stream with oneDNN, probably by its cache per shape, and is flat without it at the same
+    speed in float32 (docs/log.md). bfloat16 needs oneDNN."""
     plain = str(getattr(model, "device", "")) == "cpu" and getattr(model, "dtype", None) == torch.float32
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and not plain

@@ -1,5 +1,6 @@
 """Predictions written beside what they were made from, in the format they came in, a row at a time."""
 
+import abc
 import contextlib
 import csv
 import gzip
@@ -19,7 +20,7 @@ GROUP = 2000  # rows of a Parquet row group, all that is held in memory
 PATIENCE = 10  # so many groups are held where all rows so far were bad, and so the types of the predictions are not known
 
 
-class Sink:
+class Sink(abc.ABC):
     """Rows go in by `write`; `format` is what is written and `names` what each extra column is called there."""
 
     def __init__(self, format: str, fieldnames: Sequence[str], extra_columns: Sequence[str]):
@@ -27,9 +28,9 @@ class Sink:
         self.fieldnames = list(fieldnames)
         self.names = {name: free_name(name, self.fieldnames) for name in extra_columns}
 
+    @abc.abstractmethod
     def write(self, fields: Mapping[str, object], extra: Mapping[str, object]) -> None:
         """Write one row: its original fields, then the extra ones; what is missing stays empty."""
-        raise NotImplementedError
 
     def flush(self) -> None:
         """Hand over what is buffered, where the format allows."""
