@@ -32,10 +32,10 @@ class Sink(abc.ABC):
     def write(self, fields: Mapping[str, object], extra: Mapping[str, object]) -> None:
         """Write one row: its original fields, then the extra ones; what is missing stays empty."""
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027  (optional)
         """Hand over what is buffered, where the format allows."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (optional)
         """Write what is left. Called once, by `open_sink`."""
 
 
