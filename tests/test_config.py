@@ -9,7 +9,7 @@ from typing import Any
 import click
 import pytest
 
-from textlora.cli import train
+from textlora.cli.train import train
 from textlora.config import LoraConfig, TrainConfig, field_type, read_config, write_config
 from textlora.errors import UsageError
 from textlora.options import merge_settings

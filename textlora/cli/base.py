@@ -1,0 +1,53 @@
+"""The command group, and the options and helpers that commands share."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from textlora.config import PROBLEM_TYPES
+from textlora.options import CommaList
+
+DATA_FLAGS = ("text_column", "text_pair_column", "label_column", "label_separator", "encoding")
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on one line; everything else goes to standard error.")
+quiet_option = click.option("--quiet", is_flag=True, help="Show no progress.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="textlora", message="textlora %(version)s")
+def app() -> None:
+    """One frozen encoder, thousands of small text classifiers."""
+
+
+def print_json(record: dict[str, Any]) -> None:
+    click.echo(json.dumps(record, ensure_ascii=False))
+
+
+def folder_options(command: Callable) -> Callable:
+    """FOLDER and the options every command on an adapter folder has."""
+    for option in (
+        click.argument("folder", type=click.Path(path_type=Path)),
+        click.option("--model", "base", metavar="MODEL", help="Base model: folder or hub id. Default: the one the adapter names."),
+        click.option("--labels", type=CommaList(), metavar="NAMES", help="Label names in class order, for a folder without textlora.json."),
+        click.option("--problem-type", type=click.Choice(tuple(PROBLEM_TYPES)), help="Task of such a folder."),
+        click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto."),
+        click.option("--threads", type=click.IntRange(1), help="CPU threads."),
+        click.option("--no-verify", is_flag=True, help="Skip only the recomputing of the golden examples."),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
+def load_classifier(
+    folder: Path, base: str | None, labels: tuple[str, ...] | None, problem_type: str | None, device: str, threads: int | None, no_verify: bool
+):
+    from textlora.classifier import TextClassifier
+
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    return TextClassifier.load(folder, base=base, labels=labels, problem_type=problem_type, device=device, verify=not no_verify)
