@@ -1,6 +1,7 @@
 """The fast path against transformers + peft: logits, gradients, every family, every target, every length."""
 
 import copy
+import dataclasses
 import hashlib
 import itertools
 
@@ -11,9 +12,10 @@ from conftest import FAST, both_ways, make_tiny, random_adapter, random_batch
 
 from textlora.base import find_base, read_weights
 from textlora.config import LoraConfig
-from textlora.encoder import activate, attend, attend_plain
+from textlora.encoder import activate, attend, attend_first, attend_plain
 from textlora.errors import UsageError
 from textlora.families import read_spec
+from textlora.lora import Lora, lora_linear
 from textlora.model import PackedModel, open_model, parameter_counts
 from textlora.reference import ReferenceModel
 from textlora.tokens import Encoded, TextTokenizer, load_tokenizer, pack
@@ -243,6 +245,50 @@ def test_cpu_attention_takes_a_strided_gradient():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("kind", ["plain", "lora", "dora"])
+def test_first_token_attention_needs_no_keys_and_values(kind):
+    """float64: the folded product gives what forming K and V gives, and so do its gradients."""
+    batch = random_batch(LENGTHS)
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    x, queries, weight, bias = draw(batch.tokens, 32).requires_grad_(), draw(batch.size, 32).requires_grad_(), 0.2 * draw(64, 32), draw(64)
+    leaves = [x, queries]
+    loras = [None, None]
+    if kind != "plain":
+        loras = [Lora(draw(4, 32), draw(32, 4), 0.3, draw(32).abs() if kind == "dora" else None) for _ in range(2)]
+        leaves += [t.requires_grad_() for lora in loras for t in (lora.A, lora.B, lora.magnitude) if t is not None]
+    adapted = [(32 * k, lora) for k, lora in enumerate(loras) if lora is not None]
+    slow = attend_plain(lora_linear(x, weight, bias, adapted), queries, batch.runs(), 4)
+    fast = attend_first(x, queries, batch.runs(), 4, weight, bias[32:], *loras)
+    torch.testing.assert_close(fast, slow, rtol=1e-11, atol=1e-11)
+    cotangent = draw(*slow.shape)
+    for mine, theirs in zip(*(torch.autograd.grad((y * cotangent).sum(), leaves) for y in (fast, slow)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize("family", FAST)
+def test_hidden_states_computed_before_give_the_same_logits(family, pooling, tiny_base):
+    lora = LoraConfig(r=4, layers="last:1", target_modules=("all-linear",))
+    model = open_model(find_base(str(tiny_base(family))), lora, 3, pooling=pooling)[0]
+    random_adapter(model)
+    batch = random_batch(LENGTHS)
+    hidden = dataclasses.replace(batch, hidden=model.encoder.prefix(batch, 1), depth=1)
+    assert torch.equal(model.forward(hidden), model.forward(batch))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_checkpointing_changes_no_gradient(dropout, tiny_base):
+    lora = LoraConfig(r=4, lora_dropout=dropout, use_dora=True, target_modules=("all-linear",))
+    model = open_model(find_base(str(tiny_base("bert"))), lora, 3)[0]
+    random_adapter(model)
+    batch = random_batch(LENGTHS)
+    found = []
+    for model.gradient_checkpointing in (False, True):
+        found.append(torch.autograd.grad(model.forward(batch, 5).square().sum(), list(model.trainable().values())))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_training_never_touches_the_base(pooling, tiny_base):
     """Optimizer steps with dropout and DoRA change every trainable tensor and not one bit of the base or its file."""
@@ -257,8 +303,7 @@ def test_training_never_touches_the_base(pooling, tiny_base):
     losses = []
     batch = random_batch(LENGTHS, labels=np.arange(len(LENGTHS)) % 3)
     for step in range(8):
-        model.training(True, seed=step)
-        loss = torch.nn.functional.cross_entropy(model.forward(batch), batch.labels)
+        loss = torch.nn.functional.cross_entropy(model.forward(batch, step), batch.labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -299,20 +344,15 @@ def test_dropout_follows_the_seed(tiny_base):
     batch = random_batch(LENGTHS)
     still = model.forward(batch)
     state = torch.get_rng_state()
-    model.training(True, 1)
-    first, second = model.forward(batch), model.forward(batch)
-    model.training(True, 1)
-    assert torch.equal(model.forward(batch), first)
-    assert not torch.equal(first, second)
-    model.training(True, 2)
-    assert not torch.equal(model.forward(batch), first)
-    model.training(False)
+    first = model.forward(batch, 1)
+    assert not torch.equal(first, still)
+    assert torch.equal(model.forward(batch, 1), first)
+    assert not torch.equal(model.forward(batch, 2), first)
     assert torch.equal(model.forward(batch), still)
     assert torch.equal(torch.get_rng_state(), state)
     plain = open_model(find_base(str(tiny_base("bert"))), LoraConfig(r=4), 3)[0]
     plain.load_trainable(model.trainable())
-    plain.training(True, 1)  # dropout 0: training changes nothing
-    assert torch.equal(plain.forward(batch), still)
+    assert torch.equal(plain.forward(batch, 1), still)  # dropout 0: a seed changes nothing
 
 
 def test_a_text_longer_than_the_position_table_is_refused(tiny_base):

@@ -214,17 +214,11 @@ def test_dropout_follows_the_seed(tiny_base):
         still = model.forward(batch)
         assert torch.equal(model.forward(batch), still)  # base dropout of 0.1 is off
         state = torch.get_rng_state()
-        model.training(True, 1)
-        first, second = model.forward(batch), model.forward(batch)
+        first = model.forward(batch, 1)
         assert not torch.equal(first, still)
-        assert not torch.equal(first, second)
         torch.manual_seed(99)
-        model.training(True, 1)
-        assert torch.equal(model.forward(batch), first)
-        assert torch.equal(model.forward(batch), second)
-        model.training(True, 2)
-        assert not torch.equal(model.forward(batch), first)
-        model.training(False)
+        assert torch.equal(model.forward(batch, 1), first)
+        assert not torch.equal(model.forward(batch, 2), first)
         assert torch.equal(model.forward(batch), still)
         torch.set_rng_state(state)
 
@@ -234,8 +228,7 @@ def test_dropout_masks_only_lora(tiny_base):
     model = ReferenceModel.create(tiny_base("bert"), LoraConfig(r=4, lora_dropout=0.5, layers="last:1"), 3)
     batch = random_batch([4, 4])
     still = model.forward(batch)
-    model.training(True, 1)
-    assert torch.equal(model.forward(batch), still)
+    assert torch.equal(model.forward(batch, 1), still)
 
 
 def test_creating_leaves_the_process_as_it_was(tiny_base):

@@ -94,7 +94,6 @@ class TextClassifier:
             model.load_trainable(folder.tensors)
         except AdapterError as error:
             raise AdapterError(f"{path}: {error.message}", error.fix) from error
-        model.training(False)
         where = folder.path if (folder.path / "tokenizer.json").is_file() else files.folder
         length = min(meta.max_length, model.max_length)
         tokenizer = TextTokenizer(load_tokenizer(where, files.config["model_type"]), length, meta.truncation)

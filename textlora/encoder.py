@@ -1,5 +1,7 @@
 """One packed forward for BERT-like encoders: no padding, LoRA by slot, only first tokens in the last layer where that is enough.
 
+A batch may bring the hidden states of its tokens at some depth (`PackedBatch.hidden`): the blocks below are then skipped.
+
 Shapes: T tokens, B texts, H width, h heads, d = H / h. Post-norm blocks as in Devlin et al. 2018 (arXiv 1810.04805).
 """
 
@@ -8,10 +10,11 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from textlora.base import BaseWeights
 from textlora.errors import UsageError
-from textlora.lora import Lora, lora_linear
+from textlora.lora import Lora, dora_scale, lora_linear
 from textlora.tokens import PackedBatch
 
 Runs = list[tuple[int, int, int, int]]
@@ -43,13 +46,16 @@ class PackedEncoder:
                 block[f"qkv.{part}"] = torch.cat([block.pop(f"{slot}.{part}") for slot in ("query", "key", "value")])
             self.blocks.append(block)
 
-    def forward(self, batch: PackedBatch, loras: Loras, *, pooling: str = "first", generator: torch.Generator | None = None) -> Tensor:
+    def forward(
+        self, batch: PackedBatch, loras: Loras, *, pooling: str = "first", dropout_seed: int | None = None, checkpointing: bool = False
+    ) -> Tensor:
         """Encode a batch.
 
         Args:
             loras: (layer, slot) -> LoRA, slots as in `families.SLOTS`.
             pooling: "first" gives each text's first token, "mean" the mean of its tokens.
-            generator: draws LoRA dropout masks; None means no dropout.
+            dropout_seed: of the LoRA dropout masks; None means no dropout.
+            checkpointing: keep only each block's input for the backward pass and compute the rest again (arXiv 1604.06174).
 
         Returns:
             (B, H), texts in packed order.
@@ -57,17 +63,29 @@ class PackedEncoder:
         Raises:
             UsageError: a text is longer than the position table.
         """
-        runs = batch.runs()
-        if runs and runs[-1][3] > self.spec.max_length:
-            raise UsageError(f"a text of {runs[-1][3]} tokens, the base model takes {self.spec.max_length}", "lower --max-length")
-        x = self._embed(batch)
+        runs = self._runs(batch)
+        x = self._embed(batch) if batch.hidden is None else batch.hidden
         firsts = batch.cu_seqlens[:-1].to(x.device)
-        for i in range(self.spec.layers):
+        for i in range(batch.depth, self.spec.layers):
             last = i == self.spec.layers - 1 and pooling == "first"
-            x = self._block(i, x, runs, loras, generator, firsts if last else None)
+            arguments = (i, x, runs, loras, dropout_seed, firsts if last else None)
+            x = checkpoint(self._block, *arguments, use_reentrant=False, preserve_rng_state=False) if checkpointing else self._block(*arguments)
         if pooling == "first":
             return x if self.spec.layers else x[firsts]
         return torch.stack([part.mean(0) for part in x.split(batch.cu_seqlens.diff().tolist())])
+
+    def prefix(self, batch: PackedBatch, depth: int) -> Tensor:
+        """Hidden states (T, H) at the input of block `depth`, no adapter below it. Raises UsageError as `forward` does."""
+        runs, x = self._runs(batch), self._embed(batch)
+        for i in range(depth):
+            x = self._block(i, x, runs, {}, None, None)
+        return x
+
+    def _runs(self, batch: PackedBatch) -> Runs:
+        runs = batch.runs()
+        if runs and runs[-1][3] > self.spec.max_length:
+            raise UsageError(f"a text of {runs[-1][3]} tokens, the base model takes {self.spec.max_length}", "lower --max-length")
+        return runs
 
     def _embed(self, batch: PackedBatch) -> Tensor:
         e = self.embeddings
@@ -90,8 +108,9 @@ class PackedEncoder:
         before = (counted - real.long())[first]
         return torch.where(real, counted - before - 1 + offset, offset - 1)
 
-    def _block(self, i: int, x: Tensor, runs: Runs, loras: Loras, generator: torch.Generator | None, firsts: Tensor | None) -> Tensor:
+    def _block(self, i: int, x: Tensor, runs: Runs, loras: Loras, dropout_seed: int | None, firsts: Tensor | None) -> Tensor:
         w, hidden = self.blocks[i], self.spec.hidden
+        generator = None if dropout_seed is None else torch.Generator(x.device).manual_seed(dropout_seed + i)
 
         def dense(value: Tensor, name: str, slots: tuple[str, ...], rows: slice = slice(None)) -> Tensor:
             adapted = [(k * hidden, loras[i, slot]) for k, slot in enumerate(slots) if (i, slot) in loras]
@@ -100,9 +119,13 @@ class PackedEncoder:
         if firsts is None:
             context = attend(dense(x, "qkv", ("query", "key", "value")), None, runs, self.spec.heads)
         else:
-            keys_values = dense(x, "qkv", ("key", "value"), slice(hidden, None))
+            key, value = loras.get((i, "key")), loras.get((i, "value"))
+            queries = dense(x[firsts], "qkv", ("query",), slice(hidden))
+            if generator is not None and any(lora is not None and lora.dropout for lora in (key, value)):  # masks are drawn per token
+                context = attend(dense(x, "qkv", ("key", "value"), slice(hidden, None)), queries, runs, self.spec.heads)
+            else:
+                context = attend_first(x, queries, runs, self.spec.heads, w["qkv.weight"][hidden:], w["qkv.bias"][2 * hidden :], key, value)
             x = x[firsts]
-            context = attend(keys_values, dense(x, "qkv", ("query",), slice(hidden)), runs, self.spec.heads)
         x = self._norm(i, "attention_norm", x + dense(context, "attention_output", ("attention_output",)))
         inner = activate(dense(x, "intermediate", ("intermediate",)), self.spec.activation)
         return self._norm(i, "output_norm", x + dense(inner, "output", ("output",)))
@@ -137,6 +160,48 @@ def attend_plain(projected: Tensor, queries: Tensor | None, runs: Runs, heads: i
         q = q[0] if queries is None else queries[first : first + count].view(count, 1, heads, -1).transpose(1, 2)
         outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, q.shape[1] * q.shape[3]))
     return torch.cat(outputs)
+
+
+def attend_first(
+    x: Tensor, queries: Tensor, runs: Runs, heads: int, weight: Tensor, value_bias: Tensor, key_lora: Lora | None, value_lora: Lora | None
+) -> Tensor:
+    """Attention of one query per text without forming any key or value, exact up to rounding.
+
+    For head h with `W_k,h` and `W_v,h` (d, H): `scores = (q_h W_k,h) X^T`, where the key's bias adds the same number to every score and so
+    falls out of the softmax, and `out_h = (p_h X) W_v,h^T + b_v,h`. The only products over all tokens have h rows per text.
+
+    Args:
+        x: (T, H) input of the block; queries: (B, H), one per text.
+        weight: (2H, H), keys then values; value_bias: (H,).
+
+    Returns:
+        (B, H)
+    """
+    count, width = queries.shape
+    d = width // heads
+    key_weight, value_weight = weight[:width], weight[width:]
+    q = queries * d**-0.5
+    if key_lora is not None and (scale := dora_scale(key_weight, key_lora)) is not None:
+        q = q * scale.to(q.dtype)
+    q = q.view(count, heads, d).transpose(0, 1)
+    keys = torch.bmm(q, key_weight.view(heads, d, width))
+    if key_lora is not None:
+        keys = keys + key_lora.scaling * (torch.bmm(q, key_lora.B.to(q.dtype).view(heads, d, -1)) @ key_lora.A.to(q.dtype))
+    keys = keys.transpose(0, 1).contiguous()
+    means = []
+    for (first, texts, _, length), part in zip(runs, x.split([run[1] * run[3] for run in runs]), strict=True):
+        tokens = part.view(texts, length, width)
+        shares = torch.softmax(torch.bmm(keys[first : first + texts], tokens.transpose(1, 2)), dim=-1)
+        means.append(torch.bmm(shares, tokens))
+    mean = torch.cat(means).transpose(0, 1)
+    out = torch.bmm(mean, value_weight.view(heads, d, width).transpose(1, 2))
+    if value_lora is not None:
+        low = mean @ value_lora.A.to(mean.dtype).T
+        out = out + value_lora.scaling * torch.bmm(low, value_lora.B.to(mean.dtype).view(heads, d, -1).transpose(1, 2))
+    out = out.transpose(0, 1).reshape(count, width)
+    if value_lora is not None and (scale := dora_scale(value_weight, value_lora)) is not None:
+        out = out * scale.to(out.dtype)
+    return out + value_bias
 
 
 class _RunAttention(torch.autograd.Function):

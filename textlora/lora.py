@@ -40,12 +40,15 @@ def weight_norm(weight: Tensor, lora: Lora) -> Tensor:
         return torch.linalg.vector_norm(weight.float() + lora.scaling * (lora.B.float() @ lora.A.float()), dim=1)
 
 
+def dora_scale(weight: Tensor, lora: Lora) -> Tensor | None:
+    """DoRA's factor `c` (out,) on the adapted output of a dense layer; None where the adapter is not DoRA."""
+    return None if lora.magnitude is None else lora.magnitude / weight_norm(weight, lora)
+
+
 def delta(weight: Tensor, lora: Lora) -> Tensor:
     """What merging adds to `weight`, (out, in): `s B A`, or with DoRA `c (W + s B A) - W`."""
-    change = lora.scaling * (lora.B @ lora.A)
-    if lora.magnitude is None:
-        return change
-    return (lora.magnitude / weight_norm(weight, lora)).unsqueeze(1) * (weight + change) - weight
+    change, scale = lora.scaling * (lora.B @ lora.A), dora_scale(weight, lora)
+    return change if scale is None else scale.unsqueeze(1) * (weight + change) - weight
 
 
 def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequence[tuple[int, Lora]]) -> Tensor:
@@ -55,8 +58,9 @@ def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequ
         stop = start + lora.B.shape[0]
         outputs.append(F.linear(x, weight[at:start]))
         part = F.linear(x, weight[start:stop]) + lora.scaling * (x @ lora.A.T) @ lora.B.T
-        if lora.magnitude is not None:
-            part = lora.magnitude / weight_norm(weight[start:stop], lora) * part
+        scale = dora_scale(weight[start:stop], lora)
+        if scale is not None:
+            part = scale * part
         outputs.append(part)
         at = stop
     outputs.append(F.linear(x, weight[at:]))
@@ -90,8 +94,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor, loras: Sequence[tuple[i
     for start, lora in loras:
         stop = start + lora.B.shape[0]
         pieces.append(y.new_ones(start - at))
-        norm = weight_norm(weight[start:stop], lora)
-        pieces.append(y.new_ones(stop - start) if lora.magnitude is None else (lora.magnitude / norm).to(y.dtype))
+        scale = dora_scale(weight[start:stop], lora)
+        pieces.append(y.new_ones(stop - start) if scale is None else scale.to(y.dtype))
         at = stop
     pieces.append(y.new_ones(weight.shape[0] - at))
     return y * torch.cat(pieces) + bias

@@ -31,15 +31,12 @@ class Model(Protocol):
     target_modules: list[str]
     modules_to_save: list[str]
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Logits (B, C) float32 in packed order."""
+    def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
+        """Logits (B, C) float32 in packed order. `dropout_seed` draws LoRA's dropout masks, None means none; the base's own dropout is always off."""
 
     def trainable(self) -> dict[str, Tensor]: ...
 
     def load_trainable(self, tensors: Mapping[str, Tensor]) -> None: ...
-
-    def training(self, on: bool, seed: int = 0) -> None:
-        """Switch LoRA dropout; `seed` fixes the masks of the next forwards. Base-model dropout is always off."""
 
     def base_hash(self) -> str: ...
 
@@ -70,8 +67,8 @@ class PackedModel:
         self._head = MEAN_HEAD if pooling == "mean" else family.head
         trained = [layer for layer in self._head if not self._frozen(layer)]
         self.modules_to_save = _top_modules(trained, family.prefix)
+        self.gradient_checkpointing = False
         self._trainable = self._initial(trained, spec, num_labels, torch.Generator().manual_seed(seed))
-        self._generator: torch.Generator | None = None
 
     def _frozen(self, layer: HeadLayer) -> bool:
         return layer.module.endswith("pooler.dense") and "pooler.weight" in self.base.tensors
@@ -114,8 +111,10 @@ class PackedModel:
             )
         return made
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        x = self.encoder.forward(batch, self.loras(), pooling=self.pooling, generator=self._generator).float()
+    def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
+        seed = dropout_seed if self.lora.lora_dropout else None
+        keep_less = self.gradient_checkpointing and torch.is_grad_enabled()
+        x = self.encoder.forward(batch, self.loras(), pooling=self.pooling, dropout_seed=seed, checkpointing=keep_less).float()
         for layer in self._head:
             if self._frozen(layer):
                 weight, bias = self.base.tensors["pooler.weight"].float(), self.base.tensors["pooler.bias"].float()
@@ -130,10 +129,6 @@ class PackedModel:
     def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors in place. Raises AdapterError where a name or shape differs."""
         copy_strictly(self._trainable, tensors)
-
-    def training(self, on: bool, seed: int = 0) -> None:
-        dropout = on and self.lora.lora_dropout > 0
-        self._generator = torch.Generator(self.device).manual_seed(seed) if dropout else None
 
     def base_hash(self) -> str:
         return self.base.hash

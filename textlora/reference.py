@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import peft
 import torch
 import transformers
@@ -89,7 +88,6 @@ class ReferenceModel:
         self._takes_types = uses_types and "token_type_ids" in encoder_takes
         self._padded = kind in PADDED
         self._pad_id = getattr(config, "pad_token_id", None) or 0
-        self._dropout: tuple[int, int] | None = None
         net.eval()
         for parameter in net.parameters():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
@@ -163,8 +161,8 @@ class ReferenceModel:
                 raise AdapterError(f"{adapter_folder}: peft did not load tensor '{name}' as it was saved")
         return model
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Logits (B, C) float32 in packed order.
+    def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
+        """Logits (B, C) float32 in packed order; equal seeds give equal dropout masks.
 
         Raises:
             UsageError: a text is longer than the base model takes.
@@ -172,7 +170,7 @@ class ReferenceModel:
         runs = batch.runs()
         if runs and runs[-1][3] > self.max_length:
             raise UsageError(f"a text of {runs[-1][3]} tokens, the base model takes {self.max_length}", "lower --max-length")
-        with self._masks(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self._dropout(dropout_seed), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if self._padded and len(runs) > 1:
                 logits = self._net(**self._pad(batch)).logits
             else:
@@ -197,15 +195,20 @@ class ReferenceModel:
         return {"input_ids": spread(batch.ids, self._pad_id), "attention_mask": spread(torch.ones_like(batch.ids), 0), **types}
 
     @contextlib.contextmanager
-    def _masks(self) -> Iterator[None]:
-        """Dropout masks from the seed of `training` and the number of forwards since; other users' random numbers stay as they are."""
-        if self._dropout is None:
+    def _dropout(self, seed: int | None) -> Iterator[None]:
+        """LoRA dropout with masks from `seed`, none for None; other users' random numbers stay as they are."""
+        if seed is None or not self.lora.lora_dropout:
             yield
             return
-        seed, calls = self._dropout
-        self._dropout = (seed, calls + 1)
-        with _seeded(int(np.random.SeedSequence([seed, calls]).generate_state(1, np.uint64)[0] >> 1), self.device):
-            yield
+        layers = [module for module in self._net.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:  # the layer itself too: DoRA asks it, not its dropout, whether it trains
+            layer.train(True)
+        try:
+            with _seeded(seed, self.device):
+                yield
+        finally:
+            for layer in layers:
+                layer.train(False)
 
     def trainable(self) -> dict[str, Tensor]:
         """PEFT file names -> float32 leaves: per layer A, B and magnitude, then the head."""
@@ -214,14 +217,6 @@ class ReferenceModel:
     def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors in place. Raises AdapterError where a name or shape differs."""
         copy_strictly(self._trainable, tensors)
-
-    def training(self, on: bool, seed: int = 0) -> None:
-        """Switch LoRA dropout; equal seeds give equal masks to the forwards that follow. Base-model dropout is always off."""
-        on = on and self.lora.lora_dropout > 0
-        self._dropout = (seed, 0) if on else None
-        for module in self._net.modules():
-            if isinstance(module, LoraLayer):  # the layer itself too: DoRA asks it, not its dropout, whether it trains
-                module.train(on)
 
     def base_hash(self) -> str:
         """`base.weights_hash` of the frozen tensors, equal to PackedModel's on the same checkpoint."""

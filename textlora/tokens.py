@@ -32,6 +32,7 @@ class PackedBatch:
         cu_seqlens: (B+1,) int64 on the CPU; text b is `cu_seqlens[b]:cu_seqlens[b+1]`.
         rows: (B,) int64 on the CPU; where text b stood in the list that was packed.
         labels: class ids (B,) int64, indicators (B, C) float32, or targets (B,) float32; None when predicting.
+        hidden: (T, H) hidden states at the input of block `depth`, where somebody has computed them before; None from the start.
     """
 
     ids: Tensor
@@ -40,6 +41,8 @@ class PackedBatch:
     cu_seqlens: Tensor
     rows: Tensor
     labels: Tensor | None = None
+    hidden: Tensor | None = None
+    depth: int = 0
 
     @property
     def tokens(self) -> int:

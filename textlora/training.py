@@ -177,14 +177,12 @@ class Trainer:
         tokens = 0
         for k, piece in enumerate(token_batches(self.lengths, rows, PIECE_TOKENS)):
             seed = int(np.random.SeedSequence([self.config.seed, self.step, k]).generate_state(1, np.uint64)[0] >> 1)
-            self.model.training(True, seed)
             batch = pack([self.train_set.encoded[i] for i in piece], self.train_set.labels[piece], self.prepared.device)
-            loss, part = self.loss(self.model.forward(batch), batch.labels)
+            loss, part = self.loss(self.model.forward(batch, seed), batch.labels)
             loss.backward()
             total += loss.detach()
             weight += part
             tokens += batch.tokens
-        self.model.training(False)
         mean = float(total / weight) if float(weight) else 0.0
         if not math.isfinite(mean):
             raise TrainingError(f"the loss is {mean} at step {self.step + 1}", "lower --learning-rate")
