@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,28 @@ SIDE_FILE = "textlora.json"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
+FOLDER_FILES = (  # beside textlora.json: what is hashed, fetched from a hub and pushed to one
+    CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.txt", "vocab.json", "merges.txt",
+)  # fmt: skip
 MEAN_POOLING_TYPE = "TEXTLORA_MEAN_POOLING"
+_WRAPPED = re.compile(r"(?<=\.)(?:modules_to_save\.(?:default\.)?|original_module\.)")
+_REWRITING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights, some with a number behind
+_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+_REFUSED = {  # keys of PEFT's config that change the answer
+    "lora_bias": "a bias on B",
+    "megatron_config": "Megatron layers",
+    "trainable_token_indices": "trained token embeddings",
+    "target_parameters": "LoRA on bare parameters",
+    "layer_replication": "repeated layers",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "routing between adapters",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+}
 _SCHEMA: dict[str, type | tuple[type, ...]] = {
     "labels": list,
     "problem_type": str,
@@ -79,10 +101,10 @@ class AdapterFolder:
 def peft_config(lora: LoraConfig, target_modules: list[str], modules_to_save: list[str], pooling: str, base_id: str | None, revision: str | None):
     """`adapter_config.json` as PEFT reads it. A mean-pooling adapter names a type of its own: no transformers class computes it."""
     return {
-        "alpha_pattern": {},
+        "alpha_pattern": dict(lora.alpha_pattern),
         "auto_mapping": None,
         "base_model_name_or_path": base_id,
-        "bias": "none",
+        "bias": lora.bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -93,7 +115,7 @@ def peft_config(lora: LoraConfig, target_modules: list[str], modules_to_save: li
         "modules_to_save": modules_to_save,
         "peft_type": MEAN_POOLING_TYPE if pooling == "mean" else "LORA",
         "r": lora.r,
-        "rank_pattern": {},
+        "rank_pattern": dict(lora.rank_pattern),
         "revision": revision,
         "target_modules": target_modules,
         "task_type": "SEQ_CLS",
@@ -111,8 +133,8 @@ def write_weights(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
 
 
 def write_side_file(folder: Path, meta: AdapterMeta) -> None:
-    """Hash every other file of the folder and write `textlora.json`, last: without it the folder is not an adapter yet."""
-    files = {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != SIDE_FILE and not p.name.startswith(".")}
+    """Hash the adapter's files and write `textlora.json`, last: without it the folder is not an adapter yet. Other files may lie there."""
+    files = {name: sha256_file(folder / name) for name in sorted(FOLDER_FILES) if (folder / name).is_file()}
     content = {"format": FORMAT, **dataclasses.asdict(dataclasses.replace(meta, files=files))}
     content["sha256"] = _self_hash(content)
     write_text(folder / SIDE_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -142,27 +164,52 @@ def read_adapter(folder: Path | str) -> AdapterFolder:
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         if (folder / "adapter_model.bin").exists():
-            raise AdapterError(f"{folder}: the weights are a pickle (adapter_model.bin), which can run code when opened", "save them as safetensors")
+            what = f"{folder}: the weights are a pickle (adapter_model.bin), which can run code when opened"
+            raise AdapterError(what, "`textlora convert` takes the tensors out without running anything")
         raise AdapterError(f"{folder}: no {WEIGHTS_FILE}", "was the folder copied whole?")
     try:
-        tensors = {name: t.to(torch.float32) for name, t in load_file(weights).items()}
+        tensors = load_file(weights)
     except (SafetensorError, OSError, KeyError) as error:
         raise AdapterError(f"{weights}: not a whole safetensors file ({error})", "copy the adapter again") from error
-    return AdapterFolder(folder, config, tensors, meta)
+    return AdapterFolder(folder, config, plain_tensors(tensors, weights), meta)
+
+
+def plain_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Float32 tensors, each once: with `bias="all"` PEFT also writes what its wrapper of a head module held.
+
+    Raises:
+        AdapterError: a tensor is not of floating point, or stands twice with different values.
+    """
+    found: dict[str, Tensor] = {}
+    for raw, tensor in sorted(tensors.items(), key=lambda item: len(item[0])):
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{source}: tensor '{raw}' holds {str(tensor.dtype).removeprefix('torch.')}, not floating point numbers")
+        name, value = _WRAPPED.sub("", raw), tensor.to(torch.float32)
+        if ".original_module." in raw and name in tensors:
+            continue
+        if name in found and not torch.equal(found[name], value):
+            raise AdapterError(f"{source}: tensor '{name}' stands twice, with different values")
+        found[name] = value
+    return {_WRAPPED.sub("", raw): found[_WRAPPED.sub("", raw)] for raw in tensors}
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
-    """Read `adapter_config.json`. Raises AdapterError when missing, not JSON, or not LoRA."""
+    """Read `adapter_config.json`. Raises AdapterError when missing, not JSON, or not LoRA for sequence classification."""
     path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(f"{folder}: no {CONFIG_FILE}", "an adapter folder needs one") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", MEAN_POOLING_TYPE):
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise AdapterError(f"{path}: peft_type {kind!r}, textlora runs LORA adapters")
+        raise AdapterError(f"{path}: peft_type {kind!r:.60}, textlora runs LORA adapters")
+    if config.get("task_type") not in (None, "SEQ_CLS"):
+        raise AdapterError(f"{path}: task_type {config['task_type']!r:.60}, textlora runs SEQ_CLS (sequence classification)")
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), str | None) or "\0" in (config.get(key) or ""):
+            raise AdapterError(f"{path}: {key} {config[key]!r:.60} is not a name")
     return config
 
 
@@ -173,39 +220,77 @@ def lora_config(folder: AdapterFolder) -> LoraConfig:
         AdapterError: the folder uses something that would change its answers and that this version does not run.
     """
     config, path = folder.config, folder.path / CONFIG_FILE
-    refused = {
-        "rank_pattern": "ranks per layer",
-        "alpha_pattern": "scales per layer",
-        "fan_in_fan_out": "transposed weights",
-        "lora_bias": "a bias on B",
-        "megatron_config": "Megatron layers",
-        "trainable_token_indices": "trained token embeddings",
-        "target_parameters": "LoRA on bare parameters",
-    }
-    for key, what in refused.items():
+    for key, what in _REFUSED.items():
         if config.get(key):
             raise AdapterError(f"{path}: {key} ({what}) is not supported")
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"{path}: bias '{config['bias']}' trains biases of the base, which is not supported")
-    if config.get("init_lora_weights") not in (True, False, None, "gaussian", "eva", "orthogonal"):
-        start = config["init_lora_weights"]
+    start = config.get("init_lora_weights")
+    kind = start.lower() if isinstance(start, str) else start
+    if isinstance(kind, str) and kind.startswith(_REWRITING):
         raise AdapterError(
-            f"{path}: init_lora_weights '{start}' rewrote the base, this folder is wrong on the plain one", "convert it with PEFT first"
+            f"{path}: init_lora_weights '{start:.60}' rewrote the weights of the base before training, so the folder is wrong on the plain base",
+            "save it again with PEFT's path_initial_model_for_weight_conversion",
         )
-    modules = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in folder.tensors if name.endswith(".lora_A.weight")]
-    if not modules:
+    if not isinstance(kind, bool | None) and kind not in _STARTS:
+        raise AdapterError(f"{path}: init_lora_weights {start!r:.60} is not known here, it may have rewritten the base")
+    if strange := next((name for name in folder.tensors if not re.match(r"base_model\.model\..+\.", name)), None):
+        raise AdapterError(f"{folder.path / WEIGHTS_FILE}: tensor '{strange:.60}' is not named as PEFT names tensors")
+    adapted = [name.removesuffix(".lora_A.weight") for name in folder.tensors if name.endswith(".lora_A.weight")]
+    if not adapted:
         raise AdapterError(f"{folder.path / WEIGHTS_FILE}: holds no LoRA tensors")
-    try:
-        return LoraConfig(
-            r=int(config["r"]),
-            lora_alpha=float(config["lora_alpha"]),
-            lora_dropout=float(config.get("lora_dropout") or 0.0),
-            use_rslora=bool(config.get("use_rslora")),
-            use_dora=bool(config.get("use_dora")),
-            target_modules=tuple(modules),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path}: r and lora_alpha are missing or not numbers") from error
+    if strange := next((name for name in folder.tensors if ".lora_embedding_" in name), None):
+        raise AdapterError(f"{folder.path / WEIGHTS_FILE}: tensor '{strange}' (LoRA on embeddings) is not supported")
+    bias = config.get("bias", "none")
+    if bias not in ("none", "all", "lora_only"):
+        raise AdapterError(f"{path}: bias {bias!r:.60} is not none, all or lora_only")
+    if bias != "none" and not any(name.endswith(".base_layer.bias") for name in folder.tensors):
+        what = f"{path}: bias '{bias}' trained biases of the base, but {WEIGHTS_FILE} does not hold them"
+        raise AdapterError(what, "older versions of PEFT did not save them: save it again with a newer one")
+    alone = lambda name: bias == "all" and name.endswith(".bias") and name.removesuffix("bias") + "weight" not in folder.tensors
+    own = [name.rpartition(".")[0] for name in folder.tensors if ".lora_" not in name and ".base_layer." not in name and not alone(name)]
+    number = lambda key, value, least: _number(path, key, value, least)
+    patterns = {key: _pattern(path, key, config.get(key)) for key in ("rank_pattern", "alpha_pattern")}
+    dropout = config.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise AdapterError(f"{path}: lora_dropout {dropout!r:.60} is not a number from 0 to below 1")
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(key), bool | None):
+            raise AdapterError(f"{path}: {key} {config[key]!r:.60} is not true or false")
+    short = lambda names: tuple(dict.fromkeys(name.removeprefix("base_model.model.") for name in names))
+    return LoraConfig(
+        r=number("r", config.get("r"), 1),
+        lora_alpha=float(number("lora_alpha", config.get("lora_alpha"), None)),
+        lora_dropout=float(dropout),
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
+        target_modules=short(adapted),
+        rank_pattern={name: number(f"rank_pattern '{name:.60}'", value, 1) for name, value in patterns["rank_pattern"].items()},
+        alpha_pattern={name: float(number(f"alpha_pattern '{name:.60}'", value, None)) for name, value in patterns["alpha_pattern"].items()},
+        bias=bias,
+        modules_to_save=short(own),
+    )
+
+
+def _number(path: Path, key: str, value: Any, least: int | None) -> int | float:
+    """A whole number of at least `least`, or with None any finite number. Raises AdapterError."""
+    if least is not None and (type(value) is not int or not least <= value < 2**31):
+        raise AdapterError(f"{path}: {key} is {'missing' if value is None else f'{value!r:.60}'}, not a whole number of at least {least}")
+    if type(value) not in (int, float) or not abs(value) < 1e30:
+        raise AdapterError(f"{path}: {key} is {'missing' if value is None else f'{value!r:.60}'}, not a number")
+    return value
+
+
+def _pattern(path: Path, key: str, value: Any) -> dict[str, Any]:
+    """A mapping from regular expressions of module names. Raises AdapterError."""
+    if not isinstance(value, dict | None):
+        raise AdapterError(f"{path}: {key} {value!r:.60} is not a mapping from module names")
+    for name in value or {}:
+        try:
+            re.compile(f"(.*\\.)?({name})$")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise AdapterError(f"{path}: {key} '{name:.60}' is not a regular expression ({error})") from error
+        if re.search(r"\)[*+{]", name) or len(re.findall(r"[*+{]", name)) > 3:  # some of these never come to an end
+            raise AdapterError(f"{path}: {key} '{name:.60}' repeats too much", "name the layers more plainly")
+    return value or {}
 
 
 def read_meta(folder: Path) -> AdapterMeta | None:

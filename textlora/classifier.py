@@ -15,11 +15,14 @@ from textlora.base import BaseFiles, find_base
 from textlora.calibration import decide, probabilities
 from textlora.config import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from textlora.errors import AdapterError, UsageError
-from textlora.hardware import choose_device
+from textlora.foreign.facts import find_facts
+from textlora.hardware import Workers, choose_device, side_by_side
+from textlora.hub import adapter_folder
 from textlora.model import Model, open_model
 from textlora.tokens import Encoded, TextTokenizer, load_tokenizer, pack, token_batches
 
 EVAL_TOKENS = 2048  # tokens per forward when predicting: larger is not faster on a CPU, and holds more memory
+MIN_SHARE = 256  # tokens below which a second thread gains nothing
 GOLDEN_TOLERANCE = 1e-3
 
 
@@ -53,26 +56,28 @@ class TextClassifier:
         cls,
         path: str | Path,
         *,
+        revision: str | None = None,
         base: str | None = None,
         labels: Sequence[str] | None = None,
         problem_type: str | None = None,
         device: str = "auto",
         verify: bool = True,
     ) -> "TextClassifier":
-        """Load an adapter folder onto its base and check that it answers as it did when it was saved.
+        """Load an adapter onto its base and check that it answers as it did when it was saved.
 
         Args:
-            path: folder written by textlora, or by PEFT (then `labels` must be given).
+            path: folder written by textlora, or by PEFT (then `labels` must be given), or the hub id of one.
+            revision: branch, tag or commit of an adapter on the hub.
             base: folder or hub id of the base model; default: the one the adapter names.
             labels: label names in class order, only for a folder without `textlora.json`.
             problem_type: task of such a folder; default single-label, or regression for one label.
             verify: recompute the golden examples (float32, tolerance 1e-3 x max(1, |logit|)).
 
         Raises:
-            AdapterError: the folder is damaged, incomplete, or does not fit the base.
+            AdapterError: the adapter is not there, damaged, incomplete, or does not fit the base.
             ModelError: the base cannot be found or read.
         """
-        folder = read_adapter(path)
+        folder = read_adapter(adapter_folder(path, revision))
         files = find_adapter_base(folder, base)
         meta = folder.meta or _foreign_meta(folder, files, labels, problem_type)
         if folder.meta is not None and labels is not None and tuple(labels) != meta.labels:
@@ -103,9 +108,10 @@ class TextClassifier:
         return classifier
 
     def verify(self, name: str = "this adapter") -> float:
-        """Recompute the golden examples; the largest difference of a logit. Raises AdapterError beyond the tolerance."""
+        """Recompute the golden examples in plain float32; the largest difference of a logit. Raises AdapterError beyond the tolerance."""
         stored = np.array([row["logits"] for row in self.meta.golden], dtype=np.float64)
-        now = self.logits([row["text"] for row in self.meta.golden], [row["text_pair"] for row in self.meta.golden])
+        with exact_float32():
+            now = self.logits([row["text"] for row in self.meta.golden], [row["text_pair"] for row in self.meta.golden])
         if stored.shape != now.shape:
             raise AdapterError(f"{name}: golden examples have {stored.shape[-1]} logits, the model gives {now.shape[-1]}")
         difference = np.abs(stored - now)
@@ -173,21 +179,36 @@ class TextClassifier:
         return row | {"logits": list(prediction.logits)} if with_logits else row
 
 
-def encoded_logits(model: Model, encoded: Sequence[Encoded], max_tokens: int = EVAL_TOKENS) -> np.ndarray:
-    """Logits (N, C) of encoded texts in the order given; computed by length in batches of at most `max_tokens`."""
+def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | None = None, states: Any = None) -> np.ndarray:
+    """Logits (N, C) of encoded texts in the order given; computed by length in batches of at most `EVAL_TOKENS` tokens.
+
+    Args:
+        workers: who computes the batches; default: `side_by_side`.
+        states: `prefix.HiddenStates` of these texts, where they are known.
+
+    Raises:
+        UsageError: there are no texts.
+    """
+    if not encoded:
+        raise UsageError("there are no texts")
     lengths = [len(e.ids) for e in encoded]
     order = np.argsort(lengths, kind="stable")
     device = getattr(model, "device", "cpu")
-    result: np.ndarray | None = None
-    with torch.inference_mode(), _bounded_memory(model):
-        for rows in token_batches(lengths, order, max_tokens):
+
+    def compute(rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        with torch.inference_mode():
             batch = pack([encoded[i] for i in rows], device=device)
-            part = model.forward(batch).float().cpu().numpy()
-            if result is None:
-                result = np.empty((len(encoded), part.shape[1]), dtype=np.float32)
-            result[np.asarray(rows)[batch.rows.numpy()]] = part
-    if result is None:
-        raise UsageError("there are no texts")
+            batch = batch if states is None else states.attach(batch, rows)
+            return np.asarray(rows)[batch.rows.numpy()], model.forward(batch).float().cpu().numpy()
+
+    with contextlib.ExitStack() as stack:
+        workers = workers or stack.enter_context(side_by_side(device, model.path == "packed"))
+        stack.enter_context(_bounded_memory(model))
+        share = max(MIN_SHARE, -(-sum(lengths) // workers.count))  # a short list is divided too
+        parts = workers.map(compute, list(token_batches(lengths, order, min(EVAL_TOKENS, share))))
+    result = np.empty((len(encoded), parts[0][1].shape[1]), dtype=np.float32)
+    for rows, logits in parts:
+        result[rows] = logits
     return result
 
 
@@ -202,6 +223,25 @@ def _bounded_memory(model: Model) -> Iterator[None]:
         yield
     finally:
         torch.backends.mkldnn.enabled = before
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Matrix products in full float32, no TF32 or bfloat16 inside and no autocast; torch's settings, old style and new, are put back."""
+    backends = [b for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(b, "fp32_precision")]  # torch >= 2.9
+    found = [backend.fp32_precision for backend in backends]
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # only the new style was used: torch says so by an error
+        before = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        for backend, value in zip(backends, found, strict=True):
+            backend.fp32_precision = value
 
 
 def find_adapter_base(folder: AdapterFolder, base: str | None = None) -> BaseFiles:
@@ -227,15 +267,10 @@ def find_adapter_base(folder: AdapterFolder, base: str | None = None) -> BaseFil
 
 
 def _foreign_meta(folder: AdapterFolder, files: BaseFiles, labels: Sequence[str] | None, problem_type: str | None) -> AdapterMeta:
-    if not labels:
-        raise AdapterError(
-            f"{folder.path} has no textlora.json, so its labels and task are not known", "name the labels in class order: --labels negative,positive"
-        )
-    kind = problem_type or (REGRESSION if len(labels) == 1 else SINGLE_LABEL)
-    kind = PROBLEM_TYPES.get(kind, kind)
-    limit = int(files.config.get("max_position_embeddings", 512))
+    facts = find_facts(folder, files.config, labels, problem_type)
+    limit = files.config.get("max_position_embeddings", 512)
     return AdapterMeta(
-        labels=tuple(labels), problem_type=kind, pairs=False, pooling="first", max_length=min(512, limit), truncation="head",
+        labels=facts.labels, problem_type=facts.problem_type, pairs=False, pooling="first", max_length=min(512, limit), truncation="head",
         base={"id": files.id, "revision": files.revision, "model_type": files.config["model_type"], "hash": None},
     )  # fmt: skip
 

@@ -6,10 +6,12 @@ the fields below. A setting's help is the `help` of its field; unknown names fai
 
 import dataclasses
 import math
+import re
 import tomllib
 import types
 import typing
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,11 @@ def _option(default: Any, help: str, choices: tuple[str, ...] = (), metavar: str
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Where LoRA goes and how large it is; PEFT's names and meanings (arXiv 2106.09685)."""
+    """Where LoRA goes and how large it is; PEFT's names and meanings (arXiv 2106.09685).
+
+    The last four are of adapters made elsewhere: ranks and alphas of single layers, base biases that were trained too ("lora_only": of the
+    adapted layers, "all"), and full names of modules that the adapter has its own weights for.
+    """
 
     r: int = 8
     lora_alpha: float = 16.0
@@ -35,11 +41,29 @@ class LoraConfig:
     use_dora: bool = False
     target_modules: tuple[str, ...] | None = None
     layers: str = "all"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
 
     @property
     def scaling(self) -> float:
-        """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA (arXiv 2312.03732)."""
+        """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA (arXiv 2312.03732); of a layer that no pattern names."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def rank_of(self, module: str) -> int:
+        """Rank of one layer, by its full name."""
+        return _first_match(self.rank_pattern, module, self.r)
+
+    def scaling_of(self, module: str) -> float:
+        """Scale of one layer, by its full name."""
+        alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
+        return replace(self, r=self.rank_of(module), lora_alpha=alpha).scaling
+
+
+def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule (`get_pattern_key`): the first key that, as a regular expression, matches the name or what follows a dot in it."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +94,7 @@ class TrainConfig:
     batch_size: int = _option(8, "Rows per optimizer step and accumulation part.")
     batch_tokens: int | None = _option(None, "Token budget per step in place of --batch-size.")
     gradient_accumulation_steps: int = _option(1, "Batches summed into one optimizer step.")
+    gradient_checkpointing: bool = _option(False, "Keep less for the backward pass and compute it again: less memory, a third more time.")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; 0 switches clipping off.")
     eval_every: int | None = _option(None, "Evaluate every N steps. Default: after each epoch.", metavar="N")
     early_stopping_patience: int | None = _option(None, "Stop after N evaluations without a better score.", metavar="N")
@@ -122,7 +147,7 @@ class TrainConfig:
 
     @property
     def lora(self) -> LoraConfig:
-        return LoraConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)})
+        return LoraConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if hasattr(self, f.name)})
 
 
 def field_type(item: dataclasses.Field) -> type:

@@ -1,12 +1,17 @@
-"""Which device and precision to use, and how much memory was taken."""
+"""Which device and precision to use, threads that work side by side, and how much memory was taken."""
 
 import resource
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from textlora.errors import UsageError
 
+Item, Result = TypeVar("Item"), TypeVar("Result")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -35,3 +40,31 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Workers:
+    """Several threads that each run torch on one core: on a CPU faster than one thread that spreads every operation over all cores,
+    since small operations are not spread at all (docs/log.md). Results do not depend on which thread did what."""
+
+    def __init__(self, count: int, pool: ThreadPoolExecutor | None):
+        self.count, self._pool = count, pool
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`function` of each item, in order. A single item is computed in the calling thread, with all cores."""
+        if self._pool is None or len(items) < 2:
+            return [function(item) for item in items]
+        return list(self._pool.map(function, items))
+
+
+@contextmanager
+def side_by_side(device: str | torch.device, parallel: bool = True) -> Iterator[Workers]:
+    """As many workers as torch has threads; one, which is the calling thread, on a GPU or where `parallel` is off."""
+    count = torch.get_num_threads()
+    if not parallel or torch.device(device).type != "cpu" or count == 1:
+        yield Workers(1, None)
+        return
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield Workers(count, pool)
+        finally:
+            torch.set_num_threads(count)

@@ -4,7 +4,8 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from textlora.config import LoraConfig
 from textlora.encoder import PackedEncoder, activate
 from textlora.errors import AdapterError
 from textlora.families import MEAN_HEAD, SLOTS, EncoderSpec, HeadLayer, read_spec
-from textlora.lora import Lora, init_lora, weight_norm
+from textlora.lora import Lora, init_lora, lora_linear, weight_norm
 from textlora.targets import resolve_targets
 from textlora.tokens import PackedBatch
 
@@ -27,7 +28,9 @@ class Model(Protocol):
     """What the jobs need of a classifier. Tensors of `trainable` are float32 leaves under PEFT's file names."""
 
     path: str
+    depth: int  # blocks below the lowest adapted one, always the same for a text
     max_length: int
+    gradient_checkpointing: bool
     target_modules: list[str]
     modules_to_save: list[str]
 
@@ -62,35 +65,59 @@ class PackedModel:
         spec, family = base.spec, base.spec.family
         names = {family.module(i, slot): (i, slot) for i in range(spec.layers) for slot in SLOTS}
         modules = [(i, full, spec.width(slot)) for full, (i, slot) in names.items()]
-        self.target_modules = resolve_targets(lora, modules, spec.layers)
-        self._slots = {full: names[full] for full in self.target_modules}
         self._head = MEAN_HEAD if pooling == "mean" else family.head
+        poolers = {layer.module: (spec.layers, "pooler") for layer in self._head if layer.module.endswith("pooler.dense")}
+        others = dict.fromkeys(poolers, (spec.hidden, spec.hidden) if "pooler.weight" in base.tensors else None)
+        self.target_modules = resolve_targets(lora, modules, spec.layers, others)
+        self._slots = {full: (names | poolers)[full] for full in self.target_modules}
+        self._scalings = {full: lora.scaling_of(full) for full in self.target_modules}
+        self._own = self._own_tensors()
+        self.depth, self.width = 0 if self._own else min(spec.layers - 1, *(layer for layer, _ in self._slots.values())), spec.hidden
         trained = [layer for layer in self._head if not self._frozen(layer)]
-        self.modules_to_save = _top_modules(trained, family.prefix)
+        inside = {name.removeprefix(PREFIX).rpartition(".")[0] for name in self._own} & set(lora.modules_to_save)
+        self.modules_to_save = [*_top_modules(trained, family.prefix), *sorted(inside)]
         self.gradient_checkpointing = False
         self._trainable = self._initial(trained, spec, num_labels, torch.Generator().manual_seed(seed))
 
     def _frozen(self, layer: HeadLayer) -> bool:
-        return layer.module.endswith("pooler.dense") and "pooler.weight" in self.base.tensors
+        return layer.module.endswith("pooler.dense") and "pooler.weight" in self.base.tensors and layer.module not in self.lora.modules_to_save
+
+    def _own_tensors(self) -> dict[str, str]:
+        """PEFT file name -> our name of each tensor of the base that the adapter has its own of, besides the head."""
+        spec, names = self.base.spec, {}
+        table = {ours: f"{spec.family.prefix}.{theirs}" for ours, theirs in spec.tensors().items()}
+        table |= {f"pooler.{part}": f"{layer.module}.{part}" for layer in self._head[:1] if self._frozen(layer) for part in ("weight", "bias")}
+        for ours, theirs in table.items():
+            module, _, part = theirs.rpartition(".")
+            adapted = module in self._slots
+            trained = self.lora.bias == "all" or (self.lora.bias == "lora_only" and adapted)
+            if (trained and part == "bias") or module in self.lora.modules_to_save:
+                names[f"{PREFIX}{module}{'.base_layer' if adapted else ''}.{part}"] = ours
+        return names
 
     def _initial(self, trained: list[HeadLayer], spec: EncoderSpec, num_labels: int, generator: torch.Generator) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for full, (i, slot) in self._slots.items():
             out, inner = spec.width(slot)
-            A, B = init_lora(out, inner, self.lora.r, generator)
+            A, B = init_lora(out, inner, self.lora.rank_of(full), generator)
             tensors[f"{PREFIX}{full}.lora_A.weight"] = A
             tensors[f"{PREFIX}{full}.lora_B.weight"] = B
             if self.lora.use_dora:
                 weight = self._weight(i, slot)
                 tensors[f"{PREFIX}{full}.lora_magnitude_vector"] = weight_norm(weight, Lora(A.to(weight.device), B.to(weight.device), 0.0)).cpu()
+        own = {name: self.base.tensors[ours].float() for name, ours in self._own.items()}
         for k, layer in enumerate(trained):
             last = k == len(trained) - 1
             shape = (num_labels if last else spec.hidden, spec.hidden)
             tensors[f"{PREFIX}{layer.module}.weight"] = torch.empty(shape).normal_(0.0, spec.initializer_range, generator=generator)
             tensors[f"{PREFIX}{layer.module}.bias"] = torch.zeros(shape[0])
-        return {name: tensor.to(self.device).requires_grad_() for name, tensor in tensors.items()}
+        learned = {name: tensor.to(self.device).requires_grad_() for name, tensor in tensors.items()}
+        adapters = {name: tensor for name, tensor in learned.items() if ".lora_" in name}
+        return adapters | {name: tensor.to(self.device, copy=True) for name, tensor in own.items()} | learned  # the head's last bias stays last
 
     def _weight(self, layer: int, slot: str) -> Tensor:
+        if slot == "pooler":
+            return self.base.tensors["pooler.weight"]
         block, hidden = self.encoder.blocks[layer], self.base.spec.hidden
         if slot in ("query", "key", "value"):
             start = ("query", "key", "value").index(slot) * hidden
@@ -98,14 +125,14 @@ class PackedModel:
         return block[f"{slot}.weight"]
 
     def loras(self) -> dict[tuple[int, str], Lora]:
-        """(layer, slot) -> LoRA over the trainable tensors."""
+        """(layer, slot) -> LoRA over the trainable tensors; a pooler's place is (number of blocks, "pooler")."""
         t, made = self._trainable, {}
         for full, place in self._slots.items():
             name = PREFIX + full
             made[place] = Lora(
                 t[f"{name}.lora_A.weight"],
                 t[f"{name}.lora_B.weight"],
-                self.lora.scaling,
+                self._scalings[full],
                 t.get(f"{name}.lora_magnitude_vector"),
                 self.lora.lora_dropout,
             )
@@ -114,21 +141,32 @@ class PackedModel:
     def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
         seed = dropout_seed if self.lora.lora_dropout else None
         keep_less = self.gradient_checkpointing and torch.is_grad_enabled()
-        x = self.encoder.forward(batch, self.loras(), pooling=self.pooling, dropout_seed=seed, checkpointing=keep_less).float()
+        loras, depth = self.loras(), self.base.spec.layers
+        x = self.encoder.forward(batch, loras, pooling=self.pooling, dropout_seed=seed, checkpointing=keep_less).float()
         for layer in self._head:
             if self._frozen(layer):
-                weight, bias = self.base.tensors["pooler.weight"].float(), self.base.tensors["pooler.bias"].float()
+                weight, bias = (self._base_tensor(f"pooler.{part}").float() for part in ("weight", "bias"))
+                generator = None if seed is None else torch.Generator(x.device).manual_seed(seed + depth)
+                x = lora_linear(x, weight, bias, [(0, loras[depth, "pooler"])] if (depth, "pooler") in loras else [], generator)
             else:
-                weight, bias = self._trainable[f"{PREFIX}{layer.module}.weight"], self._trainable[f"{PREFIX}{layer.module}.bias"]
-            x = activate(F.linear(x, weight, bias), layer.activation)
+                x = F.linear(x, self._trainable[f"{PREFIX}{layer.module}.weight"], self._trainable[f"{PREFIX}{layer.module}.bias"])
+            x = activate(x, layer.activation)
         return x
+
+    def _base_tensor(self, ours: str) -> Tensor:
+        name = next((name for name, own in self._own.items() if own == ours), None)
+        return self.base.tensors[ours] if name is None else self._trainable[name]
 
     def trainable(self) -> dict[str, Tensor]:
         return self._trainable
 
     def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors in place. Raises AdapterError where a name or shape differs."""
+        """Copy tensors in place. Raises AdapterError where a name or shape differs, or a head is missing."""
+        require_heads(self.modules_to_save, tensors)
         copy_strictly(self._trainable, tensors)
+        if self._own:  # the base is shared: this model gets an encoder with other tensors in their places
+            own = {ours: self._trainable[name].to(self.dtype) for name, ours in self._own.items()}
+            self.encoder = PackedEncoder(replace(self.base, tensors=self.base.tensors | own))
 
     def base_hash(self) -> str:
         return self.base.hash
@@ -142,6 +180,19 @@ def _top_modules(trained: list[HeadLayer], prefix: str) -> list[str]:
         if name not in names:
             names.append(name)
     return names
+
+
+def require_heads(modules_to_save: Sequence[str], given: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter that lacks a whole head module, which the base has no weights for either.
+
+    The commonest loss in PEFT folders (peft issues 310, 577, 876, 2171). Raises AdapterError.
+    """
+    for module in modules_to_save:
+        if not any(f".{module}." in name and ".lora_" not in name for name in given):
+            raise AdapterError(
+                f"head module '{module}' is neither in the base nor in the adapter, so it would be random",
+                f"train again with '{module}' in PEFT's modules_to_save",
+            )
 
 
 def copy_strictly(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
@@ -181,13 +232,20 @@ def open_model(
         the model, and where it is the reference path the reason.
     """
     spec = read_spec(files.config)
-    if isinstance(spec, str):
+    reason = spec if isinstance(spec, str) else _unpacked(spec, lora)
+    if reason is not None:
         from textlora.reference import ReferenceModel
 
-        return ReferenceModel.create(files.folder, lora, num_labels, pooling=pooling, seed=seed, device=device, dtype=dtype), spec
+        return ReferenceModel.create(files.folder, lora, num_labels, pooling=pooling, seed=seed, device=device, dtype=dtype), reason
     weights = read_weights(files.folder, spec, pooler=pooling == "first", dtype=dtype)
     weights = BaseWeights(spec, {name: t.to(device) for name, t in weights.tensors.items()}, weights.hash)
     return PackedModel(weights, lora, num_labels, pooling, seed, device), None
+
+
+def _unpacked(spec: EncoderSpec, lora: LoraConfig) -> str | None:
+    """Why an adapter needs the reference path although its architecture has a packed one."""
+    name = f"{spec.family.prefix}.embeddings_project"  # PEFT's all-linear takes ELECTRA's too
+    return f"LoRA on '{name}' is not on the fast path" if name in (lora.target_modules or ()) else None
 
 
 def parameter_counts(tensors: Mapping[str, Any]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ DeBERTa pooler, frozen and not saved, answers differently after each load), and 
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +28,8 @@ from textlora.base import weight_files, weights_hash
 from textlora.config import LoraConfig
 from textlora.errors import AdapterError, ModelError, UsageError
 from textlora.families import FAMILIES
-from textlora.model import PREFIX, copy_strictly
-from textlora.targets import resolve_targets
+from textlora.model import PREFIX, copy_strictly, require_heads
+from textlora.targets import block_lists, find_targets, lies_in
 from textlora.tokens import PackedBatch
 
 # Head modules that are always trained from the start, whatever the checkpoint holds; other head modules only where it lacks them.
@@ -74,10 +74,14 @@ class ReferenceModel:
     """The way over transformers + peft. Make one with `create` or `from_adapter`; the interface is `model.Model`."""
 
     path = "reference"
+    depth = 0
+    gradient_checkpointing = False
 
-    def __init__(self, base: _Base, net: nn.Module, lora: LoraConfig, targets: list[str], pooling: str, device: str, dtype: torch.dtype):
+    def __init__(
+        self, base: _Base, net: nn.Module, lora: LoraConfig, targets: list[str], own: list[str], pooling: str, device: str, dtype: torch.dtype
+    ):
         self.lora, self.pooling, self.device, self.dtype = lora, pooling, torch.device(device), dtype
-        self.target_modules, self.modules_to_save = targets, list(base.heads)
+        self.target_modules, self.modules_to_save = targets, [*base.heads, *own]
         self._hash = base.hash
         self._net = net.base_model.model
         config, kind = self._net.config, self._net.config.model_type
@@ -118,9 +122,10 @@ class ReferenceModel:
         """
         with _seeded(seed), _quietly():
             base = _load(Path(folder), num_labels, pooling)
-            targets = resolve_targets(lora, *_dense_layers(base.net, base.prefix))
+            targets = find_targets(lora, base.net, base.prefix, base.heads if pooling == "first" else None)
+            own = _own_modules(base, lora, targets)
             net = _wrap(base, lora, targets, pooling)
-        return cls(base, net, lora, targets, pooling, device, dtype)
+        return cls(base, net, lora, targets, own, pooling, device, dtype)
 
     @classmethod
     def from_adapter(
@@ -139,22 +144,27 @@ class ReferenceModel:
         with _seeded(0), _quietly():
             base = _load(Path(base_folder), num_labels, pooling)
             try:
-                targets = resolve_targets(lora, *_dense_layers(base.net, base.prefix))
+                targets = find_targets(lora, base.net, base.prefix, base.heads if pooling == "first" else None)
             except UsageError as error:
                 raise AdapterError(f"{adapter_folder}: does not fit the base ({error.message})") from error
+            own = _own_modules(base, lora, targets)
             if pooling == "mean":
                 net = _wrap(base, lora, targets, pooling)
             else:
                 try:
                     net = peft.PeftModel.from_pretrained(base.net, str(adapter_folder), is_trainable=True, torch_device="cpu")
-                except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+                except Exception as error:  # a config may hold anything, and peft checks little of it
                     raise AdapterError(f"{adapter_folder}: peft cannot load it ({_first_line(error)})") from error
-        model = cls(base, net, lora, targets, pooling, device, torch.float32)
+                for name, parameter in net.named_parameters():
+                    if ".lora_" in name:  # some starts freeze B
+                        parameter.requires_grad_(True)
+        model = cls(base, net, lora, targets, own, pooling, device, torch.float32)
         if pooling == "mean":
             model.load_trainable(saved.tensors)
-        for name in base.heads:  # a head that is neither in the base nor in the adapter would be random
-            if not any(key.startswith((f"{PREFIX}{name}.", f"{PREFIX}{base.prefix}.{name}.")) for key in saved.tensors):
-                raise AdapterError(f"{adapter_folder}: head module '{name}' is neither in the base nor in the adapter", "train it again")
+        try:
+            require_heads(base.heads, saved.tensors)
+        except AdapterError as error:
+            raise AdapterError(f"{adapter_folder}: {error.message}", error.fix) from error
         for name in sorted(saved.tensors.keys() | model._trainable.keys()):
             mine, theirs = model._trainable.get(name), saved.tensors.get(name)
             if mine is None or theirs is None or not torch.equal(mine.detach().cpu(), theirs):
@@ -215,7 +225,8 @@ class ReferenceModel:
         return self._trainable
 
     def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors in place. Raises AdapterError where a name or shape differs."""
+        """Copy tensors in place. Raises AdapterError where a name or shape differs, or a head is missing."""
+        require_heads(self.modules_to_save, tensors)
         copy_strictly(self._trainable, tensors)
 
     def base_hash(self) -> str:
@@ -245,7 +256,7 @@ def _load(folder: Path, num_labels: int, pooling: str) -> _Base:
     inside = sorted(name for name in lacking if name.startswith(prefix + ".") and name.split(".")[1] != "pooler")
     if inside:
         raise ModelError(f"{folder}: tensor '{inside[0]}' is missing ({len(inside)} in all)", unfit)
-    lists = tuple(root.removeprefix(prefix + ".") for root in _block_lists(net, prefix))
+    lists = tuple(root.removeprefix(prefix + ".") for root in block_lists(net, prefix))
     unknown = sorted(n for n in info["unexpected_keys"] if n.endswith(".weight") and n.removeprefix(prefix + ".").startswith(lists))
     if unknown:
         raise ModelError(f"{folder}: unknown tensor '{unknown[0]}' for a {config.model_type} encoder", unfit)
@@ -254,7 +265,7 @@ def _load(folder: Path, num_labels: int, pooling: str) -> _Base:
     frozen = {}
     for name, parameter in net.named_parameters():
         short = name.removeprefix(prefix + ".")
-        used = (short != name and not short.startswith("pooler.")) if pooling == "mean" else not _inside(short, heads)
+        used = (short != name and not short.startswith("pooler.")) if pooling == "mean" else not lies_in(short, heads)
         if used:
             frozen[short] = parameter
             if not torch.isfinite(parameter).all():
@@ -282,10 +293,6 @@ def _heads(net: nn.Module, prefix: str, lacking: set[str]) -> list[str]:
     return heads
 
 
-def _inside(name: str, modules: Sequence[str]) -> bool:
-    return any(name.startswith(module + ".") for module in modules)
-
-
 def _start_afresh(net: nn.Module, head: nn.Module) -> None:
     """Draw weights for a head that the checkpoint had, for other labels or in part."""
     for parameter in head.parameters():
@@ -295,50 +302,19 @@ def _start_afresh(net: nn.Module, head: nn.Module) -> None:
         head.apply(net._init_weights)
 
 
+def _own_modules(base: _Base, lora: LoraConfig, targets: list[str]) -> list[str]:
+    """Modules with weights in the base that the adapter has its own of."""
+    ends = {name for name, module in base.net.named_modules() if next(module.children(), None) is None} - set(targets)
+    return [name for name in lora.modules_to_save if name in ends and not lies_in(name.removeprefix(base.prefix + "."), base.heads)]
+
+
 def _wrap(base: _Base, lora: LoraConfig, targets: list[str], pooling: str) -> nn.Module:
     config = peft.LoraConfig(
         task_type=None if pooling == "mean" else "SEQ_CLS", r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout,
-        use_rslora=lora.use_rslora, use_dora=lora.use_dora, target_modules=list(targets), modules_to_save=list(base.heads),
+        use_rslora=lora.use_rslora, use_dora=lora.use_dora, target_modules=list(targets), rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern), bias=lora.bias, modules_to_save=[*base.heads, *_own_modules(base, lora, targets)],
     )  # fmt: skip
     return peft.get_peft_model(base.net, config)
-
-
-def _block_lists(net: nn.Module, prefix: str) -> list[str]:
-    """Names of the outermost module lists of the encoder that hold its blocks: the largest, and those as long as it (XLM has several)."""
-    found: dict[str, tuple[int, int]] = {}
-    for name, module in net.named_modules():
-        if isinstance(module, nn.ModuleList) and name.startswith(prefix + ".") and not _inside(name, list(found)):
-            found[name] = (sum(p.numel() for p in module.parameters()), len(module))
-    if not found:
-        raise ModelError(f"model type '{net.config.model_type}' has no list of encoder blocks", "choose a BERT-like base model")
-    _, length = max(found.values())
-    return [name for name, (size, count) in found.items() if count == length and size]
-
-
-def _blocks(name: str, blocks: nn.ModuleList) -> list[str]:
-    """Names of the blocks of a list; a group that is only a list itself counts by what is in it (ALBERT, Funnel)."""
-    names = []
-    for key, block in blocks.named_children():
-        own = [(k, child) for k, child in block.named_children() if next(child.parameters(), None) is not None]
-        if isinstance(block, nn.ModuleList):
-            names += _blocks(f"{name}.{key}", block)
-        elif len(own) == 1 and isinstance(own[0][1], nn.ModuleList):
-            names += _blocks(f"{name}.{key}.{own[0][0]}", own[0][1])
-        else:
-            names.append(f"{name}.{key}")
-    return names
-
-
-def _dense_layers(net: nn.Module, prefix: str) -> tuple[list[tuple[int, str, tuple[int, int]]], int]:
-    """(block, full name, (out, in)) of every dense layer in the encoder's blocks, block by block, and how many blocks there are."""
-    modules, count = [], 0
-    dense = [(name, module) for name, module in net.named_modules() if type(module) is nn.Linear]
-    for root in _block_lists(net, prefix):
-        blocks = _blocks(root, net.get_submodule(root))
-        count = max(count, len(blocks))
-        for i, block in enumerate(blocks):
-            modules += [(i, name, (m.out_features, m.in_features)) for name, m in dense if name.startswith(block + ".")]
-    return sorted(modules, key=lambda item: item[0]), count
 
 
 def _max_length(encoder: nn.Module, config: Any) -> int:

@@ -26,6 +26,7 @@ from textlora.files import folder_lock, remove_parts, write_text
 from textlora.finish import finish
 from textlora.hardware import peak_memory
 from textlora.model import parameter_counts
+from textlora.prefix import build_prefix
 from textlora.prepare import Prepared, prepare
 from textlora.report import render
 from textlora.training import Trainer, start_head
@@ -131,6 +132,10 @@ def _run(
         if not log_bytes:
             emit(start_record(prepared, len(trainer.steps)))
             emit({"kind": "data", **prepared.report.as_dict(), "lines": prepared.report.lines()})
+        if not trainer.finished:
+            start = time.perf_counter()
+            trainer.prefix = build_prefix(prepared, run)
+            trainer.seconds += time.perf_counter() - start
         last = time.monotonic()
         for record in trainer.records():
             emit(record)
@@ -153,6 +158,7 @@ def _run(
             "tokens": trainer.tokens,
             "tokens_per_second": trainer.tokens / trainer.seconds if trainer.seconds else 0.0,
             "peak_memory_bytes": peak_memory(prepared.device),
+            "prefix_cache_bytes": sum(states.states.nbytes for states in trainer.prefix.values()),
             "epochs": trainer.epochs_done,
             "steps": trainer.step,
             "best_step": trainer.best_step,

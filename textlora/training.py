@@ -1,12 +1,13 @@
 """The training loop: a generator of step and evaluation records over any `Model`. Knows no files and prints nothing.
 
 Only A, B, DoRA's magnitudes and the head carry gradients. A step takes `batch_size x gradient_accumulation_steps` rows, computed in
-pieces of about 2,000 tokens, so memory does not grow with the batch. Every random draw comes from (seed, epoch) or (seed, step).
+pieces of at most 2,000 tokens or so, on a CPU side by side, each by one core; memory does not grow with the batch. Every random draw comes
+from (seed, epoch) or (seed, step, piece), and the pieces' gradients are summed in order.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textlora.classifier import encoded_logits
+from textlora.classifier import MIN_SHARE, encoded_logits
 from textlora.config import MULTI_LABEL, REGRESSION, TrainConfig
 from textlora.errors import TrainingError, UsageError
+from textlora.hardware import Workers, peak_memory, side_by_side
 from textlora.metrics import METRICS, evaluate
+from textlora.prefix import HiddenStates
 from textlora.prepare import EncodedSet, Prepared
 from textlora.tokens import pack, token_batches
 
-PIECE_TOKENS = 2048
+PIECE_TOKENS = {"cpu": 2048, "cuda": 16384}  # what caches hold best; what fills a GPU
 
 
 class Loss:
@@ -100,6 +103,23 @@ def plan(config: TrainConfig, lengths: np.ndarray) -> list[tuple[float, list[int
     return [step for step in steps if step[0] <= config.epochs + 1e-9] or steps[:1]
 
 
+def divide(lengths: np.ndarray, rows: Sequence[int], workers: int, piece_tokens: int) -> list[list[int]]:
+    """Rows of a step as pieces of nearly equal work, one per worker, or more where a piece would pass `piece_tokens`.
+
+    A text's work is taken as `L (1 + L / 512)`: attention costs about as much as the rest at 512 tokens (384 wide).
+    """
+    tokens = int(lengths[rows].sum())
+    wanted = min(workers, max(1, tokens // MIN_SHARE))
+    count = min(len(rows), wanted * math.ceil(tokens / (wanted * piece_tokens)))
+    pieces: list[list[int]] = [[] for _ in range(count)]
+    loads = [0.0] * count
+    for i in sorted(rows, key=lambda i: (-lengths[i], i)):
+        lightest = loads.index(min(loads))
+        pieces[lightest].append(i)
+        loads[lightest] += lengths[i] * (1 + lengths[i] / 512)
+    return pieces
+
+
 def rate_at(config: TrainConfig, step: int, total: int) -> float:
     """Share of the peak learning rate at a step counted from 0: linear warm-up, then linear, cosine or constant."""
     warmup = int(config.warmup * total) if config.warmup < 1 else int(config.warmup)
@@ -112,10 +132,11 @@ def rate_at(config: TrainConfig, step: int, total: int) -> float:
 class Trainer:
     """State of one run: step, optimizer, best checkpoint. `records()` advances it; `state()` and `restore()` carry it over a kill."""
 
-    def __init__(self, prepared: Prepared):
-        self.prepared, self.config, self.model = prepared, prepared.config, prepared.model
+    def __init__(self, prepared: Prepared, prefix: Mapping[str, HiddenStates] | None = None):
+        self.prepared, self.config, self.model, self.prefix = prepared, prepared.config, prepared.model, prefix or {}
         self.train_set = prepared.sets["train"]
         self.lengths = self.train_set.lengths
+        self.piece_tokens = PIECE_TOKENS[torch.device(prepared.device).type]
         self.steps = plan(self.config, self.lengths)
         self.loss = Loss(prepared)
         self.parameters = self.model.trainable()
@@ -152,11 +173,10 @@ class Trainer:
         Raises:
             TrainingError: the loss is no longer a finite number.
         """
-        while not self.finished:
-            if self._evaluation_due():
-                yield self._evaluate()
-            else:
-                yield self._train_step()
+        with side_by_side(self.prepared.device, self.model.path == "packed") as workers:
+            while not self.finished:
+                record = self._evaluate(workers) if self._evaluation_due() else self._train_step(workers)
+                yield record | {"peak_memory_bytes": peak_memory(self.prepared.device)}
 
     def _evaluation_due(self) -> bool:
         if self.evaluated_at == self.step or self.step == 0:
@@ -167,22 +187,26 @@ class Trainer:
             return self.step % self.config.eval_every == 0
         return math.floor(self.steps[self.step][0] - 1e-9) > math.floor(self.steps[self.step - 1][0] - 1e-9)
 
-    def _train_step(self) -> dict[str, Any]:
+    def _piece(self, item: tuple[int, list[int]]) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+        """Sum of losses, sum of weights and gradients of some of a step's rows."""
+        number, rows = item
+        seed = int(np.random.SeedSequence([self.config.seed, self.step, number]).generate_state(1, np.uint64)[0] >> 1)
+        batch = pack([self.train_set.encoded[i] for i in rows], self.train_set.labels[rows], self.prepared.device)
+        if "train" in self.prefix:
+            batch = self.prefix["train"].attach(batch, rows)
+        loss, weight = self.loss(self.model.forward(batch, seed), batch.labels)
+        return loss.detach(), weight, torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+
+    def _train_step(self, workers: Workers) -> dict[str, Any]:
         start = time.perf_counter()
         epoch, rows = self.steps[self.step]
-        rows = sorted(rows, key=lambda i: self.lengths[i])
         rate = self.config.learning_rate * rate_at(self.config, self.step, len(self.steps))
-        total = torch.zeros((), device=self.prepared.device)
-        weight = torch.zeros((), device=self.prepared.device)
-        tokens = 0
-        for k, piece in enumerate(token_batches(self.lengths, rows, PIECE_TOKENS)):
-            seed = int(np.random.SeedSequence([self.config.seed, self.step, k]).generate_state(1, np.uint64)[0] >> 1)
-            batch = pack([self.train_set.encoded[i] for i in piece], self.train_set.labels[piece], self.prepared.device)
-            loss, part = self.loss(self.model.forward(batch, seed), batch.labels)
-            loss.backward()
-            total += loss.detach()
-            weight += part
-            tokens += batch.tokens
+        tokens = int(self.lengths[rows].sum())
+        pieces = workers.map(self._piece, list(enumerate(divide(self.lengths, rows, workers.count, self.piece_tokens))))
+        total, weight = sum(piece[0] for piece in pieces), sum(piece[1] for piece in pieces)
+        for tensor, *gradients in zip(self.parameters.values(), *(piece[2] for piece in pieces), strict=True):
+            known = [gradient for gradient in gradients if gradient is not None]
+            tensor.grad = sum(known[1:], known[0]) if known else None
         mean = float(total / weight) if float(weight) else 0.0
         if not math.isfinite(mean):
             raise TrainingError(f"the loss is {mean} at step {self.step + 1}", "lower --learning-rate")
@@ -210,14 +234,14 @@ class Trainer:
             "tokens_per_second": tokens / taken,
         }
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate(self, workers: Workers) -> dict[str, Any]:
         self.evaluated_at = self.step
         held = self.prepared.sets.get("validation")
         record = {"kind": "evaluation", "split": "validation", "step": self.step, "epoch": round(self.epochs_done, 6)}
         if held is None:
             self._keep_best(None)
             return record | {"loss": None, "metrics": {}, "best": True}
-        loss, metrics, _ = score(self.prepared, held, self.loss)
+        loss, metrics, _ = score(self.prepared, held, self.loss, workers, self.prefix.get("validation"))
         value = metrics.get(self.prepared.metric)
         sign = 1 if METRICS[self.prepared.metric].higher_is_better else -1
         better = value is not None and (self.best_score is None or sign * value > sign * self.best_score)
@@ -252,10 +276,15 @@ class Trainer:
 
 
 def score(
-    prepared: Prepared, data: EncodedSet, loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], **calibration: Any
+    prepared: Prepared,
+    data: EncodedSet,
+    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    workers: Workers | None = None,
+    states: HiddenStates | None = None,
+    **calibration: Any,
 ) -> tuple[float, dict[str, float], np.ndarray]:
     """Mean loss, metrics and logits (N, C) of a model on a set."""
-    logits = encoded_logits(prepared.model, data.encoded)
+    logits = encoded_logits(prepared.model, data.encoded, workers, states)
     total, weight = loss(torch.from_numpy(logits).to(prepared.device), torch.from_numpy(data.labels).to(prepared.device))
     metrics = evaluate(prepared.schema.problem_type, data.labels, logits, prepared.schema.labels, **calibration)
     return float(total / weight) if float(weight) else 0.0, metrics, logits

@@ -27,9 +27,10 @@ def print_json(record: dict[str, Any]) -> None:
 
 
 def folder_options(command: Callable) -> Callable:
-    """FOLDER and the options every command on an adapter folder has."""
+    """FOLDER (or a hub id) and the options every command on an adapter folder has."""
     for option in (
         click.argument("folder", type=click.Path(path_type=Path)),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit, where FOLDER is a hub id."),
         click.option("--model", "base", metavar="MODEL", help="Base model: folder or hub id. Default: the one the adapter names."),
         click.option("--labels", type=CommaList(), metavar="NAMES", help="Label names in class order, for a folder without textlora.json."),
         click.option("--problem-type", type=click.Choice(tuple(PROBLEM_TYPES)), help="Task of such a folder."),
@@ -42,7 +43,14 @@ def folder_options(command: Callable) -> Callable:
 
 
 def load_classifier(
-    folder: Path, base: str | None, labels: tuple[str, ...] | None, problem_type: str | None, device: str, threads: int | None, no_verify: bool
+    folder: Path,
+    revision: str | None,
+    base: str | None,
+    labels: tuple[str, ...] | None,
+    problem_type: str | None,
+    device: str,
+    threads: int | None,
+    no_verify: bool,
 ):
     from textlora.classifier import TextClassifier
 
@@ -50,4 +58,4 @@ def load_classifier(
         import torch
 
         torch.set_num_threads(threads)
-    return TextClassifier.load(folder, base=base, labels=labels, problem_type=problem_type, device=device, verify=not no_verify)
+    return TextClassifier.load(folder, revision=revision, base=base, labels=labels, problem_type=problem_type, device=device, verify=not no_verify)

@@ -84,16 +84,17 @@ def predict(data: str, output: Path | None, logits: bool, as_json: bool, strict:
 
 @app.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--against", metavar="MODEL", help="Say whether the adapter fits this base model.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit, where FOLDER is a hub id.")
+@click.option("--against", metavar="MODEL", help="Say whether the adapter fits this base model, and why not.")
 @click.option("--relabel", type=CommaList(), metavar="OLD=NEW,...", help="Rename labels in textlora.json.")
 @json_option
-def inspect(folder: Path, against: str | None, relabel: tuple[str, ...] | None, as_json: bool) -> None:
-    """Show what is in an adapter folder."""
+def inspect(folder: Path, revision: str | None, against: str | None, relabel: tuple[str, ...] | None, as_json: bool) -> None:
+    """Show what is in an adapter folder, or in one on the hub."""
     from textlora.inspect import inspect_folder, relabel_folder, summary_lines
 
     if relabel:
         relabel_folder(folder, relabel)
-    facts = inspect_folder(folder, against)
+    facts = inspect_folder(folder, against, revision)
     if as_json:
         print_json(facts)
     else:
