@@ -1,91 +1,87 @@
-"""Training speed beside the recipe: the same base weights and IMDB rows, recipe, textlora, recipe, textlora, ...
+"""Training speed and memory beside the recipe, the tuned stack and full fine-tuning (see systems.py): A B C D A B C D ...
 
-The recipe is a user's transformers + peft + Trainer script as the tutorial has it: every text padded to 512, LoRA on query and
-value (r 8, alpha 16, dropout 0.1), Trainer's defaults (batch 8, AdamW, 5e-5). Real tokens only are counted for both.
-
-    python benchmarks/training.py path/to/imdb/train.parquet
+    python benchmarks/training.py path/to/data
 """
 
 import argparse
 import statistics
 import tempfile
-import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-import torch
 from common import median_ratio, write_result
-from peft import LoraConfig as PeftLoraConfig
-from peft import TaskType, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from floor import count, floor_seconds
+from systems import measure, random_base, read_rows
 
 from textlora.base import find_base
-from textlora.config import TrainConfig
-from textlora.prepare import prepare
-from textlora.training import Trainer as OurTrainer
-from textlora.training import start_head
+from textlora.families import read_spec
+from textlora.tokens import TextTokenizer, load_tokenizer
+
+SWEEP = [(batch, threads) for batch in (8, 16, 32) for threads in (None, 1)]
 
 
-def recipe_seconds(folder: str, rows: list[dict]) -> float:
-    """Seconds of one epoch of the recipe on `rows`."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoded = tokenizer([row["text"] for row in rows], padding="max_length", truncation=True, max_length=512)
-    data = [
-        {"labels": row["label"], **{key: torch.tensor(encoded[key][i]) for key in ("input_ids", "attention_mask", "token_type_ids")}}
-        for i, row in enumerate(rows)
-    ]
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    model = get_peft_model(model, PeftLoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, lora_dropout=0.1))
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(scratch, num_train_epochs=1, report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True)
-        trainer = Trainer(model=model, args=arguments, train_dataset=data)
-        start = time.perf_counter()
-        trainer.train()
-        return time.perf_counter() - start
+def lengths_of(folder: str, data: str, rows: int) -> list[int]:
+    files = find_base(folder)
+    tokenizer = TextTokenizer(load_tokenizer(files.folder, files.config["model_type"]), 512)
+    return [len(e.ids) for e in tokenizer.encode([row["text"] for row in read_rows(data, rows)])]
 
 
-def textlora_seconds(rows: list[dict]) -> tuple[float, int]:
-    """Seconds and real tokens of one epoch with textlora's defaults."""
-    config = TrainConfig(model="minilm", epochs=1)
-    pairs = [(row["text"], str(row["label"])) for row in rows]
-    prepared = prepare(config, {"train": pairs, "validation": pairs[:2]})
-    trainer = OurTrainer(prepared)
-    start_head(prepared)
-    start = time.perf_counter()
-    for record in trainer.records():
-        if record["kind"] == "evaluation":
-            break
-    return min(time.perf_counter() - start, trainer.seconds), trainer.tokens
+def table(name: str, folder: str, data: str, rows: int, pairs: int, systems: list[str]) -> dict[str, Any]:
+    """Medians of `pairs` rounds of every system, ratios of pairs, and the floor's share."""
+    tuned_batch, tuned_threads, sweep = 8, None, {}
+    if "tuned" in systems:
+        for batch, threads in SWEEP:
+            sweep[f"batch {batch}, {threads or 'all'} threads"] = measure("tuned", folder, data, rows, batch, threads)["seconds"]
+        best = min(sweep, key=sweep.__getitem__)
+        tuned_batch, tuned_threads = SWEEP[list(sweep).index(best)]
+    runs: dict[str, list[dict[str, float]]] = {system: [] for system in systems}
+    for _ in range(pairs):
+        for system in systems:
+            tuned = system == "tuned"
+            runs[system].append(measure(system, folder, data, rows, tuned_batch if tuned else 8, tuned_threads if tuned else None))
+    seconds = {system: [run["seconds"] for run in made] for system, made in runs.items()}
+    tokens = int(runs["textlora"][0]["tokens"])
+    spec, lengths = read_spec(find_base(folder).config), lengths_of(folder, data, rows)
+    assert sum(lengths) == tokens
+    least, rates = floor_seconds(spec, count(spec, lengths, train="lora"), round(np.mean(lengths) * 4))
+    return {
+        "set": name,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": {system: tokens / statistics.median(values) for system, values in seconds.items()},
+        "ratio": {system: median_ratio(values, seconds["textlora"]) for system, values in seconds.items()},
+        "peak_bytes": {system: statistics.median(run["peak_bytes"] for run in made) for system, made in runs.items()},
+        "tuned_sweep_seconds": sweep,
+        "floor_seconds": least,
+        "floor_share": least / statistics.median(seconds["textlora"]),
+        "floor_rates_gflops": rates,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="IMDB rows as Parquet, columns text and label")
-    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("data", type=Path, help="folder of the data sets imdb and banking77")
+    parser.add_argument("--rows", type=int, default=40, help="IMDB rows")
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
-    folder = str(find_base("minilm").folder)
-    table = pq.read_table(options.data)
-    picked = np.random.default_rng(42).permutation(table.num_rows)[: options.rows]
-    rows = table.take(picked).to_pylist()
-    recipe_seconds(folder, rows[:8])  # warm-up
-    textlora_seconds(rows[:8])
-    recipe, ours, tokens = [], [], 0
-    for _ in range(options.pairs):
-        recipe.append(recipe_seconds(folder, rows))
-        seconds, tokens = textlora_seconds(rows)
-        ours.append(seconds)
-    ratio = median_ratio(recipe, ours)
-    write_result(
-        "training",
-        "training speed, MiniLM on IMDB rows",
-        [
-            ("training, real tokens/s: textlora", f"{tokens / statistics.median(ours):,.0f}"),
-            ("training, real tokens/s: transformers + peft + Trainer as in the tutorial", f"{tokens / statistics.median(recipe):,.0f}"),
-            ("... ratio, median of pairs", f"{ratio:.1f}x"),
-        ],
-        {"rows": len(rows), "tokens": tokens, "recipe_seconds": recipe, "textlora_seconds": ours, "ratio": ratio},
-    )
+    imdb, banking = str(options.data / "imdb" / "train.parquet"), str(options.data / "banking77" / "train.parquet")
+    minilm = str(find_base("minilm").folder)
+    long = table("imdb", minilm, imdb, options.rows, options.pairs, ["recipe", "tuned", "textlora", "full"])
+    short = table("banking77", minilm, banking, 512, options.pairs, ["tuned", "textlora", "full"])
+    with tempfile.TemporaryDirectory() as scratch:
+        large = table("imdb", str(random_base(Path(scratch), minilm)), imdb, 16, options.pairs, ["recipe", "tuned", "textlora", "full"])
+    rows = []
+    for made, what in ((long, "MiniLM, IMDB"), (short, "MiniLM, banking77"), (large, "bert-base size, IMDB")):
+        speed, ratio = made["tokens_per_second"], made["ratio"]
+        rows.append((f"training, {what}: real tokens/s of textlora", f"{speed['textlora']:,.0f} ({made['floor_share']:.0%} of the floor's)"))
+        if "recipe" in ratio:
+            rows.append(("... times the tutorial's transformers + peft + Trainer", f"{ratio['recipe']:.1f}x ({speed['recipe']:,.0f})"))
+        rows.append(("... times transformers + peft + Trainer tuned", f"{ratio['tuned']:.2f}x ({speed['tuned']:,.0f})"))
+        rows.append(("... times full fine-tuning in the same engine", f"{ratio['full']:.2f}x ({speed['full']:,.0f})"))
+        share = made["peak_bytes"]["textlora"] / made["peak_bytes"]["tuned"]
+        rows.append(("... peak memory, and as a share of the tuned stack's", f"{made['peak_bytes']['textlora'] / 2**20:,.0f} MiB, {share:.0%}"))
+    write_result("training", "training speed and memory, one epoch on the same rows", rows, {"tables": [long, short, large]})
 
 
 if __name__ == "__main__":

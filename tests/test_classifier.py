@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_adapter
-from support import Trained, single_rows, trained
+from support import Trained, forked, single_rows, trained
 
 from textlora import TextClassifier
 from textlora.classifier import encoded_logits
 from textlora.errors import UsageError
 from textlora.golden import GOLDEN_TEXTS
+from textlora.model import PackedModel
 
 
 @pytest.fixture
@@ -35,9 +36,10 @@ def test_a_text_gets_one_answer_whatever_stands_beside_it(classifier):
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 50, 10_000])
-def test_batches_of_any_size_give_the_same(classifier, tokens):
-    encoded = classifier.tokenizer.encode(TEXTS)
-    assert np.allclose(encoded_logits(classifier.model, encoded, tokens), classifier.logits(TEXTS), atol=2e-6)
+def test_batches_of_any_size_give_the_same(classifier, tokens, monkeypatch):
+    expected = classifier.logits(TEXTS)
+    monkeypatch.setattr("textlora.classifier.EVAL_TOKENS", tokens)
+    assert np.allclose(encoded_logits(classifier.model, classifier.tokenizer.encode(TEXTS)), expected, atol=2e-6)
 
 
 def test_answers_come_twice_the_same_to_the_bit(single, classifier):
@@ -78,6 +80,57 @@ def test_verify_measures_the_golden_examples(classifier):
     with pytest.raises(Exception, match=r"this adapter: golden example [1-8] gives logits that differ by [0-9.]+ from those stored"):
         classifier.verify()
     assert not np.allclose(classifier.logits(list(GOLDEN_TEXTS)), stored, atol=1e-3)
+
+
+def precision() -> list[object]:
+    """How exactly torch multiplies float32 matrices, asked in the old style and in the new one; the old refuses to say after the new was used."""
+
+    def ask(what):
+        try:
+            return what()
+        except RuntimeError:
+            return "new style"
+
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    return [
+        ask(what) for what in (torch.get_float32_matmul_precision, lambda: cuda.allow_tf32, lambda: cuda.fp32_precision, lambda: cpu.fp32_precision)
+    ]
+
+
+SWITCHES = [
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.set_float32_matmul_precision('high')",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "pass",
+]
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_golden_examples_are_computed_in_plain_float32(single, monkeypatch, switch):
+    """Whatever the process has switched on: TF32, bfloat16 products, autocast. The golden examples see none of it, and it stays switched on."""
+
+    def job() -> int:
+        exec(switch, {"torch": torch})
+        before, seen = precision(), []
+        forward = PackedModel.forward
+
+        def watched(model, batch):
+            seen.append((precision(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), model.dtype))
+            return forward(model, batch)
+
+        monkeypatch.setattr(PackedModel, "forward", watched)
+        with torch.autocast("cpu", torch.bfloat16):
+            TextClassifier.load(single.folder, base=single.config.model, device="cpu")
+            assert torch.is_autocast_enabled("cpu")
+        assert seen
+        assert all(found == (["highest", False, "ieee", "ieee"], False, False, torch.float32) for found in seen), seen
+        assert precision() == before
+        return 0
+
+    assert forked(job) == (0, "", "")  # a fork, since torch has no way back from some of these
 
 
 def test_nothing_to_encode(classifier):

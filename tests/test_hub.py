@@ -101,7 +101,8 @@ class StandIn(BaseHTTPRequestHandler):
         data = self.rfile.read(int(self.headers["Content-Length"]))
         path = unquote(self.path.split("?")[0]).strip("/")
         if path == "api/validate-yaml":
-            return self.reply({"errors": [], "warnings": []})
+            licensed = "license" in json.loads(data)["content"]
+            return self.reply({"errors": [], "warnings": [] if licensed else [{"message": "no license is named"}]})
         if self.token != OWNER:
             return self.say(403 if self.token else 401, b'{"error": "no right to write"}', {}, True)
         if path == "api/repos/create":
@@ -380,13 +381,13 @@ def test_adapters_from_the_hub(stand_in, adapter, tiny_base, tmp_path):
     home = tmp_path / "home"
     troubles = ("org/adapter@v9", "org/absent", "org/secret", "org/gated", "org/pickled", "org/tiny", "org/broken", "org/damaged", "org/plain")
     places = ("out/my adapter", "a/b/c", f"{adapter}@v1")
-    found, _ = python(LOAD, stand_in.url, home, "org/adapter", "org/adapter@v1", f"{OWNER}=org/secret", *troubles, *places)
+    found, _ = python(LOAD, stand_in.url, home, "org/adapter", "org/adapter@v1", *troubles, *places, f"{OWNER}=org/secret")
     expected = TextClassifier.load(adapter, base=str(tiny_base("bert"))).logits(["a good film"])
     assert found[0]["labels"] == ["neg", "pos"]
     assert np.allclose(found[0]["logits"], expected, atol=1e-6)
     assert found[1] == {"labels": ["no", "yes"], "logits": found[0]["logits"]}
-    assert found[2] == found[0]
-    said = [answer["error"] for answer in found[3:]]
+    assert found[-1] == found[0]
+    said = [answer["error"] for answer in found[2:-1]]
     assert all("\n" not in line for line in said)
     assert said[0] == "AdapterError: org/adapter: no revision 'v9' on the hub; name a branch, tag or commit of it with --revision"
     nothing = "no folder here and no such adapter on the hub (or it is private); check the name; for a private one " + LOGIN
@@ -396,7 +397,7 @@ def test_adapters_from_the_hub(stand_in, adapter, tiny_base, tmp_path):
     assert said[4:6] == [f"AdapterError: {name}: holds no adapter_model.safetensors; {pickled}" for name in ("org/pickled", "org/tiny")]
     assert said[6].startswith("AdapterError: org/broken: no folder here, and the hub answered with an error (Server error '500")
     assert said[7].endswith("adapter_model.safetensors: was changed after it was saved (SHA-256 differs); copy the adapter again")
-    assert "has no textlora.json, so its labels and task are not known" in said[8]
+    assert "has no textlora.json" in said[8]
     assert said[9:11] == [f"AdapterError: {name}: no such adapter folder" for name in ("out/my adapter", "a/b/c")]
     assert said[11] == f"UsageError: --revision v1: {adapter} is a folder; leave it out; only adapters on the hub have revisions"
     assert not [line for line in stand_in.asked if "/run/" in line or line.endswith((".bin", ".pt", ".pkl"))]
@@ -486,7 +487,9 @@ def test_push_and_load_again(stand_in, adapter, tiny_base, tmp_path):
         (OWNER, "inspect", "org/mine", "--json"),
         ("", "predict", folder, *predict),
     )
-    assert [(code, err) for code, _, err in done] == [(0, "")] * 5
+    note = "Warnings while validating metadata in README.md: - no license is named"
+    assert [err for _, _, err in done] == [f"textlora: {note}\n"] * 2 + [""] * 3
+    assert [code for code, _, _ in done] == [0] * 5
     assert snapshot(folder) == before
     first, second = stand_in.commits[-2:]
     assert (first["repo"], first["revision"], first["summary"]) == ("org/mine", "main", "First")
@@ -498,7 +501,7 @@ def test_push_and_load_again(stand_in, adapter, tiny_base, tmp_path):
     commit = stand_in.repos["org/mine"].revisions["main"][0]
     assert record == {
         "repo": "org/mine", "url": f"{stand_in.url}/org/mine", "commit": commit, "files": PUSHED,
-        "bytes": sum(map(len, first["files"].values())), "notes": [],
+        "bytes": sum(map(len, first["files"].values())), "notes": [note],
     }  # fmt: skip
     assert done[1][1].startswith(f"pushed 6 files, {record['bytes']:,} bytes, to {stand_in.url}/org/mine (commit ")
     assert done[2][1] == done[4][1]

@@ -76,7 +76,7 @@ def make_records(problem_type=SINGLE, classes=2, rows=400, names=None, text="a p
         if step % 20 == 0:
             score = finals[0]["metrics"] | {main: finals[0]["metrics"][main] - 0.2 * np.exp(-step / 30)}
             loss = 0.7 * np.exp(-step / 35) + 0.27 + step / 2000
-            records.append({"kind": "evaluation", "split": "validation", "step": step, "loss": loss, "metrics": score, "best": True})
+            records.append({"kind": "evaluation", "split": "validation", "step": step, "loss": loss, "metrics": score, "best": True, "kept": True})
     end = {"kind": "end", "train_seconds": 83.125, "tokens": 84000, "tokens_per_second": 1010.5, "peak_memory_bytes": 1_250_000_000}
     end |= {"epochs": 3.0, "best_step": 100, "best_metric": {"name": main, "value": finals[0]["metrics"][main]}}
     return json.loads(json.dumps([*records, *finals, end]))

@@ -49,7 +49,8 @@ def whole(tiny_base, tmp_path_factory) -> Whole:
     log = log_of(Path(config.output))
     assert log[0]["steps"] == 48
     assert log[-1]["kind"] == "end"
-    assert log[-1]["best_step"] + 6 == log[-1]["steps"] < 48  # stopped early, after three evaluations without a better one
+    best = max(record["step"] for record in log if record["kind"] == "evaluation" and record["best"])
+    assert best + 6 == log[-1]["steps"] < 48  # stopped early, after three evaluations without a better one
     return Whole(config, (Path(config.output) / WEIGHTS).read_bytes(), log, seconds)
 
 

@@ -228,7 +228,7 @@ def lora_config(folder: AdapterFolder) -> LoraConfig:
     if isinstance(kind, str) and kind.startswith(_REWRITING):
         raise AdapterError(
             f"{path}: init_lora_weights '{start:.60}' rewrote the weights of the base before training, so the folder is wrong on the plain base",
-            "save it again with PEFT's path_initial_model_for_weight_conversion",
+            "let PEFT convert it (save_pretrained with path_initial_model_for_weight_conversion) and add the head's tensors, which that leaves out",
         )
     if not isinstance(kind, bool | None) and kind not in _STARTS:
         raise AdapterError(f"{path}: init_lora_weights {start!r:.60} is not known here, it may have rewritten the base")

@@ -115,6 +115,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(f"{path}: no model_type", "is this the folder of a transformers model?")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: holds an adapter beside the base's weights, which transformers would load with them", "move adapter_* out of it")
     return config
 
 

@@ -19,6 +19,7 @@ from textlora.config import LoraConfig
 from textlora.errors import AdapterError, TextloraError, UsageError
 from textlora.families import SLOTS, read_spec
 from textlora.files import write_text
+from textlora.foreign.facts import class_count
 from textlora.hub import adapter_folder
 from textlora.model import PREFIX, open_model, parameter_counts
 
@@ -35,7 +36,8 @@ def inspect_folder(path: Path | str, against: str | None = None, revision: str |
     """
     folder = read_adapter(adapter_folder(path, revision))
     lora, meta = lora_config(folder), folder.meta
-    adapter, head = parameter_counts(folder.tensors)
+    adapter, rest = parameter_counts(folder.tensors)
+    head = sum(tensor.numel() for name, tensor in folder.tensors.items() if name.removeprefix(PREFIX).rpartition(".")[0] in lora.modules_to_save)
     layers = layer_facts(folder, lora)
     facts: dict[str, Any] = {
         "folder": str(path),
@@ -48,9 +50,11 @@ def inspect_folder(path: Path | str, against: str | None = None, revision: str |
         "target_modules": [layer["module"] for layer in layers],
         "adapter_parameters": adapter,
         "head_parameters": head,
-        "head": sorted({name.removeprefix(PREFIX).rpartition(".")[0] for name in folder.tensors if ".lora_" not in name}),
+        "bias_parameters": rest - head,
+        "head": sorted(lora.modules_to_save),
         "layers": layers,
         "bytes": sum(p.stat().st_size for p in folder.path.iterdir() if p.is_file()),
+        "weights_bytes": (folder.path / WEIGHTS_FILE).stat().st_size,
         "fingerprint": fingerprint(folder, lora),
         "base": folder.config.get("base_model_name_or_path"),
     }
@@ -145,7 +149,9 @@ def compare(folder: AdapterFolder, base: str) -> list[dict[str, Any]]:
     if not add("layers", not missing, said or f"all {len(modules)} adapted layers are there"):
         return checks
     try:
-        model, _ = open_model(files, lora, len(meta.labels) if meta else _label_count(folder, files), pooling=meta.pooling if meta else "first")
+        model, _ = open_model(
+            files, lora, len(meta.labels) if meta else class_count(folder.tensors, folder.path), pooling=meta.pooling if meta else "first"
+        )
         model.load_trainable(folder.tensors)
     except TextloraError as error:
         add("shapes", False, error.message)
@@ -166,14 +172,6 @@ def _layers_of(files: BaseFiles) -> set[str] | None:
     if isinstance(spec, str):
         return None
     return {spec.family.module(i, slot) for i in range(spec.layers) for slot in SLOTS} | {layer.module for layer in spec.family.head}
-
-
-def _label_count(folder: AdapterFolder, files: BaseFiles) -> int:
-    """Labels of a folder that does not name them: rows of the head's last layer."""
-    heads = {name.removeprefix(PREFIX): tensor.shape[0] for name, tensor in folder.tensors.items() if ".lora_" not in name and tensor.ndim == 2}
-    spec = read_spec(files.config)
-    last = None if isinstance(spec, str) else heads.get(f"{spec.family.head[-1].module}.weight")
-    return last or min(heads.values(), default=2)
 
 
 def relabel_folder(path: Path, changes: Sequence[str]) -> None:
@@ -203,9 +201,12 @@ def summary_lines(facts: dict[str, Any]) -> list[str]:
     shown = f"r {facts['r']}, alpha {facts['lora_alpha']:g}"
     if len(sizes) > 1:
         shown = "r and alpha by layer: " + ", ".join(f"{r} and {alpha:g}" for r, alpha in sizes)
+    sides = "A, B and magnitudes" if facts["use_dora"] else "A and B"
+    counts = f"{facts['adapter_parameters']:,} {sides}, {facts['head_parameters']:,} head ({', '.join(facts['head'])})"
+    counts += f", {facts['bias_parameters']:,} biases of the base" if facts["bias_parameters"] else ""
     lines = [
         f"{facts['folder']}: {facts['method']} {shown}, {len(layers)} adapted layers",
-        f"parameters: {facts['adapter_parameters']:,} A and B, {facts['head_parameters']:,} head ({', '.join(facts['head'])}); {facts['bytes']:,} bytes",
+        f"parameters: {counts}; {facts['weights_bytes']:,} bytes, with all files {facts['bytes']:,}",
     ]
     if "note" in facts:
         lines.append(facts["note"])
@@ -224,7 +225,7 @@ def summary_lines(facts: dict[str, Any]) -> list[str]:
     if facts.get("edited"):
         lines.append(f"changed since it was saved: {', '.join(facts['edited'])}")
     if "fits" in facts:
-        lines += [f"{check['what']}: {check['said']}" for check in facts["fits_checks"]]
+        lines += [f"{check['what']:12}  {'yes' if check['ok'] else 'no':3}  {check['said']}" for check in facts["fits_checks"]]
         lines.append(("fits: " if facts["fits"] else "does not fit: ") + facts["fits_why"])
     return lines
 
@@ -238,7 +239,7 @@ def _spectrum_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
     lines = [f"{'update s B A by layer':{width}}  {'r':>3}  {'alpha':>6}  {'Frobenius norm':>14}  {'largest value':>13}  {'effective rank':>14}"]
     for name, layer in zip(short, layers, strict=True):
         lines.append(
-            f"{name:{width}}  {layer['r']:3}  {layer['lora_alpha']:6g}  {layer['frobenius']:14.4g}  {layer['top']:13.4g}  {layer['effective_rank']:14.2f}"
+            f"{name:{width}}  {layer['r']:3}  {layer['lora_alpha']:6g}  {layer['frobenius']:14.4f}  {layer['top']:13.4f}  {layer['effective_rank']:14.2f}"
         )
     return lines
 

@@ -17,7 +17,7 @@ def report_line(record: dict[str, Any]) -> str | None:
         return f"model: {record['model']} on {record['device']}, {counts}, {len(record['labels'])} labels{note}"
     if kind == "evaluation":
         shown = _metric(record["metrics"])
-        mark = "  best so far" if record["best"] else ""
+        mark = "  best so far" if record["best"] else "  kept" if record["kept"] else ""
         return f"epoch {record['epoch']:.2f}  step {record['step']}  validation loss {record['loss'] or 0:.4f}  {shown}{mark}"
     if kind == "final":
         low, high = (record["intervals"].get(_first(record["metrics"])) or (None, None))[:2]

@@ -162,7 +162,7 @@ def _run(
             "epochs": trainer.epochs_done,
             "steps": trainer.step,
             "best_step": trainer.best_step,
-            "best_metric": {"name": prepared.metric, "value": trainer.best_score},
+            "best_metric": {"name": prepared.metric, "value": trainer.kept_score},
         }
         emit(end)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines would cut at U+2028

@@ -19,7 +19,7 @@ from textlora.classifier import MIN_SHARE, encoded_logits
 from textlora.config import MULTI_LABEL, REGRESSION, TrainConfig
 from textlora.errors import TrainingError, UsageError
 from textlora.hardware import Workers, peak_memory, side_by_side
-from textlora.metrics import METRICS, evaluate
+from textlora.metrics import METRICS, evaluate, standard_error
 from textlora.prefix import HiddenStates
 from textlora.prepare import EncodedSet, Prepared
 from textlora.tokens import pack, token_batches
@@ -145,6 +145,7 @@ class Trainer:
         self.evaluated_at = -1
         self.seconds = self.best_epoch = 0.0
         self.best_score: float | None = None
+        self.kept_score: float | None = None
         self.best = {name: t.detach().clone() for name, t in self.parameters.items()}
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -239,19 +240,25 @@ class Trainer:
         held = self.prepared.sets.get("validation")
         record = {"kind": "evaluation", "split": "validation", "step": self.step, "epoch": round(self.epochs_done, 6)}
         if held is None:
-            self._keep_best(None)
-            return record | {"loss": None, "metrics": {}, "best": True}
+            self._keep(None)
+            return record | {"loss": None, "metrics": {}, "best": True, "kept": True}
         loss, metrics, _ = score(self.prepared, held, self.loss, workers, self.prefix.get("validation"))
         value = metrics.get(self.prepared.metric)
         sign = 1 if METRICS[self.prepared.metric].higher_is_better else -1
         better = value is not None and (self.best_score is None or sign * value > sign * self.best_score)
         self.waited = 0 if better else self.waited + 1
-        if better or self.best_score is None:  # a metric that is not defined yet cannot choose: the latest is kept
-            self._keep_best(value)
-        return record | {"loss": loss, "metrics": metrics, "best": better}
+        if better:
+            self.best_score = value
+        if self.best_score is None or value is None:  # a metric that is not defined yet cannot choose: the latest is kept
+            kept = self.best_score is None
+        else:  # within a standard error of the best the rows cannot tell, and later weights are the better guess (docs/log.md)
+            kept = sign * value >= sign * self.best_score - standard_error(self.prepared.metric, self.best_score, len(held.rows))
+        if kept:
+            self._keep(value)
+        return record | {"loss": loss, "metrics": metrics, "best": better, "kept": kept}
 
-    def _keep_best(self, value: float | None) -> None:
-        self.best_score, self.best_step, self.best_epoch = value, self.step, self.epochs_done
+    def _keep(self, value: float | None) -> None:
+        self.kept_score, self.best_step, self.best_epoch = value, self.step, self.epochs_done
         self.best = {name: t.detach().clone() for name, t in self.parameters.items()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -260,7 +267,7 @@ class Trainer:
         for name, tensor in self.parameters.items():
             for key, value in self.optimizer.state.get(tensor, {}).items():
                 tensors[f"{key}/{name}"] = value
-        facts = ("step", "tokens", "seconds", "evaluated_at", "best_score", "best_step", "best_epoch", "waited")
+        facts = ("step", "tokens", "seconds", "evaluated_at", "best_score", "kept_score", "best_step", "best_epoch", "waited")
         return tensors, {fact: getattr(self, fact) for fact in facts}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "evaluate",
     "intervals",
     "per_class",
+    "standard_error",
 ]
 
 RANK_RESAMPLES: Final = 200
@@ -69,6 +70,13 @@ METRICS: Final[dict[str, MetricInfo]] = {
     "r2": MetricInfo((REGRESSION,), True, "Share of the labels' variance that is explained: 0 is answering the mean, 1 is perfect."),
 }
 DEFAULT_METRIC: Final = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "micro_f1", REGRESSION: "spearman"}
+
+_SHARES: Final = ("accuracy", "micro_f1", "macro_f1", "weighted_f1", "exact_match")
+
+
+def standard_error(metric: str, value: float, rows: int) -> float:
+    """Standard error of a score on `rows` rows, `sqrt(p (1 - p) / n)`: exact for accuracy, rough for F1, 0 for what is no share of rows."""
+    return math.sqrt(value * (1 - value) / rows) if metric in _SHARES else 0.0
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a value too large for a float becomes None, without a warning

@@ -1,0 +1,116 @@
+"""The arithmetic of a job, counted, and the time it would take if nothing else took any: sum of FLOP_i / rate_i.
+
+Rates are measured in the same process, at the encoder's own shapes, on as many single-threaded workers as the engine uses: matrix
+products by (inner, outer) width at the mean number of tokens of a piece, attention by text length, forward and backward apart.
+Norms, activations, residual sums, the optimizer and Python are not counted: they are what the share leaves open.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from textlora.encoder import attend
+from textlora.families import EncoderSpec
+from textlora.hardware import Workers, side_by_side
+
+REPEAT_SECONDS = 0.15
+
+
+@dataclass(frozen=True)
+class Work:
+    """Products (inner, outer) -> rows that go through them, and attention: length -> texts, forward and backward."""
+
+    products: Counter
+    attention: Counter
+    attention_backward: Counter
+
+
+def count(spec: EncoderSpec, lengths: Sequence[int], *, train: str | None, r: int = 8, adapted: int = 2, depth: int = 0) -> Work:
+    """Work of one pass over texts of these lengths.
+
+    Args:
+        train: None for inference, "lora" for a step on `adapted` of q, k, v, "full" for every weight.
+        depth: blocks below it come from a cache and are neither run forward nor back.
+    """
+    T, B, H, inner_width = sum(lengths), len(lengths), spec.hidden, spec.intermediate
+    products, attention, back = Counter(), Counter(), Counter()
+
+    def dense(rows: int, inner: int, outer: int, input_gradient: bool = True) -> None:
+        products[inner, outer] += rows
+        if train and input_gradient:
+            products[outer, inner] += rows
+        if train == "full":  # dW: the same number of multiplications, the rows are the inner dimension
+            products[inner, outer] += rows
+
+    def lora(rows: int, input_gradient: bool) -> None:
+        for inner, outer in ((H, r), (r, H)) * (3 if train else 1):
+            products[inner, outer] += rows * adapted if inner == H or input_gradient or not train else rows * adapted // 2
+
+    for i in range(depth, spec.layers):
+        first = train is not None and i == depth and train != "full"
+        rows = T if i < spec.layers - 1 else B
+        if i < spec.layers - 1:
+            dense(T, H, 3 * H, not first)
+            for length in lengths:
+                attention[length] += 1
+                if train:
+                    back[length] += 1
+        else:  # queries of the first tokens; every head reads the tokens twice, (heads, H) by (H, L)
+            dense(B, H, H, not first)
+            products[H, spec.heads] += 2 * T * (3 if train else 1)
+            products[spec.hidden // spec.heads, H] += 2 * B * spec.heads * (2 if train else 1)
+        if train == "lora":
+            lora(rows, not first)
+        dense(rows, H, H)
+        dense(rows, H, inner_width)
+        dense(rows, inner_width, H)
+    return Work(products, attention, back)
+
+
+def floor_seconds(spec: EncoderSpec, work: Work, piece_tokens: int) -> tuple[float, dict[str, float]]:
+    """Seconds the work takes at measured rates, and the rates in GFLOP/s."""
+    seconds, rates = 0.0, {}
+    with side_by_side("cpu") as workers, torch.no_grad():
+        for (inner, outer), rows in sorted(work.products.items()):
+            tokens = min(piece_tokens, rows)
+            x, weight = torch.randn(tokens, inner), torch.randn(outer, inner)
+            rate = 2 * tokens * inner * outer * _calls_per_second(workers, lambda x=x, weight=weight: torch.nn.functional.linear(x, weight))
+            rates[f"product {inner} to {outer}"] = rate / 1e9
+            seconds += 2 * rows * inner * outer / rate
+        for length, texts in sorted(work.attention.items()):
+            seconds += texts / _calls_per_second(workers, _attention(spec, length))
+    for length, texts in sorted(work.attention_backward.items()):
+        with side_by_side("cpu") as workers:
+            both, forward = (_calls_per_second(workers, _attention(spec, length, grad)) for grad in (True, False))
+        seconds += texts * (1 / both - 1 / forward)
+    return seconds, rates
+
+
+def _attention(spec: EncoderSpec, length: int, grad: bool = False) -> Callable[[], object]:
+    projected = torch.randn(length, 3 * spec.hidden, requires_grad=grad)
+    cotangent = torch.randn(length, spec.hidden)
+    runs = [(0, 1, 0, length)]
+
+    def call() -> None:
+        out = attend(projected, None, runs, spec.heads)
+        if grad:
+            torch.autograd.grad(out, projected, cotangent)
+
+    return call
+
+
+def _calls_per_second(workers: Workers, call: Callable[[], object]) -> float:
+    """Calls per second of all workers together, each calling again and again."""
+
+    def repeat(_: int) -> tuple[int, float]:
+        call()
+        done, start = 0, time.perf_counter()
+        while time.perf_counter() - start < REPEAT_SECONDS:
+            call()
+            done += 1
+        return done, time.perf_counter() - start
+
+    return sum(done / taken for done, taken in workers.map(repeat, range(workers.count)))
