@@ -283,12 +283,16 @@ def graphs(tiny_base, tmp_path_factory) -> Callable[..., ort.InferenceSession]:
     return get
 
 
+ALIVE: list[ort.LoraAdapter] = []  # run options hold no reference to their adapter
+
+
 def loaded(classifier: TextClassifier, base: Path, path: Path) -> ort.RunOptions:
     """Run options with the adapter, from its file, active."""
     export_adapter(classifier, find_base(str(base)), path)
-    adapter, options = ort.LoraAdapter(), ort.RunOptions()
-    adapter.Load(str(path))
-    options.add_active_adapter(adapter)
+    ALIVE.append(ort.LoraAdapter())
+    ALIVE[-1].Load(str(path))
+    options = ort.RunOptions()
+    options.add_active_adapter(ALIVE[-1])
     return options
 
 
@@ -327,15 +331,18 @@ def test_every_family_takes_adapters(tiny_base, tmp_path, graphs, family, poolin
 
 
 def test_another_base_or_pooling_is_refused_by_onnx_runtime_itself(tiny_base, tmp_path, graphs):
-    other = make_tiny("roberta", tmp_path / "other", seed=1)
-    right, twin = make(tiny_base("roberta")), make(other)
-    feed = session.padded(right.tokenizer.encode(TEXTS), right.model.base.spec)
-    assert close(run(graphs("roberta"), feed | adapter_inputs(right.model)), right.logits(TEXTS))
-    for one, inputs in ((graphs("roberta"), adapter_inputs(twin.model)), (graphs("roberta", "mean"), adapter_inputs(right.model))):
+    for family in ("roberta", "bert"):
+        right = make(tiny_base(family))
+        other = make_tiny(family, tmp_path / family, seed=1)
+        twin = make(other)
+        feed = session.padded(right.tokenizer.encode(TEXTS), right.model.base.spec)
+        assert close(run(graphs(family), feed | adapter_inputs(right.model)), right.logits(TEXTS))
+        with pytest.raises(Exception, match=r"Invalid input name: base\.[0-9a-f]{16}\.first"):
+            run(graphs(family), feed | adapter_inputs(twin.model))
         with pytest.raises(Exception, match=r"base\.[0-9a-f]{16}\.first"):
-            run(one, feed | inputs)
-    with pytest.raises(Exception, match=r"base\.[0-9a-f]{16}\.first"):
-        run(graphs("roberta"), feed, loaded(twin, other, tmp_path / "twin.onnx_adapter"))
+            run(graphs(family), feed, loaded(twin, other, tmp_path / f"{family}.onnx_adapter"))
+    with pytest.raises(Exception, match=r"Invalid input name: base\.[0-9a-f]{16}\.first"):  # the same head, another pooling
+        run(graphs("bert", "mean"), feed | adapter_inputs(right.model))
 
 
 def test_half_an_adapter_gives_no_logits(tiny_base, graphs):
@@ -377,7 +384,8 @@ def test_adapter_file_and_its_facts(cli, tiny_base, tmp_path):
     assert said["golden"] < 1e-5
     facts = json.loads((tmp_path / "x" / "mine.json").read_text(encoding="utf-8"))
     assert (facts["labels"], facts["problem_type"], facts["max_length"]) == (["label 0", "label 1", "label 2"], MULTI_LABEL, 48)
-    held = {name: value.numpy() for name, value in ort.AdapterFormat.read_adapter(str(tmp_path / "x" / "mine.onnx_adapter")).get_parameters().items()}
+    file = ort.AdapterFormat.read_adapter(str(tmp_path / "x" / "mine.onnx_adapter"))  # its arrays are views of it
+    held = {name: value.numpy().copy() for name, value in file.get_parameters().items()}
     expected = adapter_inputs(TextClassifier.load(folder, base=str(base)).model)
     assert held.keys() == expected.keys()
     assert all(np.array_equal(held[name], expected[name]) for name in held)

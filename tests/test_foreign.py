@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tiny
+from conftest import both_ways, make_tiny, random_batch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig as PeftLoraConfig
@@ -346,6 +346,29 @@ def test_embeddings_that_were_trained(tiny_base, tmp_path):
     assert "(LoRA on embeddings) is not supported" in refusal(TextClassifier.load, tmp_path / "peft", base=str(base), labels=AB)
 
 
+def test_patterns_and_a_pooler_train_as_in_peft(tiny_base):
+    """Logits, gradients and places of dropout masks on the fast path."""
+    patterns = {"rank_pattern": {"layer.1.*": 2, "pooler.dense": 3}, "alpha_pattern": {"pooler.dense": 9}}
+    for dora in (False, True):
+        lora = LoraConfig(r=4, target_modules=("query", "value", "bert.pooler.dense"), use_dora=dora, **patterns)
+        fast, slow = both_ways(tiny_base("bert"), lora)
+        batch = random_batch([5, 1, 2, 3, 5, 48, 5, 8, 13])
+        grads = []
+        for model in (fast, slow):
+            model.forward(batch).square().sum().backward()
+            grads.append({name: tensor.grad for name, tensor in model.trainable().items()})
+        torch.testing.assert_close(fast.forward(batch), slow.forward(batch), rtol=1e-5, atol=1e-5)
+        assert list(grads[0]) == list(grads[1])
+        for name, grad in grads[0].items():
+            assert (grad - grads[1][name]).norm() <= 1e-4 * grads[1][name].norm() + 1e-7, name
+        assert fast.loras()[2, "pooler"].A.shape == (3, 32)
+    lora = LoraConfig(r=4, target_modules=("bert.pooler.dense",), lora_dropout=0.5)
+    fast, _ = both_ways(tiny_base("bert"), lora)
+    assert fast.depth == 1
+    assert torch.equal(fast.forward(batch, 7), fast.forward(batch, 7))
+    assert not torch.equal(fast.forward(batch, 7), fast.forward(batch, 8))
+
+
 # --- labels, task, length ---
 
 
@@ -499,7 +522,7 @@ def test_trainer_output(trainer_output, tiny_base, tmp_path):
 
 
 def test_checkpoint_loads_directly(trainer_output, tiny_base):
-    theirs = peft_logits(tiny_base("roberta"), trainer_output / "checkpoint-2", TEXTS, length=48)
+    theirs = peft_logits(tiny_base("roberta"), trainer_output / "checkpoint-2", TEXTS, length=24)  # as its tokenizer.json says
     assert close(TextClassifier.load(trainer_output / "checkpoint-2", labels=AB).logits(TEXTS), theirs)
 
 

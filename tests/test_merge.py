@@ -289,28 +289,24 @@ def test_head_tail_rows_are_left_out_and_counted(tiny_base, tmp_path, cli, near)
     assert "head-tail" in (output / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("family", ["bert", "deberta-v2"])
+PATTERNS = {"rank_pattern": {"layer.0.*": 2, "value.*": 6}, "alpha_pattern": {"query.*": 3}, "use_rslora": True}
+POOLER = {"target_modules": ["query", "value", "pooler.dense"], "use_dora": True}
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"rank_pattern": {"layer.0.*": 2, "value.*": 6}, "alpha_pattern": {"query.*": 3}, "use_rslora": True},
-        {"target_modules": ["query", "query_proj", "value", "pooler.dense"], "use_dora": True},
-        {"bias": "all"},
-        {"bias": "lora_only"},
-    ],
-    ids=["patterns", "pooler", "bias-all", "bias-lora"],
+    ("family", "changes"),
+    [(family, changes) for family in ("bert", "deberta-v2") for changes in (PATTERNS, {"bias": "all"}, {"bias": "lora_only"})] + [("bert", POOLER)],
 )
 def test_adapters_of_peft(family, changes, tiny_base, tmp_path, cli, near):
     """Ranks per layer, LoRA on the pooler, trained biases: what PEFT saved is what is merged."""
     base, adapter, output = tiny_base(family), tmp_path / "a", tmp_path / "m"
-    prefix = "_proj" if family == "deberta-v2" else ""
-    config = {"r": 4, "lora_alpha": 8, "target_modules": [f"query{prefix}", f"value{prefix}"]} | changes
-    extra = ["pooler"] if family == "deberta-v2" and "pooler.dense" not in config["target_modules"] else []
+    targets, whole = ["query_proj", "value_proj"] if family == "deberta-v2" else ["query", "value"], ["classifier"]
     torch.manual_seed(0)
     net = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
-    if family == "deberta-v2" and not extra:
-        pytest.skip("its pooler is no part of the base, so LoRA alone on it leaves a random one")
-    model = peft.get_peft_model(net, peft.LoraConfig(task_type="SEQ_CLS", modules_to_save=["classifier", *extra], **config))
+    if family == "deberta-v2":  # its base has no pooler
+        whole.append("pooler")
+    config = {"r": 4, "lora_alpha": 8, "target_modules": targets, "modules_to_save": whole} | changes
+    model = peft.get_peft_model(net, peft.LoraConfig(task_type="SEQ_CLS", **config))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from textlora.api import train
     from textlora.classifier import Prediction, TextClassifier
     from textlora.config import LoraConfig, TrainConfig
+    from textlora.engine import AdapterEngine
     from textlora.errors import TextloraError
 
 _HOMES = {
+    "AdapterEngine": "textlora.engine",
     "train": "textlora.api",
     "Prediction": "textlora.classifier",
     "TextClassifier": "textlora.classifier",
@@ -24,7 +26,7 @@ _HOMES = {
     "TrainConfig": "textlora.config",
     "TextloraError": "textlora.errors",
 }
-__all__ = ["LoraConfig", "Prediction", "TextClassifier", "TextloraError", "TrainConfig", "train"]
+__all__ = ["AdapterEngine", "LoraConfig", "Prediction", "TextClassifier", "TextloraError", "TrainConfig", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from textlora.base import BaseFiles, find_base
 from textlora.calibration import decide, probabilities
 from textlora.config import MULTI_LABEL, REGRESSION
 from textlora.errors import AdapterError, UsageError
-from textlora.foreign.facts import find_facts
+from textlora.foreign.facts import find_facts, find_length
 from textlora.hardware import Workers, choose_device, side_by_side
 from textlora.hub import adapter_folder
 from textlora.model import Model, open_model
@@ -154,7 +154,10 @@ class TextClassifier:
             return []
         given = [pair is not None for pair in pairs or ()]
         self.require_pairs(all(given) and bool(given), any(given))
-        logits = self.logits(texts, pairs)
+        return self.predictions(self.logits(texts, pairs))
+
+    def predictions(self, logits: np.ndarray) -> list[Prediction]:
+        """What logits (N, C) say, with the adapter's labels, temperature and thresholds."""
         probs = probabilities(logits, self.meta.problem_type, self.meta.temperature)
         decided = decide(probs, self.meta.problem_type, None if self.meta.thresholds is None else np.array(self.meta.thresholds))
         return [self._prediction(*row) for row in zip(logits, probs, decided, strict=True)]
@@ -271,9 +274,9 @@ def find_adapter_base(folder: AdapterFolder, base: str | None = None) -> BaseFil
 
 def _foreign_meta(folder: AdapterFolder, files: BaseFiles, labels: Sequence[str] | None, problem_type: str | None) -> AdapterMeta:
     facts = find_facts(folder, files.config, labels, problem_type)
-    limit = files.config.get("max_position_embeddings", 512)
+    length = find_length([folder.path], files.config.get("max_position_embeddings", 512))
     return AdapterMeta(
-        labels=facts.labels, problem_type=facts.problem_type, pairs=False, pooling="first", max_length=min(512, limit), truncation="head",
+        labels=facts.labels, problem_type=facts.problem_type, pairs=False, pooling="first", max_length=length.tokens, truncation=length.truncation,
         base={"id": files.id, "revision": files.revision, "model_type": files.config["model_type"], "hash": None},
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ import inspect
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from textlora.classifier import TextClassifier, encoded_logits, exact_float32
 from textlora.config import LoraConfig
 from textlora.errors import AdapterError, ModelError, UsageError, VerificationError
 from textlora.files import write_text
-from textlora.foreign.facts import find_facts, read_json
+from textlora.foreign.facts import Length, find_facts, find_length
 from textlora.foreign.loralib import Converted, to_peft
 from textlora.foreign.source import Source, read_source
 from textlora.golden import golden_rows
@@ -41,17 +41,7 @@ from textlora.reference import ReferenceModel
 from textlora.tokens import Encoded, TextTokenizer, load_tokenizer
 
 TOLERANCE = 1e-4  # of a logit of the written folder against the source, relative to max(1, |logit|)
-DEFAULT_MAX_LENGTH = 512
 _TEMPLATE = "[More Information Needed]"  # in the card that PEFT writes by itself
-
-
-@dataclass(frozen=True)
-class _Length:
-    """Tokens kept of a text, which part of a long text, and where that is known from."""
-
-    tokens: int
-    truncation: str
-    source: str
 
 
 def convert(
@@ -113,7 +103,9 @@ def convert(
     except UsageError as error:  # layers that this base does not have
         what = f"{folder.path} does not fit {files.folder}: {error.message}"
         raise AdapterError(what, "pass the base it was trained on as --model") from error
-    length = _length(found, fresh.max_length, max_length)
+    if max_length is not None and not 8 <= max_length <= fresh.max_length:
+        raise UsageError(f"--max-length {max_length}: the base model takes 8 to {fresh.max_length} tokens")
+    length = find_length(found.places, fresh.max_length, {"--max-length": max_length} | found.lengths)
     tokenizer = _tokenizer(found, files, length)
     rows = golden_rows(pairs=False)
     encoded = tokenizer.encode([text for text, _ in rows])
@@ -164,25 +156,7 @@ def _parameters(files: BaseFiles) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
 
 
-def _length(found: Source, limit: int, given: int | None) -> _Length:
-    """Length and side of truncation: given, else of AutoTrain's settings, the tokenizer as it was used in training, or its configuration."""
-    if given is not None and not 8 <= given <= limit:
-        raise UsageError(f"--max-length {given}: the base model takes 8 to {limit} tokens")
-    used = next((content for place in found.places if (content := read_json(place / "tokenizer.json"))), {}).get("truncation")
-    settings = next((content for place in found.places if (content := read_json(place / "tokenizer_config.json"))), {})
-    used = used if isinstance(used, dict) else {}
-    side = used.get("direction") or settings.get("truncation_side")
-    truncation = "tail" if isinstance(side, str) and side.lower() == "left" else "head"
-    known = {"--max-length": given}
-    known |= {f"{key} in training_params.json": found.settings.get(key) for key in ("max_seq_length", "model_max_length", "block_size")}
-    known |= {"truncation in tokenizer.json": used.get("max_length"), "tokenizer_config.json": settings.get("model_max_length")}
-    for source, tokens in known.items():
-        if type(tokens) is int and 8 <= tokens <= limit:
-            return _Length(tokens, truncation, source)
-    return _Length(min(DEFAULT_MAX_LENGTH, limit), truncation, "the base model")
-
-
-def _tokenizer(found: Source, files: BaseFiles, length: _Length) -> TextTokenizer:
+def _tokenizer(found: Source, files: BaseFiles, length: Length) -> TextTokenizer:
     """The source's own tokenizer, else the base's.
 
     Raises:

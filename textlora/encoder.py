@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from textlora.base import BaseWeights
 from textlora.errors import UsageError
 from textlora.lora import Lora, dora_scale, lora_linear
+from textlora.mixing import Folded, Mix
 from textlora.tokens import PackedBatch
 
 Runs = list[tuple[int, int, int, int]]
@@ -47,12 +48,12 @@ class PackedEncoder:
             self.blocks.append(block)
 
     def forward(
-        self, batch: PackedBatch, loras: Loras, *, pooling: str = "first", dropout_seed: int | None = None, checkpointing: bool = False
+        self, batch: PackedBatch, loras: Loras | Mix, *, pooling: str = "first", dropout_seed: int | None = None, checkpointing: bool = False
     ) -> Tensor:
         """Encode a batch.
 
         Args:
-            loras: (layer, slot) -> LoRA, slots as in `families.SLOTS`.
+            loras: (layer, slot) -> LoRA, slots as in `families.SLOTS`; or the adapters of a mixed batch.
             pooling: "first" gives each text's first token, "mean" the mean of its tokens.
             dropout_seed: of the LoRA dropout masks; None means no dropout.
             checkpointing: keep only each block's input for the backward pass and compute the rest again (arXiv 1604.06174).
@@ -108,24 +109,35 @@ class PackedEncoder:
         before = (counted - real.long())[first]
         return torch.where(real, counted - before - 1 + offset, offset - 1)
 
-    def _block(self, i: int, x: Tensor, runs: Runs, loras: Loras, dropout_seed: int | None, firsts: Tensor | None) -> Tensor:
+    def _block(self, i: int, x: Tensor, runs: Runs, loras: Loras | Mix, dropout_seed: int | None, firsts: Tensor | None) -> Tensor:
         w, hidden = self.blocks[i], self.spec.hidden
         generator = None if dropout_seed is None else torch.Generator(x.device).manual_seed(dropout_seed + i)
 
         def dense(value: Tensor, name: str, slots: tuple[str, ...], rows: slice = slice(None)) -> Tensor:
+            weight, bias = w[f"{name}.weight"][rows], w[f"{name}.bias"][rows]
+            if isinstance(loras, Mix):
+                return loras.linear(i, slots, value, weight, bias, runs)
             adapted = [(k * hidden, loras[i, slot]) for k, slot in enumerate(slots) if (i, slot) in loras]
-            return lora_linear(value, w[f"{name}.weight"][rows], w[f"{name}.bias"][rows], adapted, generator)
+            return lora_linear(value, weight, bias, adapted, generator)
+
+        def folded(slot: str, weight: Tensor) -> Folded | None:
+            if isinstance(loras, Mix):
+                return loras.folded((i, slot))
+            lora = loras.get((i, slot))
+            return None if lora is None else Folded(lora.A.to(x.dtype), (lora.scaling * lora.B).to(x.dtype), dora_scale(weight, lora))
 
         if firsts is None:
             context = attend(dense(x, "qkv", ("query", "key", "value")), None, runs, self.spec.heads)
         else:
-            key, value = loras.get((i, "key")), loras.get((i, "value"))
-            queries = dense(x[firsts], "qkv", ("query",), slice(hidden))
-            if generator is not None and any(lora is not None and lora.dropout for lora in (key, value)):  # masks are drawn per token
-                context = attend(dense(x, "qkv", ("key", "value"), slice(hidden, None)), queries, runs, self.spec.heads)
+            tokens, x = x, x[firsts]
+            runs_of_tokens, runs = runs, [(0, x.shape[0], 0, 1)]
+            queries = dense(x, "qkv", ("query",), slice(hidden))
+            if generator is not None and any((i, slot) in loras and loras[i, slot].dropout for slot in ("key", "value")):  # masks are drawn per token
+                context = attend(dense(tokens, "qkv", ("key", "value"), slice(hidden, None)), queries, runs_of_tokens, self.spec.heads)
             else:
-                context = attend_first(x, queries, runs, self.spec.heads, w["qkv.weight"][hidden:], w["qkv.bias"][2 * hidden :], key, value)
-            x = x[firsts]
+                weight, bias = w["qkv.weight"][hidden:], w["qkv.bias"][2 * hidden :]
+                key, value = folded("key", weight[:hidden]), folded("value", weight[hidden:])
+                context = attend_first(tokens, queries, runs_of_tokens, self.spec.heads, weight, bias, key, value)
         x = self._norm(i, "attention_norm", x + dense(context, "attention_output", ("attention_output",)))
         inner = activate(dense(x, "intermediate", ("intermediate",)), self.spec.activation)
         return self._norm(i, "output_norm", x + dense(inner, "output", ("output",)))
@@ -163,7 +175,7 @@ def attend_plain(projected: Tensor, queries: Tensor | None, runs: Runs, heads: i
 
 
 def attend_first(
-    x: Tensor, queries: Tensor, runs: Runs, heads: int, weight: Tensor, value_bias: Tensor, key_lora: Lora | None, value_lora: Lora | None
+    x: Tensor, queries: Tensor, runs: Runs, heads: int, weight: Tensor, value_bias: Tensor, key: Folded | None, value: Folded | None
 ) -> Tensor:
     """Attention of one query per text without forming any key or value, exact up to rounding.
 
@@ -173,35 +185,40 @@ def attend_first(
     Args:
         x: (T, H) input of the block; queries: (B, H), one per text.
         weight: (2H, H), keys then values; value_bias: (H,).
+        key, value: LoRA on them, one for all texts or one per text.
 
     Returns:
         (B, H)
     """
     count, width = queries.shape
     d = width // heads
-    key_weight, value_weight = weight[:width], weight[width:]
+    key_weight, value_weight = weight[:width].view(heads, d, width), weight[width:].view(heads, d, width)
     q = queries * d**-0.5
-    if key_lora is not None and (scale := dora_scale(key_weight, key_lora)) is not None:
-        q = q * scale.to(q.dtype)
-    q = q.view(count, heads, d).transpose(0, 1)
-    keys = torch.bmm(q, key_weight.view(heads, d, width))
-    if key_lora is not None:
-        keys = keys + key_lora.scaling * (torch.bmm(q, key_lora.B.to(q.dtype).view(heads, d, -1)) @ key_lora.A.to(q.dtype))
-    keys = keys.transpose(0, 1).contiguous()
+    if key is not None and key.scale is not None:
+        q = q * key.scale.to(q.dtype)
+    q = q.view(count, heads, d)
+    keys = torch.bmm(q.transpose(0, 1), key_weight).transpose(0, 1)
+    if key is not None:
+        keys = keys + (q.unsqueeze(2) @ _by_head(key.B, heads)).squeeze(2) @ key.A
+    keys = keys.contiguous()
     means = []
     for (first, texts, _, length), part in zip(runs, x.split([run[1] * run[3] for run in runs]), strict=True):
         tokens = part.view(texts, length, width)
         shares = torch.softmax(torch.bmm(keys[first : first + texts], tokens.transpose(1, 2)), dim=-1)
         means.append(torch.bmm(shares, tokens))
-    mean = torch.cat(means).transpose(0, 1)
-    out = torch.bmm(mean, value_weight.view(heads, d, width).transpose(1, 2))
-    if value_lora is not None:
-        low = mean @ value_lora.A.to(mean.dtype).T
-        out = out + value_lora.scaling * torch.bmm(low, value_lora.B.to(mean.dtype).view(heads, d, -1).transpose(1, 2))
-    out = out.transpose(0, 1).reshape(count, width)
-    if value_lora is not None and (scale := dora_scale(value_weight, value_lora)) is not None:
-        out = out * scale.to(out.dtype)
+    mean = torch.cat(means)
+    out = torch.bmm(mean.transpose(0, 1), value_weight.transpose(1, 2)).transpose(0, 1)
+    if value is not None:
+        out = out + ((mean @ value.A.transpose(-1, -2)).unsqueeze(2) @ _by_head(value.B, heads).transpose(-1, -2)).squeeze(2)
+    out = out.reshape(count, width)
+    if value is not None and value.scale is not None:
+        out = out * value.scale.to(out.dtype)
     return out + value_bias
+
+
+def _by_head(B: Tensor, heads: int) -> Tensor:
+    """(out, r) to (heads, d, r), with or without a leading dimension."""
+    return B.unflatten(-2, (heads, -1))
 
 
 class _RunAttention(torch.autograd.Function):

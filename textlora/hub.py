@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from textlora.adapter import CARD_FILE, FOLDER_FILES, SIDE_FILE, AdapterMeta, lora_config, read_adapter, write_side_file
+from textlora.adapter import CARD_FILE, CONFIG_FILE, FOLDER_FILES, SIDE_FILE, AdapterMeta, lora_config, read_adapter, write_side_file
 from textlora.card import pushed_card
 from textlora.errors import AdapterError, StorageError, TextloraError, UsageError
 from textlora.files import write_text
@@ -155,19 +155,19 @@ def _push_error(repo_id: str, error: Exception) -> TextloraError:
 
 
 def _refuse_secrets(files: list[Path], meta: AdapterMeta, token: str) -> None:
-    """No token and no path of this machine in what everybody may read."""
+    """No token in what everybody may read, and no path of this machine in what textlora or its user wrote."""
     for path in files:
         if path.suffix not in (".json", ".md", ".txt"):
             continue
-        text = path.read_text(encoding="utf-8")
+        text, mend = path.read_text(encoding="utf-8"), "take it out" if path.name == CARD_FILE else "make the folder again without it"
         if token in text or _TOKEN.search(text):
-            raise AdapterError(f"{path.name} holds a hub token", "take it out before you push, and revoke it")
-        if path.name in (SIDE_FILE, CARD_FILE, "adapter_config.json", "tokenizer_config.json"):
-            for label in meta.labels:  # a label may look like a path
-                text = text.replace(label, "")
+            raise AdapterError(f"{path.name} holds a hub token", f"{mend}, and revoke the token")
+        if path.name in (SIDE_FILE, CARD_FILE, CONFIG_FILE):
+            for label in meta.labels:  # one may look like a path
+                text = text.replace(label, "") if "/" in label[:-1] else text
             for found in _LOCAL_PATH.finditer(text):
                 if found.group(1) is None or Path(found.group(1)).is_dir():
-                    raise AdapterError(f"{path.name} names a path of this machine: {found.group()}", "take it out before you push")
+                    raise AdapterError(f"{path.name} names a path of this machine: {found.group()}", mend)
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,8 @@ from textlora.config import LoraConfig
 from textlora.encoder import PackedEncoder, activate
 from textlora.errors import AdapterError
 from textlora.families import MEAN_HEAD, SLOTS, EncoderSpec, HeadLayer, read_spec
-from textlora.lora import Lora, init_lora, lora_linear, weight_norm
+from textlora.lora import Lora, dora_scale, init_lora, lora_linear, weight_norm
+from textlora.mixing import Folded
 from textlora.targets import resolve_targets
 from textlora.tokens import PackedBatch
 
@@ -53,13 +54,23 @@ class PackedModel:
         num_labels: C; 1 for regression.
         pooling: "first" or "mean".
         seed: of A and the head.
+        encoder: of this base, shared with other models; default: one of its own.
     """
 
     path = "packed"
 
-    def __init__(self, base: BaseWeights, lora: LoraConfig, num_labels: int, pooling: str = "first", seed: int = 0, device: str = "cpu"):
+    def __init__(
+        self,
+        base: BaseWeights,
+        lora: LoraConfig,
+        num_labels: int,
+        pooling: str = "first",
+        seed: int = 0,
+        device: str = "cpu",
+        encoder: PackedEncoder | None = None,
+    ):
         self.base, self.lora, self.pooling, self.device = base, lora, pooling, torch.device(device)
-        self.encoder = PackedEncoder(base)
+        self.encoder = encoder or PackedEncoder(base)
         self.dtype = next(iter(base.tensors.values())).dtype
         self.max_length = base.spec.max_length
         spec, family = base.spec, base.spec.family
@@ -141,17 +152,37 @@ class PackedModel:
     def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
         seed = dropout_seed if self.lora.lora_dropout else None
         keep_less = self.gradient_checkpointing and torch.is_grad_enabled()
-        loras, depth = self.loras(), self.base.spec.layers
-        x = self.encoder.forward(batch, loras, pooling=self.pooling, dropout_seed=seed, checkpointing=keep_less).float()
+        x = self.encoder.forward(batch, self.loras(), pooling=self.pooling, dropout_seed=seed, checkpointing=keep_less)
+        return self.head(x, seed)
+
+    def head(self, x: Tensor, dropout_seed: int | None = None) -> Tensor:
+        """Logits (B, C) float32 from what the encoder gives, (B, H)."""
+        x, depth, loras = x.float(), self.base.spec.layers, self.loras()
         for layer in self._head:
             if self._frozen(layer):
                 weight, bias = (self._base_tensor(f"pooler.{part}").float() for part in ("weight", "bias"))
-                generator = None if seed is None else torch.Generator(x.device).manual_seed(seed + depth)
+                generator = None if dropout_seed is None else torch.Generator(x.device).manual_seed(dropout_seed + depth)
                 x = lora_linear(x, weight, bias, [(0, loras[depth, "pooler"])] if (depth, "pooler") in loras else [], generator)
             else:
                 x = F.linear(x, self._trainable[f"{PREFIX}{layer.module}.weight"], self._trainable[f"{PREFIX}{layer.module}.bias"])
             x = activate(x, layer.activation)
         return x
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the encoder is the base's own, so that other adapters can share a batch with this one."""
+        return not self._own
+
+    def folded(self) -> dict[tuple[int, str], Folded]:
+        """What `mixing.Mix` needs of this adapter: (layer, slot) -> A, `s B` and DoRA's factor, without gradients."""
+        made = {}
+        with torch.no_grad():
+            for (i, slot), lora in self.loras().items():
+                if slot != "pooler":
+                    scale = dora_scale(self._weight(i, slot), lora)
+                    tensors = (lora.A, lora.scaling * lora.B, scale)
+                    made[i, slot] = Folded(*(None if t is None else t.detach().to(self.dtype) for t in tensors))
+        return made
 
     def _base_tensor(self, ours: str) -> Tensor:
         name = next((name for name, own in self._own.items() if own == ours), None)

@@ -1,4 +1,4 @@
-"""What a foreign adapter does not say itself and a config beside it may: number of classes, their names, the task."""
+"""What a foreign adapter does not say itself and files beside it may: number and names of its classes, the task, the length of texts."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from textlora.adapter import AdapterFolder
 from textlora.config import PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from textlora.errors import AdapterError, UsageError
 
+DEFAULT_MAX_LENGTH = 512
 # The last layer of the classification heads of transformers: its rows are the classes.
 _LAST = ("classifier.out_proj", "classifier.linear_out", "logits_proj", "sequence_summary.summary", "score", "classifier")
 
@@ -23,6 +24,15 @@ class Facts:
 
     labels: tuple[str, ...]
     problem_type: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Length:
+    """Tokens kept of a text, which part of a longer one, and where that is known from."""
+
+    tokens: int
+    truncation: str
     source: str
 
 
@@ -98,3 +108,23 @@ def find_facts(folder: AdapterFolder, base: Mapping[str, Any], labels: Sequence[
             "name them in class order: --labels negative,positive",
         )
     return Facts(names, kind, source)
+
+
+def find_length(places: Sequence[Path], limit: int, stated: Mapping[str, Any] | None = None) -> Length:
+    """Length and side of truncation as they were in training, as far as files say.
+
+    Args:
+        places: folders that may hold the tokenizer that was used. Its tokenizer.json remembers the last truncation, that of training.
+        limit: tokens the base takes.
+        stated: source -> number of tokens or None, taken before what the tokenizer says.
+    """
+    used = next((content for place in places if (content := read_json(place / "tokenizer.json"))), {}).get("truncation")
+    settings = next((content for place in places if (content := read_json(place / "tokenizer_config.json"))), {})
+    used = used if isinstance(used, dict) else {}
+    side = used.get("direction") or settings.get("truncation_side")
+    truncation = "tail" if isinstance(side, str) and side.lower() == "left" else "head"
+    known = {**(stated or {}), "truncation in tokenizer.json": used.get("max_length"), "tokenizer_config.json": settings.get("model_max_length")}
+    for source, tokens in known.items():
+        if type(tokens) is int and 8 <= tokens <= limit:
+            return Length(tokens, truncation, source)
+    return Length(min(DEFAULT_MAX_LENGTH, limit), truncation, "the base model")

@@ -47,6 +47,11 @@ class Source:
         return named if isinstance(named, str) else None
 
     @property
+    def lengths(self) -> dict[str, Any]:
+        """Numbers of tokens that AutoTrain's settings may name, by where they stand."""
+        return {f"{key} in training_params.json": self.settings.get(key) for key in ("max_seq_length", "model_max_length", "block_size")}
+
+    @property
     def places(self) -> list[Path]:
         """Folders whose tokenizer and settings belong to it: its own, and the output folder that a checkpoint lies in."""
         path = self.folder.path

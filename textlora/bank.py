@@ -1,0 +1,216 @@
+"""Thousands of adapters registered, few of them in memory: read when first used, least recently used out, never one in use.
+
+Registering reads `textlora.json` only. The whole check (hashes, names, shapes, golden examples) comes when an adapter is made resident,
+outside the bank's lock, so that running batches go on.
+"""
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from textlora.adapter import AdapterMeta, lora_config, read_adapter, read_meta
+from textlora.base import BaseWeights, find_base, read_weights
+from textlora.classifier import TextClassifier
+from textlora.encoder import PackedEncoder
+from textlora.errors import AdapterError, ModelError, UsageError
+from textlora.families import read_spec
+from textlora.hardware import choose_device
+from textlora.mixing import Folded
+from textlora.model import PackedModel
+from textlora.tokens import TextTokenizer, load_tokenizer
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+RESIDENT_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Resident:
+    """An adapter in memory: its classifier, and its layers ready for mixed batches."""
+
+    classifier: TextClassifier
+    folded: dict[tuple[int, str], Folded]
+    bytes: int
+
+    @property
+    def model(self) -> Any:
+        return self.classifier.model
+
+
+@dataclass
+class _Entry:
+    name: str
+    path: Path
+    meta: AdapterMeta
+    resident: Resident | None = None
+    users: int = 0
+    removed: bool = False
+    loading: threading.Lock = field(default_factory=threading.Lock)
+
+
+class AdapterBank:
+    """Adapters of one base model by name.
+
+    Args:
+        base: folder, hub id, or minilm.
+        resident_bytes: budget of adapters in memory; those in use count, and are never put out.
+        verify: recompute golden examples when an adapter is made resident.
+
+    Raises:
+        ModelError: the base cannot be read, or its architecture has no packed path.
+    """
+
+    def __init__(self, base: str = "minilm", *, device: str = "auto", resident_bytes: int = RESIDENT_BYTES, verify: bool = True):
+        self.files, self.device = find_base(base), choose_device(device)
+        spec = read_spec(self.files.config)
+        if isinstance(spec, str):
+            raise ModelError(f"{base}: {spec}, so its adapters cannot share batches", "serve a merged model, or use TextClassifier")
+        weights = read_weights(self.files.folder, spec, pooler=True)
+        self.weights = BaseWeights(spec, {name: t.to(self.device) for name, t in weights.tensors.items()}, weights.hash)
+        self.encoder = PackedEncoder(self.weights)
+        # an adapter with mean pooling was trained without the base's pooler, and its hash is without it
+        self._hashes = {"first": weights.hash, "mean": read_weights(self.files.folder, spec, pooler=False).hash}
+        self.resident_bytes, self.verify = resident_bytes, verify
+        self._entries: dict[str, _Entry] = {}
+        self._resident: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._held = 0
+        self._changed = threading.Condition()
+        self._tokenizers: dict[tuple[str, int, str], TextTokenizer] = {}
+
+    def add(self, path: str | Path, name: str) -> AdapterMeta:
+        """Register a folder under a name. Reads `textlora.json` only.
+
+        Raises:
+            UsageError: the name is taken or holds other characters than letters, digits, `.`, `_` and `-`.
+            AdapterError: there is no adapter, or it belongs to another base.
+        """
+        path = Path(path)
+        if not NAME.fullmatch(name):
+            raise UsageError(f"adapter name {name!r:.80}: use letters, digits, '.', '_' and '-', at most 128")
+        meta = read_meta(path)
+        if meta is None:
+            raise AdapterError(f"{path}: no textlora.json", "`textlora convert` makes an adapter folder of other formats")
+        if meta.base["hash"] != self._hashes[meta.pooling]:
+            raise AdapterError(f"{path} was trained on another base than {self.files.folder} (weights differ)", f"it needs {meta.base['hash'][:19]}")
+        with self._changed:
+            if name in self._entries:
+                raise UsageError(f"adapter name '{name}' is taken", "remove it first")
+            self._entries[name] = _Entry(name, path, meta)
+        return meta
+
+    def remove(self, name: str, timeout: float | None = None) -> None:
+        """Forget an adapter. New users are refused at once; returns when the last one is done.
+
+        Raises:
+            UsageError: there is none of that name, or it was still in use after `timeout` seconds.
+        """
+        with self._changed:
+            entry = self._entry(name)
+            entry.removed = True
+            del self._entries[name]
+            if not self._changed.wait_for(lambda: entry.users == 0, timeout):
+                raise UsageError(f"adapter '{name}' is removed, and was still in use after {timeout:g} s")
+            self._drop(entry)
+
+    def names(self) -> list[str]:
+        with self._changed:
+            return sorted(self._entries)
+
+    def meta(self, name: str) -> AdapterMeta:
+        """Raises UsageError where there is no such adapter."""
+        with self._changed:
+            return self._entry(name).meta
+
+    def state(self) -> dict[str, int]:
+        """Numbers for metrics: registered, resident, resident_bytes."""
+        with self._changed:
+            return {"registered": len(self._entries), "resident": len(self._resident), "resident_bytes": self._held}
+
+    @contextmanager
+    def use(self, names: Sequence[str]) -> Iterator[list[Resident]]:
+        """Hold adapters in memory while a batch runs.
+
+        Raises:
+            UsageError: there is no such adapter.
+            AdapterError: one is damaged or does not fit the base.
+        """
+        held: list[_Entry] = []
+        try:
+            for name in names:
+                with self._changed:
+                    entry = self._entry(name)
+                    entry.users += 1
+                held.append(entry)
+            yield [self._open(entry) for entry in held]
+        finally:
+            with self._changed:
+                for entry in held:
+                    entry.users -= 1
+                self._shrink()
+                self._changed.notify_all()
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            some = ", ".join(sorted(self._entries)[:10]) or "none"
+            raise UsageError(f"no adapter '{name:.80}'", f"there are: {some}{', ...' if len(self._entries) > 10 else ''}") from None
+
+    def _open(self, entry: _Entry) -> Resident:
+        with entry.loading:
+            resident = entry.resident
+            if resident is None:
+                resident = self._read(entry)
+                with self._changed:
+                    entry.resident = resident
+                    self._held += resident.bytes
+        with self._changed:
+            self._resident[entry.name] = entry
+            self._resident.move_to_end(entry.name)
+            self._shrink()
+        return resident
+
+    def _shrink(self) -> None:
+        for entry in [entry for entry in self._resident.values() if entry.users == 0]:
+            if self._held <= self.resident_bytes:
+                return
+            self._drop(entry)
+
+    def _drop(self, entry: _Entry) -> None:
+        if entry.resident is not None:
+            self._held -= entry.resident.bytes
+            entry.resident = None
+        if self._resident.get(entry.name) is entry:
+            del self._resident[entry.name]
+
+    def _read(self, entry: _Entry) -> Resident:
+        folder = read_adapter(entry.path)
+        if folder.meta is None or folder.meta.base["hash"] != self._hashes[folder.meta.pooling]:
+            raise AdapterError(f"{entry.path}: was replaced by an adapter of another base since it was registered")
+        meta = folder.meta
+        try:
+            model = PackedModel(self.weights, lora_config(folder), len(meta.labels), meta.pooling, device=self.device, encoder=self.encoder)
+            model.load_trainable(folder.tensors)
+        except (AdapterError, UsageError) as error:
+            raise AdapterError(f"{entry.path}: {error.message}", error.fix) from error
+        classifier = TextClassifier(model, self._tokenizer(entry.path, meta, model.max_length), meta)
+        if self.verify and meta.golden:
+            classifier.verify(entry.name)
+        for tensor in model.trainable().values():
+            tensor.requires_grad_(False)
+        folded = model.folded()
+        tensors = [*model.trainable().values(), *(t for place in folded.values() for t in place if t is not None)]
+        return Resident(classifier, folded, sum(t.numel() * t.element_size() for t in tensors))
+
+    def _tokenizer(self, path: Path, meta: AdapterMeta, model_length: int) -> TextTokenizer:
+        """Adapters whose tokenizer files have the same hash share one."""
+        key = (meta.files.get("tokenizer.json", "base"), min(meta.max_length, model_length), meta.truncation)
+        found = self._tokenizers.get(key)
+        if found is None:
+            where = path if "tokenizer.json" in meta.files else self.files.folder
+            found = self._tokenizers[key] = TextTokenizer(load_tokenizer(where, self.files.config["model_type"]), key[1], key[2])
+        return found

@@ -1,0 +1,159 @@
+"""Requests to packed mixed-adapter batches to predictions. Knows no HTTP and prints nothing.
+
+A batch may hold texts of any adapters of the base. A text that several adapters ask for is run once through the blocks that none of
+the batch's adapters changes, then once for each of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from textlora.adapter import AdapterMeta
+from textlora.bank import RESIDENT_BYTES, AdapterBank, Resident
+from textlora.classifier import EVAL_TOKENS, MIN_SHARE, Prediction
+from textlora.errors import UsageError
+from textlora.hardware import side_by_side
+from textlora.mixing import Mix
+from textlora.tokens import Encoded, PackedBatch, pack, token_batches
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Rows of one batch: texts, and for each row (text, adapter) as numbers."""
+
+    texts: list[Encoded]
+    rows: list[tuple[int, int]]
+
+
+class AdapterEngine:
+    """Many adapters on one frozen base.
+
+    Args:
+        base: folder, hub id, or minilm.
+        resident_bytes: budget of adapters in memory.
+
+    Raises:
+        ModelError: the base cannot be read, or its architecture has no packed path.
+    """
+
+    def __init__(self, base: str = "minilm", *, device: str = "auto", resident_bytes: int = RESIDENT_BYTES, verify: bool = True):
+        self.bank = AdapterBank(base, device=device, resident_bytes=resident_bytes, verify=verify)
+
+    def add(self, path: str | Path, name: str) -> AdapterMeta:
+        """Register an adapter folder. Raises as `AdapterBank.add` does."""
+        return self.bank.add(path, name)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter when its last batch is done. Raises UsageError where there is none."""
+        self.bank.remove(name)
+
+    def predict(self, texts: Sequence[str], adapters: str | Sequence[str], pairs: Sequence[str | None] | None = None) -> list[Prediction]:
+        """One prediction per text by its adapter.
+
+        Args:
+            texts: to ask several adapters about one text, name the text once for each; the engine computes what they share once.
+            adapters: a name for all texts, or one for each.
+            pairs: second texts, for adapters trained on pairs.
+
+        Raises:
+            UsageError: no such adapter, an empty text, or pairs that do not fit the task.
+            AdapterError: an adapter is damaged.
+        """
+        names = [adapters] * len(texts) if isinstance(adapters, str) else list(adapters)
+        seconds = [None] * len(texts) if pairs is None else list(pairs)
+        if not len(names) == len(texts) == len(seconds):
+            raise UsageError(f"{len(texts)} texts, {len(names)} adapters and {len(seconds)} pairs", "give one of each per text")
+        for i, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise UsageError(f"text {i + 1}: {'empty' if isinstance(text, str) else 'not a string'}")
+        known = list(dict.fromkeys(names))
+        with self.bank.use(known) as residents:
+            owners = [known.index(name) for name in names]
+            for name, resident in zip(known, residents, strict=True):
+                given = [seconds[i] is not None for i, own in enumerate(names) if own == name]
+                resident.classifier.require_pairs(all(given), any(given))
+            logits = self._logits(texts, seconds, owners, residents)
+            answers: list[Prediction | None] = [None] * len(texts)
+            for k, resident in enumerate(residents):
+                mine = [i for i, own in enumerate(owners) if own == k]
+                for i, answer in zip(mine, resident.classifier.predictions(np.stack([logits[i] for i in mine])), strict=True):
+                    answers[i] = answer
+            return [answer for answer in answers if answer is not None]
+
+    def _logits(self, texts: Sequence[str], pairs: Sequence[str | None], owners: list[int], residents: list[Resident]) -> list[np.ndarray]:
+        found: list[np.ndarray] = [np.empty(0)] * len(texts)
+        if not texts:
+            return found
+        jobs: list[tuple[_Job, list[int]]] = []
+        for group in self._groups(residents):
+            jobs += self._jobs(texts, pairs, [i for i, k in enumerate(owners) if k in group], owners, residents)
+        with side_by_side(self.bank.device) as workers:
+            for (_, rows), answers in zip(jobs, workers.map(lambda job: self._run(job[0], residents), jobs), strict=True):
+                for i, answer in zip(rows, answers, strict=True):
+                    found[i] = answer
+        return found
+
+    @staticmethod
+    def _groups(residents: list[Resident]) -> list[set[int]]:
+        """Adapters that can share a batch: the same pooling and no biases of the base of their own."""
+        groups: dict[object, set[int]] = {}
+        for k, resident in enumerate(residents):
+            groups.setdefault(resident.model.pooling if resident.model.mixes else k, set()).add(k)
+        return list(groups.values())
+
+    def _jobs(
+        self, texts: Sequence[str], pairs: Sequence[str | None], chosen: list[int], owners: list[int], residents: list[Resident]
+    ) -> list[tuple[_Job, list[int]]]:
+        """Batches of the chosen rows by length, at most `EVAL_TOKENS` tokens of distinct texts each."""
+        asked: dict[tuple[int, str, str | None], list[int]] = {}
+        for i in chosen:
+            asked.setdefault((id(residents[owners[i]].classifier.tokenizer), texts[i], pairs[i]), []).append(i)
+        groups = list(asked.values())
+        encoded: list[Encoded | None] = [None] * len(groups)
+        by_tokenizer: dict[int, list[int]] = {}
+        for g, (key, _) in enumerate(asked.items()):
+            by_tokenizer.setdefault(key[0], []).append(g)
+        for members in by_tokenizer.values():
+            tokenizer = residents[owners[groups[members[0]][0]]].classifier.tokenizer
+            firsts = [groups[g][0] for g in members]
+            for g, one in zip(members, tokenizer.encode([texts[i] for i in firsts], [pairs[i] for i in firsts]), strict=True):
+                encoded[g] = one
+        lengths = [len(one.ids) for one in encoded if one is not None]
+        share = max(MIN_SHARE, -(-sum(lengths) // max(1, torch.get_num_threads())))
+        jobs = []
+        for members in token_batches(lengths, np.argsort(lengths, kind="stable"), min(EVAL_TOKENS, share)):
+            rows = [(t, owners[i]) for t, g in enumerate(members) for i in groups[g]]
+            jobs.append((_Job([encoded[g] for g in members], rows), [i for g in members for i in groups[g]]))
+        return jobs
+
+    def _run(self, job: _Job, residents: list[Resident]) -> list[np.ndarray]:
+        """Logits of each row of a batch, in the order of `job.rows`."""
+        with torch.inference_mode():
+            used = list(dict.fromkeys(k for _, k in job.rows))
+            models = [residents[k].model for k in used]
+            batch = self._batch(job, min(model.depth for model in models))
+            owners = torch.tensor([used.index(job.rows[i][1]) for i in batch.rows.tolist()])
+            adapters = Mix([residents[k].folded for k in used], owners.to(self.bank.device))
+            x = models[0].encoder.forward(batch, adapters, pooling=models[0].pooling)
+            answers: list[np.ndarray] = [np.empty(0)] * len(job.rows)
+            for k, model in enumerate(models):
+                mine = (owners == k).nonzero().flatten()
+                for b, row in zip(mine.tolist(), model.head(x[mine.to(x.device)]).cpu().numpy(), strict=True):
+                    answers[int(batch.rows[b])] = row
+            return answers
+
+    def _batch(self, job: _Job, depth: int) -> PackedBatch:
+        """Rows packed; where a text stands for several rows, with the states of the blocks below `depth`, computed once per text."""
+        batch = pack([job.texts[t] for t, _ in job.rows], device=self.bank.device)
+        if depth == 0 or len(job.rows) == len(job.texts):
+            return batch
+        shared = pack(job.texts, device=self.bank.device)
+        states = self.bank.encoder.prefix(shared, depth)
+        start = dict(zip(shared.rows.tolist(), shared.cu_seqlens[:-1].tolist(), strict=True))
+        begins = np.array([start[job.rows[i][0]] for i in batch.rows.tolist()])
+        index: Tensor = torch.from_numpy(np.repeat(begins, batch.cu_seqlens.diff().numpy())).to(states.device) + batch.positions
+        return replace(batch, hidden=states[index], depth=depth)
