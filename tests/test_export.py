@@ -1,6 +1,8 @@
 """ONNX files answer as the packed model does: merged, in int8, and one graph for any adapter; and what is refused leaves nothing."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -394,6 +396,25 @@ def test_adapter_file_and_its_facts(cli, tiny_base, tmp_path):
     assert np.array_equal(held[f"{name}.lora_A"], tensors[f"base_model.model.{name}.lora_A.weight"].detach().numpy())
     assert np.allclose(held[f"{name}.lora_B"], 4 * tensors[f"base_model.model.{name}.lora_B.weight"].detach().numpy(), rtol=1e-6)  # alpha 16, r 4
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["mine.json", "mine.onnx_adapter"]
+
+
+def test_the_page_runs_as_written(cli, tiny_base, tmp_path, tmp_path_factory, monkeypatch):
+    adapter = trained(tiny_base, tmp_path_factory)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(adapter.folder, "my-adapter")
+    shutil.copy(adapter.config.test, "test.csv")
+    page = (Path(__file__).resolve().parent.parent / "docs" / "onnx.md").read_text(encoding="utf-8")
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("textlora export ")]
+    assert len(commands) == 3
+    for command in commands:
+        code, _, err = cli(*(adapter.config.model if word == "minilm" else word for word in command), "--threads", 1)
+        assert (code, err) == (0, "")
+    scope: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "docs/onnx.md", "exec"), scope)
+    decided, shape, apart = cli.capfd.readouterr().out.splitlines()
+    assert (decided[0], shape) == ("[", "(2, 2)")
+    assert float(apart) < 1e-6
 
 
 # --- refusals ---

@@ -162,7 +162,7 @@ def test_float16_is_taken_while_the_rounding_is_small(base, tmp_path, near):  # 
     result = extract(str(tmp_path / "m"), str(base), tmp_path / "x")
     assert (result["dtype"], result["r"]) == ("float16", 4)
     assert result["residual"] == pytest.approx(result["rounding"], rel=0.3)  # what is left over is what rounding leaves
-    assert 1e-5 < result["residual"] < 0.01
+    assert 1e-5 < result["residual"] < 0.05
     again = TextClassifier.load(tmp_path / "x", base=str(base)).logits(TEXTS)
     far = np.abs(transformers_logits(tmp_path / "m", TEXTS) - classifier.logits(TEXTS)).max()
     assert np.abs(again - classifier.logits(TEXTS)).max() < far + 1e-5  # no worse than the rounded model itself
@@ -175,7 +175,7 @@ def test_an_adapter_drowned_by_bfloat16_is_refused(widened, base, tmp_path, refu
     def shrink(model: Model) -> None:
         for name, tensor in model.trainable().items():
             if ".lora_B." in name:
-                tensor.mul_(0.1)
+                tensor.mul_(0.02)
 
     classifier = make_adapter(tmp_path / "a", base, edit=shrink)
     merged(classifier, base, tmp_path / "a", tmp_path / "m", "bfloat16")
@@ -183,7 +183,7 @@ def test_an_adapter_drowned_by_bfloat16_is_refused(widened, base, tmp_path, refu
         edited(tmp_path / "m", lambda tensors: tensors.update({name: tensor.float() for name, tensor in tensors.items()}))
     said = refused(base)
     assert "rounding to bfloat16 drowned the adapter" in said
-    assert "(at most 1% may be); merge it again with --dtype float32" in said
+    assert "(at most 5% may be); merge it again with --dtype float32" in said
     shutil.rmtree(tmp_path / "m")
     merged(classifier, base, tmp_path / "a", tmp_path / "m")
     assert extract(str(tmp_path / "m"), str(base), tmp_path / "x")["r"] == 4
@@ -200,7 +200,7 @@ def test_dora_and_full_fine_tuning_have_no_low_rank(base, tmp_path, refused):
     draw = torch.Generator().manual_seed(1)
     name = "bert.encoder.layer.0.output.dense.weight"
     edited(tmp_path / "m", lambda tensors: tensors[name].add_(0.01 * torch.randn(tensors[name].shape, generator=draw)))
-    assert f"of the difference of {name.removesuffix('.weight')} is left over (at most 1% may be)" in refused(base)
+    assert f"of the difference of {name.removesuffix('.weight')} is left over (at most 5% may be)" in refused(base)
 
 
 def test_a_rank_too_small_is_refused_and_the_right_one_named(base, tmp_path, refused):
@@ -210,6 +210,21 @@ def test_a_rank_too_small_is_refused_and_the_right_one_named(base, tmp_path, ref
     assert said.endswith("the spectrum shows rank 4, raise --r")
     assert refused(base, "--r", 0) == "--r 0: the rank must be at least 1"
     assert extract(str(tmp_path / "m"), str(base), tmp_path / "x", r=9)["r"] == 4
+
+
+def test_a_smaller_rank_may_leave_out_a_twentieth(base, tmp_path, near):  # noqa: F811
+    def edit(model: Model) -> None:
+        for name, tensor in model.trainable().items():
+            if name.endswith("lora_A.weight"):
+                tensor[3].mul_(0.01)
+
+    classifier = make_adapter(tmp_path / "a", base, edit=edit)
+    merged(classifier, base, tmp_path / "a", tmp_path / "m")
+    result = extract(str(tmp_path / "m"), str(base), tmp_path / "x", r=3)
+    assert result["r"] == 3
+    assert 1e-3 < result["residual"] < 0.05
+    now = TextClassifier.load(tmp_path / "x", base=str(base)).logits(TEXTS)
+    assert 1e-4 < np.abs(now - classifier.logits(TEXTS)).max() < 0.2
 
 
 @pytest.mark.parametrize(

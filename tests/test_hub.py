@@ -459,7 +459,7 @@ PUSHED = ["README.md", "adapter_config.json", "adapter_model.safetensors", "text
 def test_push_and_load_again(stand_in, adapter, tiny_base, tmp_path):
     folder = Path(shutil.copytree(adapter, tmp_path / "mine"))
     (folder / "run").mkdir()
-    for name in ("run/metrics.jsonl", "checkpoint.pt", "notes.txt", "special.bin"):
+    for name in ("run/metrics.jsonl", "checkpoint.pt", "notes.txt", "special.bin", "vocab.txt"):
         (folder / name).write_text("mine alone", encoding="utf-8")
     before = snapshot(folder)
     data = task_files(tmp_path, "single")["test"]

@@ -147,6 +147,7 @@ def test_config_keeps_the_bases_keys(family, tiny_base, tmp_path, near):
     assert new["architectures"] == [type(AutoModelForSequenceClassification.from_pretrained(output)).__name__]
     files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
     assert {path.name for path in output.iterdir()} == files
+    assert len({path.stat().st_mode for path in output.iterdir()}) == 1
 
 
 def test_the_command_in_a_fresh_process(tiny_base, tmp_path, cli, monkeypatch):

@@ -17,7 +17,7 @@ from textlora.adapter import AdapterMeta, lora_config, read_adapter, read_meta
 from textlora.base import BaseWeights, find_base, read_weights
 from textlora.classifier import TextClassifier
 from textlora.encoder import PackedEncoder
-from textlora.errors import AdapterError, ModelError, UsageError
+from textlora.errors import AdapterError, ModelError, UnknownAdapterError, UsageError
 from textlora.families import read_spec
 from textlora.hardware import choose_device
 from textlora.mixing import Folded
@@ -81,8 +81,11 @@ class AdapterBank:
         self._changed = threading.Condition()
         self._tokenizers: dict[tuple[str, int, str], TextTokenizer] = {}
 
-    def add(self, path: str | Path, name: str) -> AdapterMeta:
+    def add(self, path: str | Path, name: str, replace: bool = False) -> AdapterMeta:
         """Register a folder under a name. Reads `textlora.json` only.
+
+        Args:
+            replace: take the place of what the name stood for; batches that run with it end with it.
 
         Raises:
             UsageError: the name is taken or holds other characters than letters, digits, `.`, `_` and `-`.
@@ -97,8 +100,11 @@ class AdapterBank:
         if meta.base["hash"] != self._hashes[meta.pooling]:
             raise AdapterError(f"{path} was trained on another base than {self.files.folder} (weights differ)", f"it needs {meta.base['hash'][:19]}")
         with self._changed:
-            if name in self._entries:
-                raise UsageError(f"adapter name '{name}' is taken", "remove it first")
+            old = self._entries.get(name)
+            if old is not None:
+                if not replace:
+                    raise UsageError(f"adapter name '{name}' is taken", "remove it first")
+                self._retire(old)
             self._entries[name] = _Entry(name, path, meta)
         return meta
 
@@ -106,24 +112,29 @@ class AdapterBank:
         """Forget an adapter. New users are refused at once; returns when the last one is done.
 
         Raises:
-            UsageError: there is none of that name, or it was still in use after `timeout` seconds.
+            UnknownAdapterError: there is none of that name.
+            UsageError: it was still in use after `timeout` seconds; its memory is freed by the last user.
         """
         with self._changed:
             entry = self._entry(name)
-            entry.removed = True
             del self._entries[name]
+            self._retire(entry)
             if not self._changed.wait_for(lambda: entry.users == 0, timeout):
                 raise UsageError(f"adapter '{name}' is removed, and was still in use after {timeout:g} s")
-            self._drop(entry)
 
     def names(self) -> list[str]:
         with self._changed:
             return sorted(self._entries)
 
     def meta(self, name: str) -> AdapterMeta:
-        """Raises UsageError where there is no such adapter."""
+        """Raises UnknownAdapterError where there is no such adapter."""
         with self._changed:
             return self._entry(name).meta
+
+    def is_resident(self, name: str) -> bool:
+        """Whether using it now reads nothing from disk. Raises UnknownAdapterError."""
+        with self._changed:
+            return self._entry(name).resident is not None
 
     def state(self) -> dict[str, int]:
         """Numbers for metrics: registered, resident, resident_bytes."""
@@ -135,7 +146,7 @@ class AdapterBank:
         """Hold adapters in memory while a batch runs.
 
         Raises:
-            UsageError: there is no such adapter.
+            UnknownAdapterError: there is no such adapter.
             AdapterError: one is damaged or does not fit the base.
         """
         held: list[_Entry] = []
@@ -150,6 +161,8 @@ class AdapterBank:
             with self._changed:
                 for entry in held:
                     entry.users -= 1
+                    if entry.removed:
+                        self._retire(entry)
                 self._shrink()
                 self._changed.notify_all()
 
@@ -158,7 +171,7 @@ class AdapterBank:
             return self._entries[name]
         except KeyError:
             some = ", ".join(sorted(self._entries)[:10]) or "none"
-            raise UsageError(f"no adapter '{name:.80}'", f"there are: {some}{', ...' if len(self._entries) > 10 else ''}") from None
+            raise UnknownAdapterError(f"no adapter '{name:.80}'", f"there are: {some}{', ...' if len(self._entries) > 10 else ''}") from None
 
     def _open(self, entry: _Entry) -> Resident:
         with entry.loading:
@@ -169,8 +182,9 @@ class AdapterBank:
                     entry.resident = resident
                     self._held += resident.bytes
         with self._changed:
-            self._resident[entry.name] = entry
-            self._resident.move_to_end(entry.name)
+            if not entry.removed:
+                self._resident[entry.name] = entry
+                self._resident.move_to_end(entry.name)
             self._shrink()
         return resident
 
@@ -178,6 +192,14 @@ class AdapterBank:
         for entry in [entry for entry in self._resident.values() if entry.users == 0]:
             if self._held <= self.resident_bytes:
                 return
+            self._drop(entry)
+
+    def _retire(self, entry: _Entry) -> None:
+        """Nobody new gets it; the last user's end frees its memory."""
+        entry.removed = True
+        if self._resident.get(entry.name) is entry:
+            del self._resident[entry.name]
+        if entry.users == 0:
             self._drop(entry)
 
     def _drop(self, entry: _Entry) -> None:

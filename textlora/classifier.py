@@ -16,7 +16,7 @@ from textlora.calibration import decide, probabilities
 from textlora.config import MULTI_LABEL, REGRESSION
 from textlora.errors import AdapterError, UsageError
 from textlora.foreign.facts import find_facts, find_length
-from textlora.hardware import Workers, choose_device, side_by_side
+from textlora.hardware import Workers, bounded_memory, choose_device, side_by_side
 from textlora.hub import adapter_folder
 from textlora.model import Model, open_model
 from textlora.tokens import Encoded, TextTokenizer, load_tokenizer, pack, token_batches
@@ -209,7 +209,7 @@ def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | 
 
     with contextlib.ExitStack() as stack:
         workers = workers or stack.enter_context(side_by_side(device, model.path == "packed"))
-        stack.enter_context(_bounded_memory(model))
+        stack.enter_context(bounded_memory(model))
         share = max(MIN_SHARE, -(-sum(lengths) // workers.count))  # a short list is divided too
         parts = workers.map(compute, list(token_batches(lengths, order, min(EVAL_TOKENS, share))))
     result = np.empty((len(encoded), parts[0][1].shape[1]), dtype=np.float32)
@@ -218,20 +218,6 @@ def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | 
     return result
 
 
-@contextlib.contextmanager
-def _bounded_memory(model: Model) -> Iterator[None]:
-    """Memory grows over a long stream with oneDNN, probably by its cache per shape, and is flat without it at the same
-    speed in float32 (docs/log.md). bfloat16 needs oneDNN."""
-    plain = str(getattr(model, "device", "")) == "cpu" and getattr(model, "dtype", None) == torch.float32
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and not plain
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
-
-
-@contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """Matrix products in full float32, no TF32 or bfloat16 inside and no autocast; torch's settings, old style and new, are put back."""
     backends = [b for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(b, "fp32_precision")]  # torch >= 2.9

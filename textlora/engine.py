@@ -5,6 +5,7 @@ the batch's adapters changes, then once for each of them.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +16,19 @@ from torch import Tensor
 from textlora.adapter import AdapterMeta
 from textlora.bank import RESIDENT_BYTES, AdapterBank, Resident
 from textlora.classifier import EVAL_TOKENS, MIN_SHARE, Prediction
-from textlora.errors import UsageError
-from textlora.hardware import side_by_side
+from textlora.errors import AdapterError, TextloraError, UsageError
+from textlora.hardware import bounded_memory, side_by_side
 from textlora.mixing import Mix
 from textlora.tokens import Encoded, PackedBatch, pack, token_batches
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prediction, the tokens it was made from (special ones included), and those of the text before it was cut."""
+
+    prediction: Prediction
+    tokens: int
+    full: int
 
 
 @dataclass(frozen=True)
@@ -63,39 +73,72 @@ class AdapterEngine:
             UsageError: no such adapter, an empty text, or pairs that do not fit the task.
             AdapterError: an adapter is damaged.
         """
+        answers = self.answers(texts, adapters, pairs)
+        for answer in answers:
+            if isinstance(answer, TextloraError):
+                raise answer
+        return [answer.prediction for answer in answers if isinstance(answer, Answer)]
+
+    def answers(self, texts: Sequence[str], adapters: str | Sequence[str], pairs: Sequence[str | None] | None = None) -> list[Answer | TextloraError]:
+        """As `predict`, with what went wrong in the place of a row's answer: rows of other people share a batch.
+
+        Raises:
+            UsageError: the three lists differ in length.
+        """
         names = [adapters] * len(texts) if isinstance(adapters, str) else list(adapters)
         seconds = [None] * len(texts) if pairs is None else list(pairs)
         if not len(names) == len(texts) == len(seconds):
             raise UsageError(f"{len(texts)} texts, {len(names)} adapters and {len(seconds)} pairs", "give one of each per text")
-        for i, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise UsageError(f"text {i + 1}: {'empty' if isinstance(text, str) else 'not a string'}")
-        known = list(dict.fromkeys(names))
-        with self.bank.use(known) as residents:
-            owners = [known.index(name) for name in names]
-            for name, resident in zip(known, residents, strict=True):
-                given = [seconds[i] is not None for i, own in enumerate(names) if own == name]
-                resident.classifier.require_pairs(all(given), any(given))
-            logits = self._logits(texts, seconds, owners, residents)
-            answers: list[Prediction | None] = [None] * len(texts)
+        with ExitStack() as held:
+            opened = {name: self._open(held, name) for name in dict.fromkeys(names)}
+            found = [self._refusal(i, texts[i], seconds[i], opened[name]) for i, name in enumerate(names)]
+            good = [i for i, refusal in enumerate(found) if refusal is None]
+            known = list(dict.fromkeys(names[i] for i in good))
+            residents = [opened[name] for name in known]
+            owners = [known.index(names[i]) for i in good]
+            logits = self._logits([texts[i] for i in good], [seconds[i] for i in good], owners, residents)
             for k, resident in enumerate(residents):
-                mine = [i for i, own in enumerate(owners) if own == k]
-                for i, answer in zip(mine, resident.classifier.predictions(np.stack([logits[i] for i in mine])), strict=True):
-                    answers[i] = answer
-            return [answer for answer in answers if answer is not None]
+                mine = [j for j, own in enumerate(owners) if own == k]
+                for j, prediction in zip(mine, resident.classifier.predictions(np.stack([logits[j][0] for j in mine])), strict=True):
+                    encoded = logits[j][1]
+                    found[good[j]] = Answer(prediction, len(encoded.ids), encoded.full)
+            return [answer for answer in found if answer is not None]
 
-    def _logits(self, texts: Sequence[str], pairs: Sequence[str | None], owners: list[int], residents: list[Resident]) -> list[np.ndarray]:
-        found: list[np.ndarray] = [np.empty(0)] * len(texts)
+    def _open(self, held: ExitStack, name: str) -> Resident | TextloraError:
+        try:
+            return held.enter_context(self.bank.use([name]))[0]
+        except TextloraError as error:
+            return error
+        except OSError as error:  # deleted or replaced while it was read
+            return AdapterError(f"adapter '{name}' cannot be read: {error.strerror or error}", "copy it again")
+
+    @staticmethod
+    def _refusal(i: int, text: str, second: str | None, resident: Resident | TextloraError) -> TextloraError | None:
+        """Why row `i` cannot be answered; None where it can."""
+        if not isinstance(text, str) or not text.strip():
+            return UsageError(f"text {i + 1}: {'empty' if isinstance(text, str) else 'not a string'}")
+        if isinstance(resident, TextloraError):
+            return resident
+        try:
+            resident.classifier.require_pairs(second is not None, second is not None)
+        except UsageError as error:
+            return error
+        return None
+
+    def _logits(
+        self, texts: Sequence[str], pairs: Sequence[str | None], owners: list[int], residents: list[Resident]
+    ) -> list[tuple[np.ndarray, Encoded]]:
+        found: dict[int, tuple[np.ndarray, Encoded]] = {}
         if not texts:
-            return found
+            return []
         jobs: list[tuple[_Job, list[int]]] = []
         for group in self._groups(residents):
             jobs += self._jobs(texts, pairs, [i for i, k in enumerate(owners) if k in group], owners, residents)
-        with side_by_side(self.bank.device) as workers:
-            for (_, rows), answers in zip(jobs, workers.map(lambda job: self._run(job[0], residents), jobs), strict=True):
-                for i, answer in zip(rows, answers, strict=True):
-                    found[i] = answer
-        return found
+        with bounded_memory(residents[0].model), side_by_side(self.bank.device) as workers:
+            for (job, rows), answers in zip(jobs, workers.map(lambda job: self._run(job[0], residents), jobs), strict=True):
+                for i, (text, _), answer in zip(rows, job.rows, answers, strict=True):
+                    found[i] = answer, job.texts[text]
+        return [found[i] for i in range(len(texts))]
 
     @staticmethod
     def _groups(residents: list[Resident]) -> list[set[int]]:

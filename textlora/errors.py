@@ -5,12 +5,16 @@ An error says what is wrong and where; `fix` says what to do about it. The comma
 
     TextloraError
     ├── UsageError        a flag, argument or setting is wrong
+    │   └── UnknownAdapterError  there is no adapter of that name
     ├── DataError         a data file, row or column is wrong
     ├── ModelError        the base model cannot be read or does not fit
     ├── AdapterError      the adapter folder cannot be trusted or does not fit
     ├── StorageError      the disk is full, not writable, or the folder is in use
     ├── TrainingError     the loss diverged
     ├── VerificationError what was saved does not give what was trained
+    ├── OverloadError     more work is waiting than may wait
+    ├── DeadlineError     not done in time
+    ├── InternalError     a bug, told without its insides
     └── Interrupted       stopped by the user; the run can be resumed
 """
 
@@ -40,6 +44,11 @@ class UsageError(TextloraError):
     code = "usage"
 
 
+class UnknownAdapterError(UsageError):
+    code = "unknown_adapter"
+    http_status = 404
+
+
 class DataError(TextloraError):
     code = "data"
 
@@ -65,6 +74,30 @@ class TrainingError(TextloraError):
 
 class VerificationError(TextloraError):
     code = "verification"
+    exit_code = 1
+    http_status = 500
+
+
+class OverloadError(TextloraError):
+    """`retry_after` says when to come again, in seconds."""
+
+    code = "overloaded"
+    exit_code = 1
+    http_status = 429
+
+    def __init__(self, message: str, fix: str = "", retry_after: int = 1):
+        super().__init__(message, fix)
+        self.retry_after = retry_after
+
+
+class DeadlineError(TextloraError):
+    code = "deadline"
+    exit_code = 1
+    http_status = 504
+
+
+class InternalError(TextloraError):
+    code = "internal"
     exit_code = 1
     http_status = 500
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -68,3 +68,19 @@ def side_by_side(device: str | torch.device, parallel: bool = True) -> Iterator[
             yield Workers(count, pool)
         finally:
             torch.set_num_threads(count)
+
+
+@contextmanager
+def bounded_memory(model: Any) -> Iterator[None]:
+    """Float32 products on a CPU without oneDNN while this lasts.
+
+    Packed batches hardly repeat a shape, and memory grows over a long stream with oneDNN, probably by its cache per shape; without it
+    memory is flat at the same speed (docs/log.md). bfloat16 needs oneDNN.
+    """
+    plain = str(getattr(model, "device", "")) == "cpu" and getattr(model, "dtype", None) == torch.float32
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and not plain
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before

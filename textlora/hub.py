@@ -114,7 +114,7 @@ def push_adapter(
     with tempfile.TemporaryDirectory(prefix="textlora-push-") as name:
         staging = Path(name)
         for part in FOLDER_FILES:
-            if (adapter.path / part).is_file():
+            if part in adapter.meta.files and part != CARD_FILE:
                 shutil.copyfile(adapter.path / part, staging / part)
         write_text(staging / CARD_FILE, pushed_card(adapter.path / CARD_FILE, adapter.meta, lora, repo_id))
         write_side_file(staging, adapter.meta)

@@ -95,8 +95,8 @@ def merge(
     Returns:
         {"output", "dtype", "layers", "rows", "left_out", "largest_logit", "difference", "rounding", "as_loaded"}: differences are the largest
         of a logit from the unmerged float32 one; "difference" is that of the written weights in float32 arithmetic, "rounding" that of the
-        merge rounded once in memory, "as_loaded" that of the written folder in its own dtype. "left_out" counts rows that transformers cuts
-        elsewhere (head-tail truncation).
+        exact merge rounded once in memory (0 for float32), "as_loaded" that of the written folder in its own dtype. "left_out" counts rows
+        that transformers cuts elsewhere (head-tail truncation).
 
     Raises:
         UsageError: the adapter pools the mean, or `output` is in use.
@@ -126,8 +126,10 @@ def merge(
             raise VerificationError(f"the merged folder names other labels than the adapter: {', '.join(fresh.labels)}")
         kept = same_tokens(classifier, rows, fresh)
         with exact_float32():
-            unmerged, rounded = classifier.logits(*zip(*rows, strict=True)), net_logits(net, fresh.inputs)
-        if (wrong := _beyond(fresh.logits, rounded)[kept]).any() or (dtype == "float32" and (wrong := _beyond(fresh.logits, unmerged)[kept]).any()):
+            unmerged = classifier.logits(*zip(*rows, strict=True))
+            expected = unmerged if dtype == "float32" else net_logits(net, fresh.inputs)
+        wrong = ~(np.abs(fresh.logits - expected)[kept] <= TOLERANCE * np.maximum(1, np.abs(expected[kept])))
+        if wrong.any():
             worst = float(np.abs(fresh.logits - unmerged)[kept].max())
             raise VerificationError(
                 f"the merged files give logits up to {worst:.2g} away from the adapter's on {int(wrong.any(1).sum())} of {int(kept.sum())} rows, "
@@ -143,7 +145,7 @@ def merge(
         "left_out": int((~kept).sum()),
         "largest_logit": float(np.abs(unmerged[kept]).max()),
         "difference": distance(fresh.logits),
-        "rounding": distance(rounded),
+        "rounding": distance(expected),
         "as_loaded": distance(fresh.as_loaded),
     }
 
@@ -273,10 +275,6 @@ def same_tokens(classifier: TextClassifier, rows: Sequence[tuple[str, str | None
     return same
 
 
-def _beyond(logits: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    return ~(np.abs(logits - expected) <= TOLERANCE * np.maximum(1, np.abs(expected)))
-
-
 def require_free(output: Path) -> None:
     """Refuse a path that holds something. Raises UsageError."""
     if output.is_dir() and not any(output.iterdir()):
@@ -303,11 +301,12 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise StorageError(f"cannot write {output}: {error.strerror or error}", "choose another folder") from error
     try:
         yield part
-        for path in part.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
+        for path in part.iterdir():
+            path.chmod(0o666 & ~mask)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         part.chmod(0o777 & ~mask)
         os.replace(part, output)  # over an empty folder too
     finally:

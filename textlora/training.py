@@ -18,7 +18,7 @@ from torch import Tensor
 from textlora.classifier import MIN_SHARE, encoded_logits
 from textlora.config import MULTI_LABEL, REGRESSION, TrainConfig
 from textlora.errors import TrainingError, UsageError
-from textlora.hardware import Workers, peak_memory, side_by_side
+from textlora.hardware import Workers, bounded_memory, peak_memory, side_by_side
 from textlora.metrics import METRICS, evaluate, standard_error
 from textlora.prefix import HiddenStates
 from textlora.prepare import EncodedSet, Prepared
@@ -174,7 +174,7 @@ class Trainer:
         Raises:
             TrainingError: the loss is no longer a finite number.
         """
-        with side_by_side(self.prepared.device, self.model.path == "packed") as workers:
+        with bounded_memory(self.model), side_by_side(self.prepared.device, self.model.path == "packed") as workers:
             while not self.finished:
                 record = self._evaluate(workers) if self._evaluation_due() else self._train_step(workers)
                 yield record | {"peak_memory_bytes": peak_memory(self.prepared.device)}
