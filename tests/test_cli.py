@@ -22,7 +22,9 @@ from textlora.adapter import read_adapter
 from textlora.cli import run
 from textlora.files import folder_lock
 
-COMMANDS = ("train", "check", "evaluate", "predict", "inspect")
+COMMANDS = (
+    "train", "check", "evaluate", "predict", "inspect", "merge", "extract", "combine", "convert", "export", "push",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -372,9 +374,9 @@ def test_foreign_tensors_in_an_adapter(cli, single, tmp_path, texts):
     adapter = copy_adapter(single, tmp_path / "adapter")
     (adapter / SIDE).unlink()
     tensors = load_file(adapter / WEIGHTS)
-    save_file(tensors | {"base_model.model.bert.embeddings.word_embeddings.weight": torch.zeros(2, 32)}, adapter / WEIGHTS)
+    save_file(tensors | {"base_model.model.bert.extra.weight": torch.zeros(2, 32)}, adapter / WEIGHTS)
     assert cli.fails("predict", adapter, "--data", texts, "--model", single.config.model, "--labels", "neg,pos") == (
-        f"{adapter}: tensor 'base_model.model.bert.embeddings.word_embeddings.weight' of the adapter has no place in this model"
+        f"{adapter}: tensor 'base_model.model.bert.extra.weight' of the adapter has no place in this model"
     )
 
 
@@ -385,7 +387,8 @@ def test_pickled_adapter_runs_nothing(cli, single, tmp_path, texts):
     mark = tmp_path / "mark"
     (adapter / "adapter_model.bin").write_bytes(dangerous_pickle(mark))
     assert cli.fails("predict", adapter, "--data", texts, "--model", single.config.model, "--labels", "neg,pos") == (
-        f"{adapter}: the weights are a pickle (adapter_model.bin), which can run code when opened; save them as safetensors"
+        f"{adapter}: the weights are a pickle (adapter_model.bin), which can run code when opened; "
+        "`textlora convert` takes the tensors out without running anything"
     )
     assert not mark.exists()
 

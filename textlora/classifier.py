@@ -218,6 +218,7 @@ def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | 
     return result
 
 
+@contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """Matrix products in full float32, no TF32 or bfloat16 inside and no autocast; torch's settings, old style and new, are put back."""
     backends = [b for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(b, "fp32_precision")]  # torch >= 2.9

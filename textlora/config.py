@@ -158,8 +158,11 @@ def field_type(item: dataclasses.Field) -> type:
     return typing.get_origin(kind) or kind
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, config: type | None = None, command: str = "train") -> dict[str, Any]:
     """Read settings from a TOML file whose keys are the long flags' names, with `_` or `-`.
+
+    Args:
+        config: dataclass whose fields are the settings; default: `TrainConfig`.
 
     Raises:
         UsageError: the file is missing, is not TOML, or has an unknown key or a value of another type.
@@ -171,12 +174,12 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: {error.strerror}", "give the path of a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not a TOML file ({error})") from error
-    known = {item.name: item for item in dataclasses.fields(TrainConfig)}
+    known = {item.name: item for item in dataclasses.fields(config or TrainConfig)}
     settings = {}
     for key, value in raw.items():
         name = key.replace("-", "_")
         if name not in known:
-            raise UsageError(f"{path}: unknown setting '{key}'", "`textlora train --help` lists the settings")
+            raise UsageError(f"{path}: unknown setting '{key}'", f"`textlora {command} --help` lists the settings")
         kind = field_type(known[name])
         if kind is float and type(value) is int:
             value = float(value)

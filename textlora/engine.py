@@ -24,9 +24,10 @@ from textlora.tokens import Encoded, PackedBatch, pack, token_batches
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction, the tokens it was made from (special ones included), and those of the text before it was cut."""
+    """A prediction, its adapter's problem type, the tokens it was made from (special ones included), and those of the text before it was cut."""
 
     prediction: Prediction
+    problem_type: str
     tokens: int
     full: int
 
@@ -101,7 +102,7 @@ class AdapterEngine:
                 mine = [j for j, own in enumerate(owners) if own == k]
                 for j, prediction in zip(mine, resident.classifier.predictions(np.stack([logits[j][0] for j in mine])), strict=True):
                     encoded = logits[j][1]
-                    found[good[j]] = Answer(prediction, len(encoded.ids), encoded.full)
+                    found[good[j]] = Answer(prediction, resident.classifier.meta.problem_type, len(encoded.ids), encoded.full)
             return [answer for answer in found if answer is not None]
 
     def _open(self, held: ExitStack, name: str) -> Resident | TextloraError:

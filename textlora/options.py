@@ -24,9 +24,9 @@ class CommaList(click.ParamType):
         return names
 
 
-def setting_options(names: Iterable[str]) -> Callable[[Callable], Callable]:
-    """Decorator that adds an option for each named field of `TrainConfig`, in that order; unset ones arrive as None."""
-    fields = {item.name: item for item in dataclasses.fields(TrainConfig)}
+def setting_options(names: Iterable[str], config: type = TrainConfig) -> Callable[[Callable], Callable]:
+    """Decorator that adds an option for each named field of `config`, in that order; unset ones arrive as None."""
+    fields = {item.name: item for item in dataclasses.fields(config)}
     options = [_option(fields[name]) for name in names]
 
     def decorate(command: Callable) -> Callable:
@@ -40,7 +40,7 @@ def setting_options(names: Iterable[str]) -> Callable[[Callable], Callable]:
 def _option(item: dataclasses.Field) -> Callable[[Callable], Callable]:
     flag, kind, choices = "--" + item.name.replace("_", "-"), field_type(item), item.metadata["choices"]
     help = item.metadata["help"]
-    if item.default is not None and kind is not bool:
+    if item.default not in (None, ()) and kind is not bool:
         help += f"  [default: {item.default:g}]" if kind is float else f"  [default: {item.default}]"
     if kind is bool:
         return click.option(flag, item.name, is_flag=True, default=None, help=help)

@@ -16,7 +16,7 @@ import onnxruntime as ort
 import torch
 
 from textlora.base import BaseFiles, read_weights
-from textlora.classifier import TextClassifier, encoded_logits
+from textlora.classifier import TextClassifier, encoded_logits, exact_float32
 from textlora.config import LoraConfig
 from textlora.errors import UsageError
 from textlora.export.graph import OPSET, base_model, head_layers
@@ -138,7 +138,8 @@ def export_adapter(classifier: TextClassifier, files: BaseFiles, output: Path) -
             raise UsageError(f"{path} exists", "choose another --output")
     inputs = adapter_inputs(model)
     texts, pairs = zip(*golden_rows(meta.pairs), strict=True)
-    encoded, packed = classifier.tokenizer.encode(texts, pairs), classifier.logits(texts, pairs)
+    with exact_float32():
+        encoded, packed = classifier.tokenizer.encode(texts, pairs), classifier.logits(texts, pairs)
     with tempfile.TemporaryDirectory() as scratch:
         graph, file = Path(scratch) / MODEL_FILE, Path(scratch) / f"adapter{SUFFIX}"
         weights, guard = as_arrays(named_base(spec, model.base.tensors)), guard_name(model.base_hash(), model.pooling)

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from textlora.adapter import AdapterMeta
 from textlora.base import BaseFiles
 from textlora.calibration import decide, probabilities
-from textlora.classifier import TextClassifier
+from textlora.classifier import TextClassifier, exact_float32
 from textlora.config import REGRESSION
 from textlora.data import LabelSchema, Table, require_texts
 from textlora.errors import UsageError
@@ -95,7 +95,8 @@ class _Trial:
             labels = schema.encode_all(table.rows, table.columns.label or "label")
             rows += [(row.text, row.text_pair) for row in table.rows]
         texts, pairs = [text for text, _ in rows], [pair for _, pair in rows]
-        return cls(meta, classifier.tokenizer.encode(texts, pairs), classifier.logits(texts, pairs), golden, labels)
+        with exact_float32():
+            return cls(meta, classifier.tokenizer.encode(texts, pairs), classifier.logits(texts, pairs), golden, labels)
 
     def record(self, found: np.ndarray) -> dict[str, Any]:
         """What a file's logits are worth: the largest difference of one on the golden examples and on the rows, metrics, decisions changed."""
