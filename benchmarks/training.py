@@ -1,6 +1,6 @@
 """Training speed and memory beside the recipe, the tuned stack and full fine-tuning (see systems.py): A B C D A B C D ...
 
-    python benchmarks/training.py path/to/data
+python benchmarks/training.py path/to/data
 """
 
 import argparse

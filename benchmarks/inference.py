@@ -1,0 +1,150 @@
+"""Texts per second of one merged classifier beside its peers, in three orders: as the texts arrive (64 at a time), sorted in windows of
+256, sorted over the set. Every system gets the same merged weights and as many threads as torch; peers with their best batch size.
+
+    python benchmarks/inference.py path/to/data path/to/an/adapter/for/banking77 path/to/an/adapter/for/imdb
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import pyarrow.parquet as pq
+import torch
+from common import median_ratio, write_result
+from export import MergedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers.utils import logging
+
+from textlora import TextClassifier
+from textlora.adapter import read_adapter
+from textlora.classifier import encoded_logits, find_adapter_base
+from textlora.export import export_classifier
+from textlora.export.session import open_session, padded
+from textlora.merge import merge
+from textlora.tokens import Encoded
+
+ORDERS = {"arrival": 64, "windows": 256, "sorted": None}
+Forward = Callable[[list[Encoded]], np.ndarray]
+
+
+def in_order(encoded: Sequence[Encoded], window: int | None, batch: int, forward: Forward) -> np.ndarray:
+    """Run a padded system: rows sorted inside each window, cut into batches."""
+    size, parts, rows = window or len(encoded), [], []
+    for start in range(0, len(encoded), size):
+        order = start + np.argsort([len(e.ids) for e in encoded[start : start + size]], kind="stable")
+        for at in range(0, len(order), batch):
+            rows.append(order[at : at + batch])
+            parts.append(forward([encoded[i] for i in rows[-1]]))
+    logits = np.concatenate(parts)
+    result = np.empty_like(logits)
+    result[np.concatenate(rows)] = logits
+    return result
+
+
+def packed(encoded: Sequence[Encoded], window: int | None, model: Any) -> np.ndarray:
+    size = window or len(encoded)
+    return np.concatenate([encoded_logits(model, encoded[start : start + size]) for start in range(0, len(encoded), size)])
+
+
+def peers(folder: Path, onnx: Path, spec: Any) -> dict[str, Forward]:
+    """Padded systems: token rows to logits."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    float32, int8 = open_session(onnx / "model.onnx"), open_session(onnx / "model_quantized.onnx")
+    compiled = openvino.Core().compile_model(
+        str(onnx / "model.onnx"),
+        "CPU",
+        {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "THROUGHPUT"},
+    )
+
+    def transformers(rows: list[Encoded]) -> np.ndarray:
+        with torch.inference_mode():
+            return model(**{name: torch.from_numpy(value) for name, value in padded(rows, spec).items()}).logits.numpy()
+
+    return {
+        "transformers": transformers,
+        "ONNX Runtime": lambda rows: float32.run(None, padded(rows, spec))[0],
+        "ONNX Runtime int8": lambda rows: int8.run(None, padded(rows, spec))[0],
+        "OpenVINO": lambda rows: compiled(padded(rows, spec))[0].copy(),
+    }
+
+
+def measure(name: str, data: Path, adapter: Path, rows: int, pairs: int) -> dict[str, Any]:
+    table = pq.read_table(data)
+    table = table.take(np.random.default_rng(42).permutation(table.num_rows)[-rows:])  # beyond what --limit-train --seed 42 takes
+    texts, labels = table.column("text").to_pylist(), [str(label) for label in table.column("label").to_pylist()]
+    classifier, files = TextClassifier.load(adapter, device="cpu"), find_adapter_base(read_adapter(adapter))
+    encoded, spec = classifier.tokenizer.encode(texts), classifier.model.base.spec
+    merged = MergedModel(classifier.model)
+    found: dict[str, Any] = {"set": name, "rows": rows, "tokens": sum(len(e.ids) for e in encoded), "seconds": {}, "ratio": {}, "batch": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, onnx = Path(scratch) / "merged", Path(scratch) / "onnx"
+        merge(classifier, files, adapter, folder)
+        export_classifier(classifier, files, onnx, int8=True)
+        others = peers(folder, onnx, spec)
+        expected = in_order(encoded, None, 32, others["transformers"])
+        for peer, forward in others.items():  # best batch size on a quarter of the rows
+            part, taken = encoded[: max(32, rows // 4)], {}
+            for batch in (8, 16, 32, 64):
+                in_order(part, None, batch, forward)
+                start = time.perf_counter()
+                in_order(part, None, batch, forward)
+                taken[batch] = time.perf_counter() - start
+            found["batch"][peer] = min(taken, key=taken.__getitem__)
+        logging.set_verbosity_error()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        pipe = pipeline("text-classification", model=str(folder), tokenizer=tokenizer, device="cpu", batch_size=32, truncation=True)
+        scale = np.maximum(1, np.abs(expected))
+        found["difference"] = {"textlora": float((np.abs(packed(encoded, None, merged) - expected) / scale).max())}
+        found["accuracy"] = {}
+        for peer, forward in others.items():
+            logits = in_order(encoded, None, found["batch"][peer], forward)
+            found["difference"][peer] = float((np.abs(logits - expected) / scale).max())
+            found["accuracy"][peer] = float(np.mean([classifier.meta.labels[k] == label for k, label in zip(logits.argmax(1), labels, strict=True)]))
+        for order, window in ORDERS.items():
+            systems: dict[str, Callable[[], Any]] = {"textlora": lambda window=window: packed(encoded, window, merged)}
+            for peer, forward in others.items():
+                systems[peer] = lambda window=window, peer=peer, forward=forward: in_order(encoded, window, found["batch"][peer], forward)
+            if order == "arrival":
+                systems["transformers pipeline"] = lambda: pipe(texts)
+            taken = {system: [] for system in systems}
+            for _ in range(pairs):
+                for system, run in systems.items():
+                    start = time.perf_counter()
+                    run()
+                    taken[system].append(time.perf_counter() - start)
+            found["seconds"][order] = taken
+            found["ratio"][order] = {system: median_ratio(values, taken["textlora"]) for system, values in taken.items()}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("banking77", type=Path, help="an adapter for banking77")
+    parser.add_argument("imdb", type=Path, help="an adapter for imdb")
+    parser.add_argument("--rows", type=int, nargs=2, default=(1024, 48))
+    parser.add_argument("--pairs", type=int, default=5)
+    options = parser.parse_args()
+    sets = {"banking77": (options.banking77, options.rows[0]), "imdb": (options.imdb, options.rows[1])}
+    tables = [measure(name, options.data / name / "train.parquet", *given, options.pairs) for name, given in sets.items()]
+    rows = []
+    for table in tables:
+        for order, taken in table["seconds"].items():
+            speed = {system: table["rows"] / statistics.median(values) for system, values in taken.items()}
+            ratio = table["ratio"][order]
+            shown = ", ".join(f"{system} {ratio[system]:.2f}x ({speed[system]:,.0f})" for system in speed if system != "textlora")
+            rows.append((f"inference, {table['set']}, {order}: texts/s of textlora, and times each peer", f"{speed['textlora']:,.0f}; {shown}"))
+        rows.append((f"... {table['set']}: largest logit difference from transformers", f"{table['difference']['textlora']:.1e}"))
+        cost = table["accuracy"]["ONNX Runtime"] - table["accuracy"]["ONNX Runtime int8"]
+        rows.append((f"... {table['set']}: accuracy that ONNX Runtime int8 loses on these rows", f"{100 * cost:.1f} points"))
+    write_result("inference", "one merged classifier beside its peers", rows, {"tables": tables})
+
+
+if __name__ == "__main__":
+    main()
