@@ -28,6 +28,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/python $(REVIEWS)/baseline.py
 	$(BIN)/textlora inspect demo/film-reviews
 	$(BIN)/textlora evaluate demo/film-reviews --data $(REVIEWS)/test.csv
+	$(BIN)/textlora merge demo/film-reviews --output demo/merged --data $(REVIEWS)/test.csv
 	printf 'Warm, funny and beautifully acted; I would see it again tomorrow.\nDull, clumsy and far too long, a waste of good actors.\n' | $(BIN)/textlora predict demo/film-reviews --data - --json
 
 test: setup
@@ -51,7 +52,14 @@ docs: setup
 
 # make bench DATA=folder-of-data-sets
 bench: setup demo
-	$(BIN)/python benchmarks/training.py $(DATA)/imdb/train.parquet
+	$(PIP) --editable '.[dev,bench]'
+	$(BIN)/python benchmarks/training.py $(DATA)
+	$(BIN)/python benchmarks/prefix.py $(DATA)
+	$(BIN)/python benchmarks/prefix.py $(DATA) accuracy
+	$(BIN)/python benchmarks/adapters.py $(DATA) demo/bench
+	$(BIN)/python benchmarks/inference.py $(DATA) demo/bench/banking77 demo/bench/imdb
+	$(BIN)/python benchmarks/export.py $(DATA)/banking77/train.parquet demo/bench/banking77
+	$(BIN)/python benchmarks/mixed.py $(DATA)
 	$(BIN)/python benchmarks/startup.py demo/film-reviews
 	$(BIN)/python benchmarks/accuracy.py $(DATA) imdb
 	$(BIN)/python benchmarks/accuracy.py $(DATA) sets

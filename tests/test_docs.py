@@ -99,6 +99,13 @@ def test_readme_commands_run(tmp_path, monkeypatch, capsys):
         labelled = list(csv.DictReader(file))
     assert [row["text"] for row in labelled] == [f"{text} 0" for text, _ in rows]
     assert {row["label"] for row in labelled} <= {"good", "bad"}
+    for line in _block("## Take it elsewhere", "bash").splitlines():
+        assert run(shlex.split(line)[1:]) == 0, f"{line}: {capsys.readouterr().err}"
+    capsys.readouterr()
+    exec(_block("## Many adapters, one base", "python"), {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert first.split()[0] in ("good", "bad")
 
 
 def test_readme_snippet_runs(tmp_path, monkeypatch, capsys):
