@@ -22,7 +22,27 @@ from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LoraConfig
 from textlora.errors import AdapterError, ModelError, UsageError
 from textlora.model import open_model
 
-WORDS = ["the", "a", "film", "plot", "was", "it", "very", "time", "good", "bad", "dull", "fun", "fast", "slow", "boring", "great", "story", "actor", "about"]
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "plot",
+    "was",
+    "it",
+    "very",
+    "time",
+    "good",
+    "bad",
+    "dull",
+    "fun",
+    "fast",
+    "slow",
+    "boring",
+    "great",
+    "story",
+    "actor",
+    "about",
+]
 
 
 @dataclass(frozen=True)
@@ -280,3 +300,58 @@ def test_a_replaced_adapter_of_another_base_is_refused(adapters, tiny_base, tmp_
         engine.predict(["good"], "copy")
     content = json.loads((folder / "textlora.json").read_text())
     assert content["base"]["hash"] != engine.bank.weights.hash
+
+
+def test_an_adapter_read_again_is_not_computed_again(adapters, tiny_base, tmp_path, monkeypatch):
+    """Its hashes say that it is what was proved; a change of the side file asks for a new proof."""
+    import shutil
+    from dataclasses import replace
+
+    from textlora.adapter import read_meta
+
+    folder = tmp_path / "copy"
+    shutil.copytree(adapters("bert")[0], folder)
+    golden = [{"text": "good", "text_pair": None, "logits": list(TextClassifier.load(folder, base=str(tiny_base("bert"))).predict("good")[0].logits)}]
+    write_side_file(folder, replace(read_meta(folder), golden=golden))
+    engine = engine_of([folder], tiny_base("bert"))
+    engine.bank.resident_bytes = 0
+    real, proofs = TextClassifier.verify, []
+    monkeypatch.setattr(TextClassifier, "verify", lambda self, name="": proofs.append(name) or real(self, name))
+    for _ in range(3):
+        engine.predict(["good"], "copy")
+    assert proofs == ["copy"]
+    golden[0]["logits"][0] += 1
+    write_side_file(folder, replace(read_meta(folder), golden=golden))
+    with pytest.raises(AdapterError, match="golden example 1 gives logits that differ"):
+        engine.predict(["good"], "copy")
+
+
+def test_a_replaced_adapter_ends_with_its_last_user(adapters, tiny_base):
+    old, new = adapters("bert")[0], adapters("bert")[4]
+    engine = engine_of([old], tiny_base("bert"))
+    with engine.bank.use([old.name]) as (resident,):
+        engine.bank.add(new, old.name, replace=True, load=True)
+        assert len(engine.predict(["good"], old.name)[0].scores) == 3
+        assert len(resident.classifier.predict("good")[0].scores) == 2
+        assert engine.bank.state()["resident"] == 1
+    alone = engine_of([new], tiny_base("bert"))
+    alone.predict(["good"], new.name)
+    assert engine.bank.state() == alone.bank.state()
+
+
+def test_answers_stand_beside_errors(adapters, tiny_base, tmp_path):
+    import shutil
+
+    from textlora.errors import TextloraError, UnknownAdapterError
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(adapters("bert")[2], folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"damaged")
+    engine = engine_of([adapters("bert")[0], adapters("bert")[7], folder], tiny_base("bert"))
+    found = engine.answers(["good", " ", "bad", "good", "dull", "good"], ["kind-0", "kind-0", "damaged", "none", "kind-7", "kind-0"], [None] * 6)
+    kinds = [type(one) if isinstance(one, TextloraError) else None for one in found]
+    assert kinds == [None, UsageError, AdapterError, UnknownAdapterError, UsageError, None]
+    assert found[0].prediction == found[5].prediction
+    np.testing.assert_allclose(found[0].prediction.logits, engine.predict(["good"], "kind-0")[0].logits, rtol=1e-6)
+    assert (found[0].tokens, found[0].full) == (3, 3)
+    assert engine.answers(["good " * 60], "kind-0")[0].full == 62

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from textlora.adapter import AdapterMeta, lora_config, read_adapter, read_meta
+from textlora.adapter import SIDE_FILE, AdapterMeta, lora_config, read_adapter, read_meta
 from textlora.base import BaseWeights, find_base, read_weights
 from textlora.classifier import TextClassifier
 from textlora.encoder import PackedEncoder
 from textlora.errors import AdapterError, ModelError, UnknownAdapterError, UsageError
 from textlora.families import read_spec
+from textlora.files import sha256_file
 from textlora.hardware import choose_device
 from textlora.mixing import Folded
 from textlora.model import PackedModel
@@ -79,6 +80,7 @@ class AdapterBank:
         self._resident: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._held = 0
         self._changed = threading.Condition()
+        self._proved: set[str] = set()  # hashes of side files, which hash the rest: put out and read again, an adapter is not computed again
         self._tokenizers: dict[tuple[str, int, str], TextTokenizer] = {}
 
     def add(self, path: str | Path, name: str, *, replace: bool = False, load: bool = False) -> AdapterMeta:
@@ -220,6 +222,7 @@ class AdapterBank:
             del self._resident[entry.name]
 
     def _read(self, entry: _Entry) -> Resident:
+        proof = sha256_file(entry.path / SIDE_FILE) if (entry.path / SIDE_FILE).is_file() else ""
         folder = read_adapter(entry.path)
         if folder.meta is None or folder.meta.base["hash"] != self._hashes[folder.meta.pooling]:
             raise AdapterError(f"{entry.path}: was replaced by an adapter of another base since it was registered")
@@ -230,8 +233,9 @@ class AdapterBank:
         except (AdapterError, UsageError) as error:
             raise AdapterError(f"{entry.path}: {error.message}", error.fix) from error
         classifier = TextClassifier(model, self._tokenizer(entry.path, meta, model.max_length), meta)
-        if self.verify and meta.golden:
+        if self.verify and meta.golden and proof not in self._proved:
             classifier.verify(entry.name)
+            self._proved.add(proof)
         for tensor in model.trainable().values():
             tensor.requires_grad_(False)
         folded = model.folded()

@@ -149,7 +149,10 @@ def _require_same(name: Path, first: TextClassifier, other_name: Path, other: Te
             raise UsageError(f"{name} and {other_name} have different values of {what}{shown}, one adapter cannot have both")
     if sorted(a.labels) != sorted(b.labels):
         odd = sorted(set(a.labels) ^ set(b.labels))[0]
-        raise UsageError(f"{name} and {other_name} have different labels ({odd!r} is in one only), so their heads cannot be averaged")
+        raise UsageError(
+            f"{name} and {other_name} have different labels ({odd!r} is in one only), so their heads cannot be averaged",
+            "`textlora inspect --relabel old=new` renames what means the same",
+        )
     if trained_whole(first.model).keys() != trained_whole(other.model).keys():
         raise UsageError(f"{name} and {other_name} train different tensors besides A and B, so those cannot be averaged")
 

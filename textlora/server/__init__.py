@@ -1,0 +1,1 @@
+"""The HTTP server: settings, keys, routes, metrics and the playground page. Needs the extra `serve`."""

@@ -1,0 +1,314 @@
+"""The FastAPI application: routes and their documentation."""
+
+import asyncio
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.exceptions import HTTPException
+
+from textlora.server import schemas
+from textlora.server.folders import Folders
+from textlora.server.keys import Key, KeyRing
+from textlora.server.metrics import CONTENT_TYPE
+from textlora.server.outer import Outer
+from textlora.server.protocols import classified, label_scores, texts_of
+from textlora.server.refusal import HTTP_TEXTS, Refusal, unauthorized
+from textlora.server.service import Answers, Service
+
+SAID = {
+    400: "The request cannot be answered as it is.",
+    401: "No key, or a wrong one.",
+    403: "The key may not do this.",
+    404: "No such adapter among those the key may use.",
+    408: "The body did not come in time.",
+    413: "Too large: body, text or batch.",
+    422: "The body does not have the shape described.",
+    424: "The adapter's folder is damaged or gone.",
+    429: "Too many requests wait; Retry-After says when to come again.",
+    500: "A bug.",
+    503: "Shutting down.",
+    504: "Not done in time.",
+}
+
+
+def _said(what: str) -> dict[int | str, dict[str, Any]]:
+    return {200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": what}}
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": schemas.ErrorBody, "description": SAID[status]} for status in statuses}
+
+
+_PREDICTS = _errors(400, 401, 404, 408, 413, 422, 424, 429, 500, 503, 504)
+_MANAGES = _errors(400, 401, 403, 404, 408, 413, 422, 500)
+_bearer = HTTPBearer(auto_error=False, description="A key of --api-keys or TEXTLORA_API_KEY.")
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+def _key(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> Key:
+    key = request.app.state.keys.find(given.credentials if given else None)
+    if key is None:
+        raise unauthorized()
+    request.state.facts["client"] = key.name
+    return key
+
+
+Serving, Client = Annotated[Service, Depends(_service)], Annotated[Key, Depends(_key)]
+router = APIRouter()
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Answers]) -> Answers:
+    """The result of `work`, which is cancelled when the client goes."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ConnectionResetError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _headers(service: Service, answers: Answers) -> dict[str, str]:
+    """Cost of a request, in TEI's headers: characters, tokens, whole milliseconds."""
+    return {
+        "x-compute-type": service.bank.device,
+        "x-compute-characters": str(answers.characters),
+        "x-compute-tokens": str(answers.tokens),
+        "x-queue-time": str(round(answers.queued * 1e3)),
+        "x-inference-time": str(round(answers.ran * 1e3)),
+        "x-total-time": str(round((answers.queued + answers.ran) * 1e3)),
+    }
+
+
+async def _predict(service: Service, key: Key, body: schemas.PredictRequest, request: Request, name: str | None, nested: bool) -> Response:
+    options = body.parameters or schemas.Parameters()
+    names = service.select(key, name, body.model, options.adapter_id)
+    several = isinstance(body.model, list) or isinstance(options.adapter_id, list)
+    texts, batch = texts_of(body.inputs)
+    answers = await _while_connected(request, service.answer(texts, names, whole=body.truncate is False))
+    request.state.facts |= {"texts": len(texts), "adapters": len(names), "tokens": answers.tokens}
+    shown: list[Any] = []
+    for row in answers.rows:
+        scored = [label_scores(one, body.raw_scores, options.function_to_apply, options.top_k) for one in row]
+        shown.append(dict(zip(names, scored, strict=True)) if several else scored[0])
+    return JSONResponse(shown if batch or nested else shown[0], headers=_headers(service, answers))
+
+
+_predicts: dict[str, Any] = {"response_model": schemas.PredictAnswer, "responses": _PREDICTS, "tags": ["predict"]}
+_classifies: dict[str, Any] = {"response_model": schemas.ClassifyAnswer, "responses": _PREDICTS, "tags": ["predict"]}
+
+
+@router.post("/predict", summary="Labels and scores, as text-embeddings-inference", **_predicts)
+async def predict(service: Serving, key: Client, body: schemas.PredictRequest, request: Request) -> Response:
+    return await _predict(service, key, body, request, None, False)
+
+
+@router.post("/", summary="For huggingface_hub's InferenceClient: a list for each text where `parameters` are sent", **_predicts)
+async def hub_predict(service: Serving, key: Client, body: schemas.PredictRequest, request: Request) -> Response:
+    return await _predict(service, key, body, request, None, "parameters" in body.model_fields_set)
+
+
+@router.post("/adapters/{name}/predict", summary="As /predict, for one adapter", **_predicts)
+async def adapter_predict(service: Serving, key: Client, name: str, body: schemas.PredictRequest, request: Request) -> Response:
+    return await _predict(service, key, body, request, name, False)
+
+
+@router.post("/adapters/{name}", summary="As /, for one adapter: the URL for an InferenceClient", **_predicts)
+async def adapter_hub_predict(service: Serving, key: Client, name: str, body: schemas.PredictRequest, request: Request) -> Response:
+    return await _predict(service, key, body, request, name, "parameters" in body.model_fields_set)
+
+
+@router.post("/classify", summary="Labels and probabilities in class order, as vLLM", **_classifies)
+@router.post("/v1/classify", summary="As /classify, as SGLang", **_classifies)
+async def classify(service: Serving, key: Client, body: schemas.ClassifyRequest, request: Request) -> Response:
+    names = service.select(key, None, body.model)
+    texts = [(text, None) for text in ([body.input] if isinstance(body.input, str) else body.input)]
+    answers = await _while_connected(request, service.answer(texts, names))
+    request.state.facts |= {"texts": len(texts), "adapters": len(names), "tokens": answers.tokens}
+    shown = classified(answers, names, isinstance(body.model, list), body.use_activation is not False)
+    return JSONResponse(shown, headers=_headers(service, answers))
+
+
+def _card(service: Service, name: str, details: bool = False) -> dict[str, Any] | None:
+    meta = service.find_meta(name)
+    if meta is None:
+        return None
+    card = {
+        "id": name, "object": "model", "created": service.created, "owned_by": "textlora", "root": name, "parent": service.base_name,
+        "problem_type": meta.problem_type, "pairs": meta.pairs, "num_labels": len(meta.labels),
+    }  # fmt: skip
+    return card | ({"labels": list(meta.labels), "max_length": meta.max_length} if details else {})
+
+
+@router.get("/v1/models", summary="Adapters that the key may use", response_model=schemas.ModelList, responses=_errors(401, 500), tags=["adapters"])
+async def models(service: Serving, key: Client) -> Response:
+    cards = [_card(service, name) for name in service.visible(key)]
+    return JSONResponse({"object": "list", "data": [card for card in cards if card is not None]})
+
+
+_one = {"response_model": schemas.ModelDetails, "responses": _errors(401, 404, 422, 500), "tags": ["adapters"]}
+
+
+@router.get("/v1/models/{name}", summary="One adapter, with its labels", **_one)
+async def model(service: Serving, key: Client, name: str) -> Response:
+    service.check_name(key, name)
+    card = _card(service, name, details=True)
+    if card is None:
+        raise Refusal(404, f"no adapter '{name}'")
+    return JSONResponse(card)
+
+
+manage = APIRouter(tags=["adapters"])
+_manages: dict[str, Any] = {"response_class": Response, "responses": _MANAGES | _said("What was done.")}
+
+
+def _manager(key: Client) -> Key:
+    if not key.manage:
+        raise Refusal(403, "this key may not load or unload adapters")
+    return key
+
+
+Manager = Annotated[Key, Depends(_manager)]
+
+
+@manage.post("/v1/load_lora_adapter", summary="Load an adapter folder, as vLLM", **_manages)
+async def load(request: Request, key: Manager, body: schemas.LoadRequest) -> Response:
+    await request.app.state.folders.load(key, body.lora_name, body.lora_path, body.load_inplace)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@manage.post("/v1/unload_lora_adapter", summary="Unload an adapter when its last batch is done, as vLLM", **_manages)
+async def unload(request: Request, service: Serving, key: Manager, body: schemas.UnloadRequest) -> Response:
+    service.check_name(key, body.lora_name)
+    await request.app.state.folders.unload(body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+@router.get("/health", summary="Whether the process works", response_model=schemas.Status, responses=_errors(500, 503), tags=["server"])
+async def health(service: Serving) -> Response:
+    if not service.ready:
+        raise Refusal(503, "the thread that runs batches is not there")
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready", summary="Whether to send requests here", response_model=schemas.Status, responses=_errors(500, 503), tags=["server"])
+async def ready(service: Serving) -> Response:
+    if not service.ready:
+        raise Refusal(503, "not ready")
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/info", summary="Base model and limits", response_model=schemas.Info, responses=_errors(401, 500), tags=["server"])
+async def info(request: Request, service: Serving, key: Client) -> Response:
+    settings, default = service.settings, service.settings.default_adapter
+    default = default if default and key.sees(default) else None
+    meta = service.find_meta(default) if default else None
+    labels = {str(i): label for i, label in enumerate(meta.labels)} if meta else {}
+    return JSONResponse({
+        "model_id": service.base_name, "model_sha": service.bank.weights.hash, "model_dtype": "float32",
+        "model_type": {"classifier": {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}},
+        "max_concurrent_requests": settings.queue_rows, "max_input_length": meta.max_length if meta else service.max_length,
+        "max_batch_tokens": settings.batch_tokens, "max_client_batch_size": settings.max_client_batch_size,
+        "max_text_chars": settings.max_text_chars, "auto_truncate": True, "tokenization_workers": 1, "version": version("textlora"),
+        "adapters": len(service.visible(key)), "default_adapter": default, "can_load": bool(settings.load_from) and key.manage,
+    })  # fmt: skip
+
+
+@router.get("/metrics", summary="Numbers for Prometheus; for keys that see all adapters", response_class=Response,
+            responses=_errors(401, 403, 500) | _said("Prometheus text format."), tags=["server"])  # fmt: skip
+async def metrics(service: Serving, key: Client) -> Response:
+    if not key.sees_all:
+        raise Refusal(403, "these numbers are of all adapters; the key sees some")
+    return Response(service.metrics.page(), media_type=CONTENT_TYPE)
+
+
+class Page:
+    """An HTML file with its own inline style and script, and the policy that allows nothing else."""
+
+    def __init__(self, name: str):
+        self.text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+        allowed = {tag: self._hashes(tag) for tag in ("style", "script")}
+        self.policy = (
+            f"default-src 'none'; style-src {allowed['style']}; script-src {allowed['script']}; connect-src 'self'; img-src data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+
+    def _hashes(self, tag: str) -> str:
+        bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", self.text, flags=re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'" for body in bodies)
+
+    async def __call__(self) -> HTMLResponse:
+        return HTMLResponse(self.text, headers={"Content-Security-Policy": self.policy, "Cache-Control": "no-cache"})
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _wrong_body(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = "the body is not JSON" if first["type"] == "json_invalid" else f"{where}: {first['msg']}" if where else first["msg"]
+    return JSONResponse(Refusal(422, message).body, 422)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(Refusal(error.status_code, HTTP_TEXTS.get(error.status_code, "refused")).body, error.status_code, error.headers)
+
+
+def create_app(service: Service, keys: KeyRing, folders: Folders) -> FastAPI:
+    """The application of a service whose adapters `folders` keeps in step with the disk."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        watching = asyncio.create_task(folders.watch())
+        yield
+        watching.cancel()
+        await service.stop()
+
+    app = FastAPI(
+        title="textlora", version=version("textlora"), lifespan=lifespan, docs_url=None, redoc_url=None,
+        summary="Thousands of text classifiers on one frozen encoder.",
+        exception_handlers={Refusal: _refused, RequestValidationError: _wrong_body, HTTPException: _http_error},
+    )  # fmt: skip
+    app.state.service, app.state.keys, app.state.folders = service, keys, folders
+    app.include_router(router)
+    if service.settings.load_from:
+        app.include_router(manage)
+    app.add_api_route("/", Page("page.html"), include_in_schema=False)
+    app.add_api_route("/docs", Page("docs.html"), include_in_schema=False)
+    if service.settings.cors_origins:
+        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["Authorization", "Content-Type"]}
+        app.add_middleware(CORSMiddleware, allow_origins=list(service.settings.cors_origins), **allowed)
+    settings = service.settings
+    app.add_middleware(
+        Outer, keys=keys, metrics=service.metrics, check_room=service.check_room, max_body=settings.max_body_bytes,
+        seconds=settings.deadline_seconds,
+    )  # fmt: skip
+    return app

@@ -1,0 +1,73 @@
+"""From settings to a server that listens until it is told to stop."""
+
+import os
+import signal
+import socket
+import time
+from typing import Any
+
+from textlora.errors import UsageError
+from textlora.server.keys import read_keys
+from textlora.server.outer import log
+from textlora.server.settings import ServeSettings
+
+
+def serve(settings: ServeSettings) -> None:
+    """Listen, load, answer; returns when a signal has ended it and running requests are done.
+
+    Raises:
+        UsageError: a setting does not fit, the port is taken, or the extra `serve` is not installed.
+        AdapterError, ModelError: an adapter or the base cannot be used.
+    """
+    begun = time.perf_counter()
+    keys = read_keys(settings.api_keys, os.environ.get("TEXTLORA_API_KEY"))
+    try:
+        import uvicorn
+
+        from textlora.server.app import create_app
+    except ModuleNotFoundError as error:
+        raise UsageError(f"serving needs {error.name}", 'pip install "textlora[serve]"') from error
+    import torch
+
+    from textlora.engine import AdapterEngine
+    from textlora.server.folders import Folders
+    from textlora.server.service import Service
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    with _listen(settings.host, settings.port) as listener:
+        engine = AdapterEngine(settings.model, device=settings.device, resident_bytes=settings.adapter_memory_mb * 2**20)
+        service = Service(engine, settings)
+        folders = Folders(service)
+        folders.open_all()
+        host, port = listener.getsockname()[:2]
+        log(
+            "listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", adapters=len(engine.bank.names()), keys=len(keys.keys),
+            seconds=round(time.perf_counter() - begun, 2),
+        )  # fmt: skip
+        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when all is answered; then this ends with 0
+        uvicorn.Server(server_config(create_app(service, keys, folders), settings)).run([listener])
+        log("stopped")
+
+
+def server_config(app: Any, settings: ServeSettings) -> Any:
+    """`uvicorn.Config`. h11, since it bounds the headers it keeps; httptools does not."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app, http="h11", loop="asyncio", ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
+        h11_max_incomplete_event_size=settings.max_header_bytes, timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)), backlog=2048,
+    )  # fmt: skip
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before the model is read: a taken port shows at once. Raises UsageError."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"cannot listen on {host} port {port}: {os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error}",
+            "choose another --port",
+        ) from error
