@@ -852,3 +852,9 @@ def test_no_request_of_the_openapi_page_gets_a_5xx_or_an_undocumented_answer(mod
 
         ask()
     assert httpx2.post(f"{url}/predict", json={"inputs": TEXT}).status_code == 200
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert run(["serve"]) == 2
+    assert 'pip install "textlora[serve]"' in capfd.readouterr().err

@@ -22,7 +22,7 @@ from textlora.model import Model, open_model
 from textlora.tokens import Encoded, TextTokenizer, load_tokenizer, pack, token_batches
 
 EVAL_TOKENS = 2048  # tokens per forward when predicting: larger is not faster on a CPU, and holds more memory
-MIN_SHARE = 256  # tokens below which a second thread gains nothing
+MIN_SHARE = 32  # tokens below which a second thread gains nothing
 GOLDEN_TOLERANCE = 1e-3
 GOLDEN_FLOOR = 0.01  # a smaller scale of logits counts as this
 

@@ -1,7 +1,7 @@
 """Requests to texts, and answers to the shapes of other servers. Pure functions."""
 
+import random
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,5 +53,5 @@ def classified(answers: Answers, names: Sequence[str], several: bool, activation
                 one["labels"] = list(answer.prediction.labels)
             data.append(one | ({"model": name} if several else {}))
     usage = {"prompt_tokens": answers.tokens, "total_tokens": answers.tokens, "completion_tokens": 0, "prompt_tokens_details": None}
-    head = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": ",".join(names)}
+    head = {"id": f"classify-{random.getrandbits(128):032x}", "object": "list", "created": int(time.time()), "model": ",".join(names)}
     return head | {"data": data, "usage": usage}
