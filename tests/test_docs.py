@@ -2,15 +2,23 @@
 
 import csv
 import itertools
+import json
 import re
 import runpy
 import shlex
+import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import textlora
 from textlora.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +114,47 @@ def test_readme_commands_run(tmp_path, monkeypatch, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == second
     assert first.split()[0] in ("good", "bad")
+
+
+def test_readme_serving_answers(tmp_path, monkeypatch):
+    """The server starts as the README says, and its curl lines get answers."""
+    monkeypatch.chdir(tmp_path)
+    rows = [("a warm and funny film", "good"), ("two dull hours, wasted", "bad")] * 10
+    textlora.train(rows, output="my-adapter", epochs=1)
+    serve, *requests = _block("## Serve them", "bash").splitlines()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = "import textlora.cli; textlora.cli.main()"
+    command = [sys.executable, "-c", code, *shlex.split(serve.replace("8000", port))[1:]]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            answers = []
+            for line in requests:
+                assert line.startswith("curl -s localhost:8000/"), line
+                words = shlex.split(line)
+                body = words[words.index("-d") + 1].encode() if "-d" in words else None
+                url = "http://" + words[2].replace("localhost:8000", f"127.0.0.1:{port}")
+                answers.append(_patiently(url, body, server))
+        finally:
+            server.terminate()
+            server.communicate(timeout=60)
+    assert {score["label"] for score in answers[0]} == {"good", "bad"}
+    assert [model["id"] for model in answers[1]["data"]] == ["reviews"]
+
+
+def _patiently(url: str, body: bytes | None, server: subprocess.Popen) -> Any:
+    """The JSON answer of a server that may still be starting."""
+    while True:
+        try:
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"} if body else {})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError:
+            raise
+        except urllib.error.URLError:
+            assert server.poll() is None, server.communicate()[1]
+            time.sleep(0.1)
 
 
 def test_readme_snippet_runs(tmp_path, monkeypatch, capsys):

@@ -31,7 +31,7 @@ from textlora.families import FAMILIES
 from textlora.files import write_text
 from textlora.lora import Lora, delta
 from textlora.model import PREFIX, Model
-from textlora.reference import _quietly
+from textlora.reference import quietly
 from textlora.tokens import TextTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,7 +116,7 @@ def merge(
     net = load_net(files.folder, len(meta.labels))
     layers = merge_into(net, classifier.model, DTYPES[dtype])
     with new_folder(output) as folder:
-        with _quietly():
+        with quietly():
             save_net(net, folder, DTYPES[dtype])
         write_text(folder / "config.json", json.dumps(_config(files, net, meta, dtype), indent=2, ensure_ascii=False) + "\n")
         write_tokenizer(classifier.tokenizer, (tokenizer_from, files.folder), files.config, folder, truncate=True)
@@ -176,7 +176,7 @@ def load_net(folder: Path, num_labels: int, whole: bool = False) -> nn.Module:
         ModelError: transformers cannot load it, or with `whole` some tensor is missing or of another shape.
     """
     try:
-        with _quietly(), torch.random.fork_rng([]):
+        with quietly(), torch.random.fork_rng([]):
             net, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 str(folder), num_labels=num_labels, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True,
                 ignore_mismatched_sizes=True, output_loading_info=True,

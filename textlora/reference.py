@@ -120,7 +120,7 @@ class ReferenceModel:
             ModelError: the base cannot be read, does not fit its config.json, or is no encoder.
             UsageError: the LoRA settings name layers that are not there.
         """
-        with _seeded(seed), _quietly():
+        with _seeded(seed), quietly():
             base = _load(Path(folder), num_labels, pooling)
             targets = find_targets(lora, base.net, base.prefix, base.heads if pooling == "first" else None)
             own = _own_modules(base, lora, targets)
@@ -141,7 +141,7 @@ class ReferenceModel:
         """
         saved = read_adapter(adapter_folder)
         lora = lora_config(saved)
-        with _seeded(0), _quietly():
+        with _seeded(0), quietly():
             base = _load(Path(base_folder), num_labels, pooling)
             try:
                 targets = find_targets(lora, base.net, base.prefix, base.heads if pooling == "first" else None)
@@ -352,7 +352,7 @@ def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No warnings and progress bars from transformers and peft while a model is built; settings are put back."""
     verbosity, bars, hub_silent = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     with warnings.catch_warnings():
