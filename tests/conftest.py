@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 import transformers
+from support import Cli, Trained, trained
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -204,3 +205,13 @@ def both_ways(folder: Path, lora: LoraConfig, num_labels: int = 3, pooling: str 
     slow = ReferenceModel.create(folder, lora, num_labels, pooling=pooling)
     slow.load_trainable(random_adapter(fast, seed))
     return fast, slow
+
+
+@pytest.fixture
+def cli(capfd) -> Cli:
+    return Cli(capfd)
+
+
+@pytest.fixture
+def single(tiny_base, tmp_path_factory) -> Trained:
+    return trained(tiny_base, tmp_path_factory)

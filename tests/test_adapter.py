@@ -48,11 +48,6 @@ def close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> bool
 
 
 @pytest.fixture
-def single(tiny_base, tmp_path_factory) -> Trained:
-    return trained(tiny_base, tmp_path_factory)
-
-
-@pytest.fixture
 def folder(single, tmp_path) -> Path:
     """A copy of a trained adapter, without its run."""
     return Path(shutil.copytree(single.folder, tmp_path / "adapter", ignore=shutil.ignore_patterns("run")))

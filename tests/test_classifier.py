@@ -4,18 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_adapter
-from support import Trained, forked, single_rows, trained
+from support import forked, single_rows, trained
 
 from textlora import TextClassifier
 from textlora.classifier import encoded_logits
 from textlora.errors import UsageError
 from textlora.golden import GOLDEN_TEXTS
 from textlora.model import PackedModel
-
-
-@pytest.fixture
-def single(tiny_base, tmp_path_factory) -> Trained:
-    return trained(tiny_base, tmp_path_factory)
 
 
 @pytest.fixture

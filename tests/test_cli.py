@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import make_tiny
 from safetensors.torch import load_file, save_file
-from support import CONFIG, SIDE, WEIGHTS, Cli, Trained, forked, settings, single_rows, snapshot, task_files, trained, write_csv
+from support import CONFIG, SIDE, WEIGHTS, Cli, Trained, forked, settings, single_rows, snapshot, task_files, write_csv
 
 from textlora.adapter import read_adapter
 from textlora.cli import run
@@ -25,16 +25,6 @@ from textlora.files import folder_lock
 COMMANDS = (
     "train", "check", "evaluate", "predict", "inspect", "merge", "extract", "combine", "convert", "export", "push",
 )  # fmt: skip
-
-
-@pytest.fixture
-def cli(capfd) -> Cli:
-    return Cli(capfd)
-
-
-@pytest.fixture
-def single(tiny_base, tmp_path_factory) -> Trained:
-    return trained(tiny_base, tmp_path_factory)
 
 
 @pytest.fixture

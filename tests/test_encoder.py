@@ -260,7 +260,10 @@ def test_first_token_attention_needs_no_keys_and_values(kind):
         leaves += [t.requires_grad_() for lora in loras for t in (lora.A, lora.B, lora.magnitude) if t is not None]
     adapted = [(32 * k, lora) for k, lora in enumerate(loras) if lora is not None]
     slow = attend_plain(lora_linear(x, weight, bias, adapted), queries, batch.runs(), 4)
-    folded = [None if lora is None else Folded(lora.A, lora.scaling * lora.B, dora_scale(part, lora)) for part, lora in zip(weight.split(32), loras, strict=True)]
+    folded = [
+        None if lora is None else Folded(lora.A, lora.scaling * lora.B, dora_scale(part, lora))
+        for part, lora in zip(weight.split(32), loras, strict=True)
+    ]
     fast = attend_first(x, queries, batch.runs(), 4, weight, bias[32:], *folded)
     torch.testing.assert_close(fast, slow, rtol=1e-11, atol=1e-11)
     cotangent = draw(*slow.shape)

@@ -14,7 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from conftest import FAST, make_tiny, random_adapter
-from support import Cli, Trained, single_rows, snapshot, trained, write_csv
+from support import Cli, single_rows, snapshot, trained, write_csv
 from transformers import AutoConfig, AutoTokenizer
 
 from textlora import TextClassifier
@@ -197,11 +197,6 @@ def test_a_file_that_answers_otherwise_is_not_kept(tiny_base, tmp_path, monkeypa
 
 
 # --- the command, with data and in int8 ---
-
-
-@pytest.fixture
-def cli(capfd) -> Cli:
-    return Cli(capfd)
 
 
 def ask(cli: Cli, *arguments: object) -> dict[str, Any]:
@@ -418,11 +413,6 @@ def test_the_page_runs_as_written(cli, tiny_base, tmp_path, tmp_path_factory, mo
 
 
 # --- refusals ---
-
-
-@pytest.fixture
-def single(tiny_base, tmp_path_factory) -> Trained:
-    return trained(tiny_base, tmp_path_factory)
 
 
 def refused(cli: Cli, tmp_path: Path, *arguments: object, code: int = 2) -> str:

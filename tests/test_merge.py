@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import FAST, SLOW, random_adapter
 from safetensors.torch import load_file, save_file
-from support import WEIGHTS, Cli, single_rows, snapshot, write_csv
+from support import WEIGHTS, single_rows, snapshot, write_csv
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.utils import logging as hf_logging
 
@@ -71,11 +71,6 @@ def transformers_logits(folder: Path, texts: Sequence[str], pairs: Sequence[str 
 def pefts_merge(adapter: Path, base: Path, labels: int = 3) -> torch.nn.Module:
     net = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
     return peft.PeftModel.from_pretrained(net, adapter).merge_and_unload().eval()
-
-
-@pytest.fixture
-def cli(capfd) -> Cli:
-    return Cli(capfd)
 
 
 @pytest.fixture

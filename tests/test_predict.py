@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,12 @@ from support import Cli, Trained, single_rows, trained, write_csv
 
 import textlora.predict
 from textlora import TextClassifier
-from textlora.classifier import with_meta
 from textlora.errors import UsageError
 
 
-@pytest.fixture
-def cli(capfd) -> Cli:
-    return Cli(capfd)
-
-
-@pytest.fixture
-def single(tiny_base, tmp_path_factory) -> Trained:
-    return trained(tiny_base, tmp_path_factory)
+def with_meta(classifier: TextClassifier, **changes: Any) -> TextClassifier:
+    """The same classifier with some of its stored facts replaced."""
+    return TextClassifier(classifier.model, classifier.tokenizer, replace(classifier.meta, **changes))
 
 
 @pytest.fixture

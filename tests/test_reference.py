@@ -18,7 +18,7 @@ from textlora.config import LoraConfig
 from textlora.errors import AdapterError, ModelError, UsageError
 from textlora.families import read_spec
 from textlora.model import open_model
-from textlora.reference import ReferenceModel, _load, _quietly, _wrap
+from textlora.reference import ReferenceModel, _load, _wrap, quietly
 from textlora.tokens import Encoded, pack
 
 LENGTHS = [5, 1, 2, 3, 5, 48, 5, 8, 13]
@@ -87,7 +87,7 @@ def test_mean_pooling_round_trip(family, tiny_base, tmp_path):
 @pytest.mark.parametrize("family", FAST + SLOW)
 def test_names_are_pefts_file_names(family, tiny_base):
     model = ReferenceModel.create(tiny_base(family), LoraConfig(r=4, use_dora=True), 3)
-    with _quietly():
+    with quietly():
         base = _load(tiny_base(family), 3, "first")
         net = _wrap(base, model.lora, model.target_modules, "first")
     assert {n: t.shape for n, t in get_peft_model_state_dict(net).items()} == {n: t.shape for n, t in model.trainable().items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import SIDE, WEIGHTS, Cli, forked, log_of, settings, snapshot
+from support import SIDE, WEIGHTS, forked, log_of, settings, snapshot
 
 import textlora.run
 import textlora.training
@@ -283,11 +283,6 @@ def test_resuming_a_finished_run_changes_nothing(whole, cli):
     assert (code, err) == (0, "")
     assert out.count("\n") == 1
     assert snapshot(output) == kept
-
-
-@pytest.fixture
-def cli(capfd) -> Cli:
-    return Cli(capfd)
 
 
 def test_a_killed_run_leaves_no_lock(whole, tmp_path):

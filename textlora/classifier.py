@@ -3,7 +3,7 @@
 import contextlib
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +266,3 @@ def _foreign_meta(folder: AdapterFolder, files: BaseFiles, labels: Sequence[str]
         labels=facts.labels, problem_type=facts.problem_type, pairs=False, pooling="first", max_length=length.tokens, truncation=length.truncation,
         base={"id": files.id, "revision": files.revision, "model_type": files.config["model_type"], "hash": None},
     )  # fmt: skip
-
-
-def with_meta(classifier: TextClassifier, **changes: Any) -> TextClassifier:
-    """The same classifier with some of its stored facts replaced."""
-    return TextClassifier(classifier.model, classifier.tokenizer, replace(classifier.meta, **changes))
