@@ -58,6 +58,7 @@ bench: setup demo
 	$(BIN)/python benchmarks/prefix.py $(DATA) accuracy
 	$(BIN)/python benchmarks/adapters.py $(DATA) demo/bench
 	$(BIN)/python benchmarks/inference.py $(DATA) demo/bench/banking77 demo/bench/imdb
+	$(BIN)/python benchmarks/roundtrip.py $(DATA)/imdb/train.parquet demo/bench/imdb
 	$(BIN)/python benchmarks/export.py $(DATA)/banking77/train.parquet demo/bench/banking77
 	$(BIN)/python benchmarks/mixed.py $(DATA)
 	$(BIN)/python benchmarks/startup.py demo/film-reviews
