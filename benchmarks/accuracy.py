@@ -41,7 +41,7 @@ def imdb(data: Path) -> None:
         flags = f"--train imdb/train.parquet --test imdb/test.parquet --limit-train 1000 --limit-eval 4000 --model minilm --seed {seed}"
         runs.append({"seed": seed, **train(data, flags)})
     scores = [run["test"]["accuracy"] for run in runs]
-    seconds = statistics.mean(run["train_seconds"] for run in runs)
+    seconds = min(run["train_seconds"] for run in runs)  # the others may have run beside something else
     write_result(
         "imdb",
         "accuracy on IMDB after training on 1,000 rows",
@@ -50,7 +50,7 @@ def imdb(data: Path) -> None:
                 "IMDB, 1,000 training rows, defaults: test accuracy, mean of 3 seeds (4,000 test rows)",
                 f"{statistics.mean(scores):.4f} ({min(scores):.4f} to {max(scores):.4f})",
             ),
-            ("... training time on two cores", f"{seconds:,.0f} s for {runs[0]['epochs']:g} epochs"),
+            ("... training time on two cores, shortest run", f"{seconds:,.0f} s for {runs[0]['epochs']:g} epochs"),
         ],
         {"runs": runs},
     )
