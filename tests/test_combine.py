@@ -11,7 +11,7 @@ import torch
 from conftest import make_tiny
 from safetensors.torch import load_file, save_file
 from support import CONFIG, WEIGHTS, Cli, single_rows, write_csv
-from test_merge import ALL_DORA, LABELS, TEXTS, cli, close, make_adapter, pefts_merge  # noqa: F401  a fixture too
+from test_merge import ALL_DORA, LABELS, TEXTS, close, make_adapter, pefts_merge  # noqa: F401  a fixture too
 from transformers import AutoModelForSequenceClassification
 
 from textlora import TextClassifier

@@ -12,7 +12,7 @@ import torch
 from conftest import FAST, SLOW, make_tiny
 from safetensors.torch import load_file, save_file
 from support import WEIGHTS, Cli
-from test_merge import ALL_DORA, LABELS, TEXTS, cli, close, make_adapter, merged, near, pefts_merge, transformers_logits  # noqa: F401  fixtures too
+from test_merge import ALL_DORA, LABELS, TEXTS, close, make_adapter, merged, near, pefts_merge, transformers_logits  # noqa: F401  fixtures too
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
