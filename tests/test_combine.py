@@ -11,7 +11,7 @@ import torch
 from conftest import make_tiny
 from safetensors.torch import load_file, save_file
 from support import CONFIG, WEIGHTS, Cli, single_rows, write_csv
-from test_merge import ALL_DORA, LABELS, TEXTS, close, make_adapter, pefts_merge  # noqa: F401  a fixture too
+from test_merge import ALL_DORA, LABELS, TEXTS, close, make_adapter, pefts_merge
 from transformers import AutoModelForSequenceClassification
 
 from textlora import TextClassifier
@@ -28,7 +28,7 @@ def base(tiny_base) -> Path:
 
 
 @pytest.fixture
-def refused(tmp_path, cli: Cli) -> Callable[..., str]:  # noqa: F811
+def refused(tmp_path, cli: Cli) -> Callable[..., str]:
     """`refused("a", "b", *flags)`: combining these must end with code 2 and leave nothing."""
 
     def run(base: Path, *arguments: object) -> str:
@@ -230,7 +230,7 @@ def test_the_result_is_not_calibrated_and_as_long_as_the_longest(base, tmp_path)
 # --- the command ---
 
 
-def test_command_scores_each_adapter_and_the_combination(base, tmp_path, cli):  # noqa: F811
+def test_command_scores_each_adapter_and_the_combination(base, tmp_path, cli):
     data = write_csv(tmp_path / "rows.csv", single_rows(30))
     for i, name in enumerate("ab"):
         make_adapter(tmp_path / name, base, seed=i, labels=("neg", "pos"))

@@ -246,7 +246,7 @@ def test_another_base_is_refused(tiny_base, base, tmp_path, refused):
     assert "has shape" in refused(larger)
 
 
-def test_damaged_and_unfitting_merged_folders_are_refused(base, tmp_path, refused, cli):  # noqa: F811
+def test_damaged_and_unfitting_merged_folders_are_refused(base, tmp_path, refused, cli):
     merged(make_adapter(tmp_path / "a", base), base, tmp_path / "a", tmp_path / "m")
     whole, config = load_file(tmp_path / "m" / "model.safetensors"), json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
 
