@@ -168,7 +168,7 @@ def read_adapter(folder: Path | str) -> AdapterFolder:
             raise AdapterError(what, "`textlora convert` takes the tensors out without running anything")
         raise AdapterError(f"{folder}: no {WEIGHTS_FILE}", "was the folder copied whole?")
     try:
-        tensors = load(weights.read_bytes())  # not mapped: a file cut short while it is read must not end a server
+        tensors = dict(sorted(load(weights.read_bytes()).items()))  # not mapped: a file cut short while it is read must not end a server
     except (SafetensorError, OSError, KeyError) as error:
         raise AdapterError(f"{weights}: not a whole safetensors file ({error})", "copy the adapter again") from error
     return AdapterFolder(folder, config, plain_tensors(tensors, weights), meta)
