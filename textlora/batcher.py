@@ -192,8 +192,8 @@ class Batcher:
             rows = sum(len(one.task.adapters) for one in batch)
             self._rate += 0.2 * (rows / max(seconds, 1e-4) - self._rate)
             results = [Result(answer, waited, seconds) for answer, waited in zip(answers, queued, strict=True)]
-            self._loop.call_soon_threadsafe(_deliver, batch, results)
             self._on_batch(BatchFacts(rows, sum(one.task.tokens * len(one.task.adapters) for one in batch), seconds, queued))
+            self._loop.call_soon_threadsafe(_deliver, batch, results)  # last: who has an answer finds its batch counted
 
     def _answers(self, batch: list[_Waiting]) -> list[list[Any]]:
         tasks = [one.task for one in batch]
