@@ -36,10 +36,10 @@ def transformers_run(folder: str, rows: list[dict[str, Any]], tuned: bool, batch
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoded = tokenizer([row["text"] for row in rows], padding=False if tuned else "max_length", truncation=True, max_length=512)
-    data = [{"labels": int(row["label"]), **{key: values[i] for key, values in encoded.items()}} for i, row in enumerate(rows)]
+    names = sorted({str(row["label"]) for row in rows})
+    data = [{"labels": names.index(str(row["label"])), **{key: values[i] for key, values in encoded.items()}} for i, row in enumerate(rows)]
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if tuned else {}
-    labels = len({row["label"] for row in data} if "label" in data[0] else {row["labels"] for row in data})
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=max(2, labels), **off)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=max(2, len(names)), **off)
     model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, lora_dropout=0.0 if tuned else 0.1))
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(

@@ -64,14 +64,18 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of the data sets imdb and banking77")
     parser.add_argument("--rows", type=int, default=24, help="IMDB rows")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--without-large", action="store_true", help="leave out the bert-base-sized model, half of the time")
+    parser.add_argument(
+        "--tables", default="imdb,banking77,large", help="which to measure; large is a bert-base-sized model on IMDB, half of the time"
+    )
     options = parser.parse_args()
     imdb, banking = str(options.data / "imdb" / "train.parquet"), str(options.data / "banking77" / "train.parquet")
     minilm = str(find_base("minilm").folder)
-    long = table("imdb", minilm, imdb, options.rows, options.pairs, ["recipe", "tuned", "textlora", "full"])
-    short = table("banking77", minilm, banking, 512, options.pairs, ["tuned", "textlora", "full"])
-    tables = [(long, "MiniLM, IMDB"), (short, "MiniLM, banking77")]
-    if not options.without_large:
+    wanted, tables = options.tables.split(","), []
+    if "imdb" in wanted:
+        tables.append((table("imdb", minilm, imdb, options.rows, options.pairs, ["recipe", "tuned", "textlora", "full"]), "MiniLM, IMDB"))
+    if "banking77" in wanted:
+        tables.append((table("banking77", minilm, banking, 512, options.pairs, ["tuned", "textlora", "full"]), "MiniLM, banking77"))
+    if "large" in wanted:
         with tempfile.TemporaryDirectory() as scratch:
             large = table("imdb", str(random_base(Path(scratch), minilm)), imdb, 16, 3, ["recipe", "tuned", "textlora", "full"])
         tables.append((large, "bert-base size, IMDB"))
