@@ -407,7 +407,7 @@ def test_another_tokenizer(bench, edit):
 
 
 def test_tokenizer_settings_changed(bench):
-    for key, value in (("cls_token", "[XXX]"), ("do_lower_case", False), ("model_max_length", 8)):
+    for key, value in (("cls_token", "[OTHER]"), ("do_lower_case", False), ("model_max_length", 8)):
         folder = bench.copy()
         edit_json(folder / "tokenizer_config.json", lambda content, key=key, value=value: content.update({key: value}))
         bench.refused(folder, f"{folder / 'tokenizer_config.json'}: {CHANGED}")

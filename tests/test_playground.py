@@ -9,7 +9,7 @@ from test_server import TEXT, alone, listen, shelf, start  # noqa: F401
 
 from textlora.server.keys import read_keys
 
-pytestmark = pytest.mark.skipif(browser.PATH is None, reason="no chromium on the path")
+pytestmark = pytest.mark.skipif(browser.PATH is None, reason="needs a Chromium on the path, which pip cannot install; .ci/run fetches one")
 
 CARD = "document.querySelector('#results section[data-adapter=\"{}\"]')"
 
