@@ -48,6 +48,7 @@ check: setup
 	$(BIN)/python docs/generate.py --check
 
 docs: setup
+	for set in imdb sst2 banking77; do $(BIN)/python benchmarks/recipe.py $(DATA) $$set && $(BIN)/python benchmarks/time_to_accuracy.py $(DATA) $$set; done
 	$(BIN)/python docs/generate.py
 
 # make bench DATA=folder-of-data-sets
@@ -57,13 +58,16 @@ bench: setup demo
 	$(BIN)/python benchmarks/prefix.py $(DATA)
 	$(BIN)/python benchmarks/prefix.py $(DATA) accuracy
 	$(BIN)/python benchmarks/adapters.py $(DATA) demo/bench
-	$(BIN)/python benchmarks/inference.py $(DATA) demo/bench/banking77 demo/bench/imdb
+	$(BIN)/python benchmarks/inference.py $(DATA) demo/bench
 	$(BIN)/python benchmarks/roundtrip.py $(DATA)/imdb/train.parquet demo/bench/imdb
 	$(BIN)/python benchmarks/export.py $(DATA)/banking77/train.parquet demo/bench/banking77
 	$(BIN)/python benchmarks/mixed.py $(DATA)
+	$(BIN)/python benchmarks/serving.py --texts $(DATA)/banking77/test.parquet --adapters demo/bench/banking77 demo/bench/imdb --write
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/startup.py demo/film-reviews
 	$(BIN)/python benchmarks/accuracy.py $(DATA) imdb
 	$(BIN)/python benchmarks/accuracy.py $(DATA) sets
+	for set in imdb sst2 banking77; do $(BIN)/python benchmarks/recipe.py $(DATA) $$set && $(BIN)/python benchmarks/time_to_accuracy.py $(DATA) $$set; done
 	$(BIN)/python docs/generate.py
 
 clean:

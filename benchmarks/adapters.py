@@ -1,4 +1,4 @@
-"""The adapters that other benchmarks take, by `textlora train`: banking77 (3,000 rows) and imdb (500 rows).
+"""The adapters that other benchmarks take, by `textlora train`: banking77 (3,000 rows), sst2 (2,000 rows) and imdb (500 rows).
 
 python benchmarks/adapters.py path/to/data path/to/folder
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 FLAGS = {
     "banking77": "--limit-train 3000 --epochs 3 --learning-rate 2e-3",
+    "sst2": "--limit-train 2000 --epochs 2",
     "imdb": "--limit-train 500 --epochs 2",
 }
 

@@ -1,7 +1,8 @@
 """Texts per second of one merged classifier beside its peers, in three orders: as the texts arrive (64 at a time), sorted in windows of
-256, sorted over the set. Every system gets the same merged weights and as many threads as torch; peers with their best batch size.
+256, sorted over the set. Every system gets the same merged weights and as many threads as torch; peers with their best batch size. "textlora
+int8" is the adapter itself on a base in 8 bits, not merged.
 
-    python benchmarks/inference.py path/to/data path/to/an/adapter/for/banking77 path/to/an/adapter/for/imdb
+    python benchmarks/inference.py path/to/data demo/bench      # a folder of adapters named as the sets, from adapters.py
 """
 
 import argparse
@@ -79,6 +80,7 @@ def measure(name: str, data: Path, adapter: Path, rows: int, pairs: int) -> dict
     table = table.take(np.random.default_rng(42).permutation(table.num_rows)[-rows:])  # beyond what --limit-train --seed 42 takes
     texts, labels = table.column("text").to_pylist(), [str(label) for label in table.column("label").to_pylist()]
     classifier, files = TextClassifier.load(adapter, device="cpu"), find_adapter_base(read_adapter(adapter))
+    eight = TextClassifier.load(adapter, device="cpu", precision="int8").model
     encoded, spec = classifier.tokenizer.encode(texts), classifier.model.base.spec
     merged = MergedModel(classifier.model)
     found: dict[str, Any] = {"set": name, "rows": rows, "tokens": sum(len(e.ids) for e in encoded), "seconds": {}, "ratio": {}, "batch": {}}
@@ -101,13 +103,17 @@ def measure(name: str, data: Path, adapter: Path, rows: int, pairs: int) -> dict
         pipe = pipeline("text-classification", model=str(folder), tokenizer=tokenizer, device="cpu", batch_size=32, truncation=True)
         scale = np.maximum(1, np.abs(expected))
         found["difference"] = {"textlora": float((np.abs(packed(encoded, None, merged) - expected) / scale).max())}
-        found["accuracy"] = {}
+        right = lambda logits: float(np.mean([classifier.meta.labels[k] == label for k, label in zip(logits.argmax(1), labels, strict=True)]))
+        found["accuracy"] = {"textlora": right(packed(encoded, None, merged)), "textlora int8": right(packed(encoded, None, eight))}
         for peer, forward in others.items():
             logits = in_order(encoded, None, found["batch"][peer], forward)
             found["difference"][peer] = float((np.abs(logits - expected) / scale).max())
-            found["accuracy"][peer] = float(np.mean([classifier.meta.labels[k] == label for k, label in zip(logits.argmax(1), labels, strict=True)]))
+            found["accuracy"][peer] = right(logits)
         for order, window in ORDERS.items():
-            systems: dict[str, Callable[[], Any]] = {"textlora": lambda window=window: packed(encoded, window, merged)}
+            systems: dict[str, Callable[[], Any]] = {
+                "textlora": lambda window=window: packed(encoded, window, merged),
+                "textlora int8": lambda window=window: packed(encoded, window, eight),
+            }
             for peer, forward in others.items():
                 systems[peer] = lambda window=window, peer=peer, forward=forward: in_order(encoded, window, found["batch"][peer], forward)
             if order == "arrival":
@@ -126,13 +132,12 @@ def measure(name: str, data: Path, adapter: Path, rows: int, pairs: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("banking77", type=Path, help="an adapter for banking77")
-    parser.add_argument("imdb", type=Path, help="an adapter for imdb")
-    parser.add_argument("--rows", type=int, nargs=2, default=(1024, 48))
+    parser.add_argument("adapters", type=Path, help="folder of adapters")
+    parser.add_argument("--rows", type=int, nargs=3, default=(1024, 768, 48))
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
-    sets = {"banking77": (options.banking77, options.rows[0]), "imdb": (options.imdb, options.rows[1])}
-    tables = [measure(name, options.data / name / "train.parquet", *given, options.pairs) for name, given in sets.items()]
+    sets = dict(zip(("banking77", "sst2", "imdb"), options.rows, strict=True))
+    tables = [measure(name, options.data / name / "train.parquet", options.adapters / name, count, options.pairs) for name, count in sets.items()]
     rows = []
     for table in tables:
         for order, taken in table["seconds"].items():
@@ -141,8 +146,9 @@ def main() -> None:
             shown = ", ".join(f"{system} {ratio[system]:.2f}x ({speed[system]:,.0f})" for system in speed if system != "textlora")
             rows.append((f"inference, {table['set']}, {order}: texts/s of textlora, and times each peer", f"{speed['textlora']:,.0f}; {shown}"))
         rows.append((f"... {table['set']}: largest logit difference from transformers", f"{table['difference']['textlora']:.1e}"))
-        cost = table["accuracy"]["ONNX Runtime"] - table["accuracy"]["ONNX Runtime int8"]
-        rows.append((f"... {table['set']}: accuracy that ONNX Runtime int8 loses on these rows", f"{100 * cost:.1f} points"))
+        right = table["accuracy"]
+        shown = f"{right['textlora']:.4f}, {right['textlora int8']:.4f}, {right['ONNX Runtime int8']:.4f}"
+        rows.append((f"... {table['set']}: accuracy of textlora, textlora int8, ONNX Runtime int8 on these rows", shown))
     write_result("inference", "one merged classifier beside its peers", rows, {"tables": tables})
 
 

@@ -26,7 +26,6 @@ from transformers import AutoModelForSequenceClassification
 from textlora import AdapterEngine, TextClassifier
 from textlora.adapter import AdapterMeta, peft_config, write_side_file, write_weights
 from textlora.base import BaseWeights, find_base, read_weights
-from textlora.classifier import encoded_logits
 from textlora.config import LoraConfig
 from textlora.encoder import PackedEncoder
 from textlora.export.session import padded
@@ -75,7 +74,7 @@ def beside_peft(texts: list[str], folder: Path, pairs: int) -> dict[str, Any]:
         engine.add(path, path.name)
     classifier = TextClassifier.load(paths[0], base="minilm")
     encoded, spec = classifier.tokenizer.encode(texts), classifier.model.base.spec
-    merged = MergedModel(classifier.model)
+    merged = TextClassifier(MergedModel(classifier.model), classifier.tokenizer, classifier.meta)
     net = AutoModelForSequenceClassification.from_pretrained(find_base("minilm").folder, num_labels=2)
     peft = PeftModel.from_pretrained(net, str(paths[0]), adapter_name=names[0])
     for path in paths[1:]:
@@ -94,7 +93,7 @@ def beside_peft(texts: list[str], folder: Path, pairs: int) -> dict[str, Any]:
     apart = float(np.abs(peft_logits() - ours()).max())
     systems = {
         "mixed": ours,
-        "merged": lambda: [encoded_logits(merged, [encoded[i] for i in rows]) for rows in batches],
+        "merged": lambda: [merged.predict([texts[i] for i in rows]) for rows in batches],
         "peft": peft_logits,
     }
     return {"seconds": paired(systems, pairs), "difference": apart}

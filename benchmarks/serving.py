@@ -140,12 +140,14 @@ async def measure(load: Load, port: int, pid: int, folder: Path, seconds: float)
     batch = (metric(port, "textlora_batch_rows_sum") - rows) / (metric(port, "textlora_batch_rows_count") - batches)
     most = saturation.statuses[200] / seconds
     steady = await load.open_loop(client, 0.8 * most, seconds)
-    before = resident_bytes(pid)
-    flood = await load.open_loop(client, 3 * most, seconds)
+    memory, floods = [resident_bytes(pid)], []
+    for _ in range(3):  # the first opens the connections; flat is what the next add nothing to
+        floods.append(await load.open_loop(client, 3 * most, seconds / 2))
+        memory.append(resident_bytes(pid))
     stop.set()
     return {
-        "saturation": saturation.summary(), "mean_batch": round(batch, 1), "at_80_percent": steady.summary(), "at_300_percent": flood.summary(),
-        "memory_mib": [round(before / 2**20), round(resident_bytes(pid) / 2**20)], "loads_and_unloads": await churning,
+        "saturation": saturation.summary(), "mean_batch": round(batch, 1), "at_80_percent": steady.summary(), "at_300_percent": [flood.summary() for flood in floods],
+        "memory_mib": [round(bytes / 2**20) for bytes in memory], "loads_and_unloads": await churning,
     }  # fmt: skip
 
 
@@ -200,12 +202,26 @@ def main() -> None:
     result |= {"offline_texts_per_second": round(offline, 1), "adapters": options.count, "seconds": options.seconds, "threads": options.threads}
     print(json.dumps(result, indent=2))
     if options.write:
-        rate, steady, flood = result["saturation"]["goodput"], result["at_80_percent"], result["at_300_percent"]
+        rate, steady, flood = (
+            result["saturation"]["goodput"],
+            result["at_80_percent"],
+            min(result["at_300_percent"], key=lambda phase: phase["goodput"]),
+        )
+        wrong = sum(phase["wrong"] for phase in (result["saturation"], steady, *result["at_300_percent"]))
+        memory = ", ".join(map(str, result["memory_mib"]))
         rows = [
-            (f"server at saturation, {options.count:,} adapters, share of the engine's offline rate", f"{rate / offline:.0%}"),
-            ("mean batch there", f"{result['mean_batch']:.1f} texts"),
-            ("p99 at 80% of saturation", f"{steady['p99_ms']:.0f} ms"),
-            ("goodput at 300%, share of saturation", f"{flood['goodput'] / rate:.0%}"),
+            (
+                f"server at saturation, {options.count:,} adapters, Zipf: texts/s, share of the engine's offline rate",
+                f"{rate:,.0f}, {rate / offline:.0%}",
+            ),
+            ("... mean batch there", f"{result['mean_batch']:.1f} texts"),
+            (
+                "... at 80% of it: p99 from the scheduled send; answers that were not 200",
+                f"{steady['p99_ms']:.0f} ms; {sum(steady['statuses'].values()) - steady['statuses'].get(200, 0)}",
+            ),
+            ("... at 300%, three times: lowest goodput, share of saturation", f"{flood['goodput'] / rate:.0%}"),
+            ("... server memory before and after each", f"{memory} MiB"),
+            ("... answers that differed from the engine's", f"{wrong}"),
         ]
         write_result("serving", "textlora serve under load on loopback", rows, result)
 

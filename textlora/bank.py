@@ -21,6 +21,7 @@ from textlora.errors import AdapterError, ModelError, UnknownAdapterError, Usage
 from textlora.families import read_spec
 from textlora.files import sha256_file
 from textlora.hardware import choose_device
+from textlora.int8 import require_int8
 from textlora.mixing import Folded
 from textlora.model import PackedModel
 from textlora.tokens import TextTokenizer, load_tokenizer
@@ -59,20 +60,27 @@ class AdapterBank:
     Args:
         base: folder, hub id, or minilm.
         resident_bytes: budget of adapters in memory; those in use count, and are never put out.
+        precision: "int8" runs the base's dense layers in 8 bits, on CPUs; golden examples are recomputed in float32 all the same.
         verify: recompute golden examples when an adapter is made resident.
 
     Raises:
         ModelError: the base cannot be read, or its architecture has no packed path.
+        UsageError: int8 is asked for where it cannot be had.
     """
 
-    def __init__(self, base: str = "minilm", *, device: str = "auto", resident_bytes: int = RESIDENT_BYTES, verify: bool = True):
+    def __init__(
+        self, base: str = "minilm", *, device: str = "auto", resident_bytes: int = RESIDENT_BYTES, precision: str = "float32", verify: bool = True
+    ):
         self.files, self.device = find_base(base), choose_device(device)
         spec = read_spec(self.files.config)
         if isinstance(spec, str):
             raise ModelError(f"{base}: {spec}, so its adapters cannot share batches", "serve a merged model, or use TextClassifier")
         weights = read_weights(self.files.folder, spec, pooler=True)
         self.weights = BaseWeights(spec, {name: t.to(self.device) for name, t in weights.tensors.items()}, weights.hash)
-        self.encoder = PackedEncoder(self.weights)
+        self.encoder = self.running = PackedEncoder(self.weights)
+        if precision == "int8":
+            require_int8(self.device)
+            self.running = self.encoder.in_int8()
         # an adapter with mean pooling was trained without the base's pooler, and its hash is without it
         self._hashes = {"first": weights.hash, "mean": read_weights(self.files.folder, spec, pooler=False).hash}
         self.resident_bytes, self.verify = resident_bytes, verify
@@ -239,6 +247,10 @@ class AdapterBank:
         for tensor in model.trainable().values():
             tensor.requires_grad_(False)
         folded = model.folded()
+        if model.mixes:
+            model.encoder = self.running
+        elif self.running.int8 is not None:
+            model.encoder = model.encoder.in_int8()
         tensors = [*model.trainable().values(), *(t for place in folded.values() for t in place if t is not None)]
         return Resident(classifier, folded, sum(t.numel() * t.element_size() for t in tensors))
 

@@ -19,9 +19,9 @@ from textlora.foreign.facts import find_facts, find_length
 from textlora.hardware import Workers, bounded_memory, choose_device, side_by_side
 from textlora.hub import adapter_folder
 from textlora.model import Model, open_model
-from textlora.tokens import Encoded, TextTokenizer, load_tokenizer, pack, token_batches
+from textlora.tokens import Encoded, TextTokenizer, even_batches, load_tokenizer, pack
 
-EVAL_TOKENS = 2048  # tokens per forward when predicting: larger is not faster on a CPU, and holds more memory
+EVAL_TOKENS = 1024  # tokens per forward when predicting: larger is slower on a CPU, and holds more memory (docs/log.md)
 MIN_SHARE = 32  # tokens below which a second thread gains nothing
 GOLDEN_TOLERANCE = 1e-3
 GOLDEN_FLOOR = 0.01  # a smaller scale of logits counts as this
@@ -62,6 +62,7 @@ class TextClassifier:
         labels: Sequence[str] | None = None,
         problem_type: str | None = None,
         device: str = "auto",
+        precision: str = "float32",
         verify: bool = True,
     ) -> "TextClassifier":
         """Load an adapter onto its base and check that it answers as it did when it was saved.
@@ -72,11 +73,14 @@ class TextClassifier:
             base: folder or hub id of the base model; default: the one the adapter names.
             labels: label names in class order, only for a folder without `textlora.json`.
             problem_type: task of such a folder; default single-label, or regression for one label.
+            precision: "int8" runs the base's dense layers in 8 bits (docs/decisions/int8.md), after the check: on CPUs only, about twice as fast,
+                logits differ in the second digit.
             verify: recompute the golden examples in float32; a logit may differ by 1e-3 x max(|logit|, s), s the largest of them, at most 1.
 
         Raises:
             AdapterError: the adapter is not there, damaged, incomplete, or does not fit the base.
             ModelError: the base cannot be found or read.
+            UsageError: int8 is asked for where it cannot be had.
         """
         folder = read_adapter(adapter_folder(path, revision))
         files = find_adapter_base(folder, base)
@@ -106,6 +110,8 @@ class TextClassifier:
         classifier = cls(model, tokenizer, meta)
         if verify and meta.golden:
             classifier.verify(str(path))
+        if precision == "int8":
+            model.to_int8()
         return classifier
 
     def verify(self, name: str = "this adapter") -> float:
@@ -186,7 +192,7 @@ class TextClassifier:
 
 
 def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | None = None, states: Any = None) -> np.ndarray:
-    """Logits (N, C) of encoded texts in the order given; computed by length in batches of at most `EVAL_TOKENS` tokens.
+    """Logits (N, C) of encoded texts in the order given; computed by length in batches of about `EVAL_TOKENS` tokens.
 
     Args:
         workers: who computes the batches; default: `side_by_side`.
@@ -210,8 +216,7 @@ def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | 
     with contextlib.ExitStack() as stack:
         workers = workers or stack.enter_context(side_by_side(device, model.path == "packed"))
         stack.enter_context(bounded_memory(model))
-        share = max(MIN_SHARE, -(-sum(lengths) // workers.count))  # a short list is divided too
-        parts = workers.map(compute, list(token_batches(lengths, order, min(EVAL_TOKENS, share))))
+        parts = workers.map(compute, even_batches(lengths, order, EVAL_TOKENS, workers.count, MIN_SHARE))
     result = np.empty((len(encoded), parts[0][1].shape[1]), dtype=np.float32)
     for rows, logits in parts:
         result[rows] = logits

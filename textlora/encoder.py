@@ -5,6 +5,7 @@ A batch may bring the hidden states of its tokens at some depth (`PackedBatch.hi
 Shapes: T tokens, B texts, H width, h heads, d = H / h. Post-norm blocks as in Devlin et al. 2018 (arXiv 1810.04805).
 """
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from textlora.base import BaseWeights
 from textlora.errors import UsageError
+from textlora.int8 import Int8Weight
 from textlora.lora import Lora, dora_scale, lora_linear
 from textlora.mixing import Folded, Mix
 from textlora.tokens import PackedBatch
@@ -46,6 +48,14 @@ class PackedEncoder:
             for part in ("weight", "bias"):
                 block[f"qkv.{part}"] = torch.cat([block.pop(f"{slot}.{part}") for slot in ("query", "key", "value")])
             self.blocks.append(block)
+        self.int8: list[dict[str, Int8Weight]] | None = None
+
+    def in_int8(self) -> "PackedEncoder":
+        """The same encoder with its dense layers in 8 bits: for inference, with the adapters as a `Mix`. The tensors are shared."""
+        made = copy.copy(self)
+        names = ("qkv", "attention_output", "intermediate", "output")
+        made.int8 = [{name: Int8Weight.of(block[f"{name}.weight"]) for name in names} for block in self.blocks]
+        return made
 
     def forward(
         self, batch: PackedBatch, loras: Loras | Mix, *, pooling: str = "first", dropout_seed: int | None = None, checkpointing: bool = False
@@ -78,8 +88,9 @@ class PackedEncoder:
     def prefix(self, batch: PackedBatch, depth: int) -> Tensor:
         """Hidden states (T, H) at the input of block `depth`, no adapter below it. Raises UsageError as `forward` does."""
         runs, x = self._runs(batch), self._embed(batch)
+        nobody = Mix([{}], [0] * batch.size, batch.cu_seqlens.diff().tolist()) if self.int8 else {}
         for i in range(depth):
-            x = self._block(i, x, runs, {}, None, None)
+            x = self._block(i, x, runs, nobody, None, None)
         return x
 
     def _runs(self, batch: PackedBatch) -> Runs:
@@ -114,11 +125,12 @@ class PackedEncoder:
         generator = None if dropout_seed is None else torch.Generator(x.device).manual_seed(dropout_seed + i)
 
         def dense(value: Tensor, name: str, slots: tuple[str, ...], rows: slice = slice(None)) -> Tensor:
-            weight, bias = w[f"{name}.weight"][rows], w[f"{name}.bias"][rows]
+            bias = w[f"{name}.bias"][rows]
             if isinstance(loras, Mix):
-                return loras.linear(i, slots, value, weight, bias, runs)
+                weight = w[f"{name}.weight"] if self.int8 is None else self.int8[i][name]
+                return loras.linear(i, slots, value, weight[rows], bias)
             adapted = [(k * hidden, loras[i, slot]) for k, slot in enumerate(slots) if (i, slot) in loras]
-            return lora_linear(value, weight, bias, adapted, generator)
+            return lora_linear(value, w[f"{name}.weight"][rows], bias, adapted, generator)
 
         def folded(slot: str, weight: Tensor) -> Folded | None:
             if isinstance(loras, Mix):

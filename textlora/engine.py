@@ -19,7 +19,9 @@ from textlora.classifier import EVAL_TOKENS, MIN_SHARE, Prediction
 from textlora.errors import AdapterError, TextloraError, UsageError
 from textlora.hardware import bounded_memory, side_by_side
 from textlora.mixing import Mix
-from textlora.tokens import Encoded, PackedBatch, pack, token_batches
+from textlora.tokens import Encoded, PackedBatch, even_batches, pack
+
+MOST_SHARING = 16  # rows of one text in a batch: bounds its memory
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,17 @@ class AdapterEngine:
     Args:
         base: folder, hub id, or minilm.
         resident_bytes: budget of adapters in memory.
+        precision: "int8" runs the base's dense layers in 8 bits, on CPUs (docs/decisions/int8.md).
 
     Raises:
         ModelError: the base cannot be read, or its architecture has no packed path.
+        UsageError: int8 is asked for where it cannot be had.
     """
 
-    def __init__(self, base: str = "minilm", *, device: str = "auto", resident_bytes: int = RESIDENT_BYTES, verify: bool = True):
-        self.bank = AdapterBank(base, device=device, resident_bytes=resident_bytes, verify=verify)
+    def __init__(
+        self, base: str = "minilm", *, device: str = "auto", resident_bytes: int = RESIDENT_BYTES, precision: str = "float32", verify: bool = True
+    ):
+        self.bank = AdapterBank(base, device=device, resident_bytes=resident_bytes, precision=precision, verify=verify)
 
     def add(self, path: str | Path, name: str) -> AdapterMeta:
         """Register an adapter folder. Raises as `AdapterBank.add` does."""
@@ -133,9 +139,9 @@ class AdapterEngine:
         if not texts:
             return []
         jobs: list[tuple[_Job, list[int]]] = []
-        for group in self._groups(residents):
-            jobs += self._jobs(texts, pairs, [i for i, k in enumerate(owners) if k in group], owners, residents)
         with bounded_memory(residents[0].model), side_by_side(self.bank.device) as workers:
+            for group in self._groups(residents):
+                jobs += self._jobs(texts, pairs, [i for i, k in enumerate(owners) if k in group], owners, residents, workers.count)
             for (job, rows), answers in zip(jobs, workers.map(lambda job: self._run(job[0], residents), jobs), strict=True):
                 for i, (text, _), answer in zip(rows, job.rows, answers, strict=True):
                     found[i] = answer, job.texts[text]
@@ -150,28 +156,30 @@ class AdapterEngine:
         return list(groups.values())
 
     def _jobs(
-        self, texts: Sequence[str], pairs: Sequence[str | None], chosen: list[int], owners: list[int], residents: list[Resident]
+        self, texts: Sequence[str], pairs: Sequence[str | None], chosen: list[int], owners: list[int], residents: list[Resident], workers: int
     ) -> list[tuple[_Job, list[int]]]:
-        """Batches of the chosen rows by length, at most `EVAL_TOKENS` tokens of distinct texts each."""
+        """Batches of the chosen rows by length, about `EVAL_TOKENS` tokens each."""
         asked: dict[tuple[int, str, str | None], list[int]] = {}
         for i in chosen:
             asked.setdefault((id(residents[owners[i]].classifier.tokenizer), texts[i], pairs[i]), []).append(i)
-        groups = list(asked.values())
+        groups = [rows[at : at + MOST_SHARING] for rows in asked.values() for at in range(0, len(rows), MOST_SHARING)]
         encoded: list[Encoded | None] = [None] * len(groups)
         by_tokenizer: dict[int, list[int]] = {}
-        for g, (key, _) in enumerate(asked.items()):
-            by_tokenizer.setdefault(key[0], []).append(g)
+        for g, rows in enumerate(groups):
+            by_tokenizer.setdefault(id(residents[owners[rows[0]]].classifier.tokenizer), []).append(g)
         for members in by_tokenizer.values():
             tokenizer = residents[owners[groups[members[0]][0]]].classifier.tokenizer
             firsts = [groups[g][0] for g in members]
             for g, one in zip(members, tokenizer.encode([texts[i] for i in firsts], [pairs[i] for i in firsts]), strict=True):
                 encoded[g] = one
         lengths = [len(one.ids) for one in encoded if one is not None]
-        share = max(MIN_SHARE, -(-sum(lengths) // max(1, torch.get_num_threads())))
+        loads = [(length + 1) * len(rows) for length, rows in zip(lengths, groups, strict=True)]  # a row costs about a token more
         jobs = []
-        for members in token_batches(lengths, np.argsort(lengths, kind="stable"), min(EVAL_TOKENS, share)):
-            rows = [(t, owners[i]) for t, g in enumerate(members) for i in groups[g]]
-            jobs.append((_Job([encoded[g] for g in members], rows), [i for g in members for i in groups[g]]))
+        for members in even_batches(loads, np.argsort(lengths, kind="stable"), EVAL_TOKENS, workers, MIN_SHARE):
+            asking = sorted(
+                ((t, i) for t, g in enumerate(members) for i in groups[g]), key=lambda one: owners[one[1]]
+            )  # an adapter's rows side by side
+            jobs.append((_Job([encoded[g] for g in members], [(t, owners[i]) for t, i in asking]), [i for _, i in asking]))
         return jobs
 
     def _run(self, job: _Job, residents: list[Resident]) -> list[np.ndarray]:
@@ -180,14 +188,19 @@ class AdapterEngine:
             used = list(dict.fromkeys(k for _, k in job.rows))
             models = [residents[k].model for k in used]
             batch = self._batch(job, min(model.depth for model in models))
-            owners = torch.tensor([used.index(job.rows[i][1]) for i in batch.rows.tolist()])
-            adapters = Mix([residents[k].folded for k in used], owners.to(self.bank.device))
+            number, rows = {k: n for n, k in enumerate(used)}, batch.rows.tolist()
+            owners = [number[job.rows[i][1]] for i in rows]
+            adapters = Mix([residents[k].folded for k in used], owners, batch.cu_seqlens.diff().tolist())
             x = models[0].encoder.forward(batch, adapters, pooling=models[0].pooling)
-            answers: list[np.ndarray] = [np.empty(0)] * len(job.rows)
-            for k, model in enumerate(models):
-                mine = (owners == k).nonzero().flatten()
-                for b, row in zip(mine.tolist(), model.head(x[mine.to(x.device)]).cpu().numpy(), strict=True):
-                    answers[int(batch.rows[b])] = row
+            shared = all(model.pools_as_base for model in models)
+            x = models[0].pool(x) if shared else x
+            answers: list[np.ndarray] = [np.empty(0)] * len(rows)
+            mine: list[list[int]] = [[] for _ in models]
+            for b, owner in enumerate(owners):
+                mine[owner].append(b)
+            for model, own in zip(models, mine, strict=True):
+                for b, row in zip(own, model.head(x[own], pooled=shared).cpu().numpy(), strict=True):
+                    answers[rows[b]] = row
             return answers
 
     def _batch(self, job: _Job, depth: int) -> PackedBatch:
@@ -196,7 +209,7 @@ class AdapterEngine:
         if depth == 0 or len(job.rows) == len(job.texts):
             return batch
         shared = pack(job.texts, device=self.bank.device)
-        states = self.bank.encoder.prefix(shared, depth)
+        states = self.bank.running.prefix(shared, depth)
         start = dict(zip(shared.rows.tolist(), shared.cu_seqlens[:-1].tolist(), strict=True))
         begins = np.array([start[job.rows[i][0]] for i in batch.rows.tolist()])
         index: Tensor = torch.from_numpy(np.repeat(begins, batch.cu_seqlens.diff().numpy())).to(states.device) + batch.positions

@@ -75,9 +75,9 @@ def bounded_memory(model: Any) -> Iterator[None]:
     """Float32 products on a CPU without oneDNN while this lasts.
 
     Packed batches hardly repeat a shape, and memory grows over a long stream with oneDNN, probably by its cache per shape; without it
-    memory is flat at the same speed (docs/log.md). bfloat16 needs oneDNN.
+    memory is flat at the same speed (docs/log.md). bfloat16 and int8 need oneDNN.
     """
-    plain = str(getattr(model, "device", "")) == "cpu" and getattr(model, "dtype", None) == torch.float32
+    plain = str(getattr(model, "device", "")) == "cpu" and getattr(model, "dtype", None) == torch.float32 and not getattr(model, "int8", False)
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and not plain
     try:

@@ -1,15 +1,15 @@
-"""Many adapters in one batch: the base's product once for all rows, each text's own A and B beside it.
+"""Many adapters in one batch: the base's product once for all rows, then each stretch of one owner's rows through its own A and B, in place.
 
-The A and B of a batch are stacked by text, (B, r, in) and (B, out, r), ranks padded with zeros to the largest, a missing place with
-zeros: exact, and as many products as there are stretches of equal length however many adapters there are. For inference: no gradients.
+For inference: no gradients.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from textlora.int8 import Int8Weight, dense
 
 Place = tuple[int, str]
 
@@ -28,11 +28,13 @@ class Mix:
     Args:
         adapters: each one's layers by place, (layer, slot); a place it does not adapt is absent.
         owners: (B,) number of the adapter that owns each text, in packed order.
+        lengths: (B,) tokens of each text.
     """
 
-    def __init__(self, adapters: Sequence[Mapping[Place, Folded]], owners: Tensor):
+    def __init__(self, adapters: Sequence[Mapping[Place, Folded]], owners: Sequence[int], lengths: Sequence[int]):
         self.adapters, self.owners = adapters, owners
         self.alone = len(adapters) == 1
+        self.texts, self.tokens = _stretches(owners, [1] * len(owners)), _stretches(owners, lengths)
 
     def folded(self, place: Place) -> Folded | None:
         """A, B and factor of each text at a place; without the leading dimension where all texts have one owner; None where no one adapts it."""
@@ -51,35 +53,34 @@ class Mix:
                 A[k, : one.A.shape[0]], B[k, :, : one.A.shape[0]] = one.A, one.B
                 if one.scale is not None:
                     scale[k] = one.scale
-        return Folded(A[self.owners], B[self.owners], None if scale is None else scale[self.owners])
+        owners = torch.tensor(self.owners, device=A.device)
+        return Folded(A[owners], B[owners], None if scale is None else scale[owners])
 
-    def linear(self, layer: int, slots: Sequence[str], x: Tensor, weight: Tensor, bias: Tensor, runs: Sequence[tuple[int, int, int, int]]) -> Tensor:
-        """Dense layer whose output is that of `slots` side by side: x (T, in) to (T, out).
-
-        Args:
-            runs: stretches of texts of one length, as `PackedBatch.runs` gives them.
-        """
-        width = weight.shape[0] // len(slots)
-        found = [(k * width, folded) for k, slot in enumerate(slots) if (folded := self.folded((layer, slot))) is not None]
-        scaled = any(folded.scale is not None for _, folded in found)
-        y = F.linear(x, weight, None if scaled else bias)
-        if not found:
-            return y
-        if self.alone:
-            for start, folded in found:
-                part = y[:, start : start + width].addmm_(x @ folded.A.T, folded.B.T)
-                if folded.scale is not None:
-                    part.mul_(folded.scale)
-            return y.add_(bias) if scaled else y
-        A = torch.cat([folded.A for _, folded in found], dim=1).transpose(1, 2)
-        for first, texts, start, length in runs:
-            rows, own = slice(start, start + texts * length), slice(first, first + texts)
-            low = torch.bmm(x[rows].view(texts, length, -1), A[own])
-            out, at = y[rows].view(texts, length, -1), 0
-            for begin, folded in found:
-                part, r = out[:, :, begin : begin + width], folded.B.shape[2]
-                part += torch.bmm(low[:, :, at : at + r], folded.B[own].transpose(1, 2))
-                if folded.scale is not None:
-                    part *= folded.scale[own].unsqueeze(1)
-                at += r
+    def linear(self, layer: int, slots: Sequence[str], x: Tensor, weight: Tensor | Int8Weight, bias: Tensor) -> Tensor:
+        """Dense layer whose output is that of `slots` side by side: x (T, in), or (B, in) of first tokens, to (T, out) or (B, out)."""
+        places = [[adapter.get((layer, slot)) for adapter in self.adapters] for slot in slots]
+        scaled = any(one is not None and one.scale is not None for known in places for one in known)
+        y = dense(x, weight, None if scaled else bias)
+        stretches = self.texts if len(x) == len(self.owners) else self.tokens
+        sizes = [size for _, size in stretches]
+        for known, part in zip(places, y.split(weight.shape[0] // len(slots), dim=1), strict=True):
+            if not any(known):
+                continue
+            for (owner, _), rows, out in zip(stretches, x.split(sizes), part.split(sizes), strict=True):
+                one = known[owner]
+                if one is not None:
+                    out.addmm_(rows @ one.A.T, one.B.T)
+                    if one.scale is not None:
+                        out.mul_(one.scale)
         return y.add_(bias) if scaled else y
+
+
+def _stretches(owners: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """(owner, rows) of each stretch of neighbours with one owner."""
+    found: list[tuple[int, int]] = []
+    for owner, size in zip(owners, sizes, strict=True):
+        if found and found[-1][0] == owner:
+            found[-1] = (owner, found[-1][1] + size)
+        else:
+            found.append((owner, size))
+    return found

@@ -17,8 +17,9 @@ from textlora.config import LoraConfig
 from textlora.encoder import PackedEncoder, activate
 from textlora.errors import AdapterError
 from textlora.families import MEAN_HEAD, SLOTS, EncoderSpec, HeadLayer, read_spec
+from textlora.int8 import require_int8
 from textlora.lora import Lora, dora_scale, init_lora, lora_linear, weight_norm
-from textlora.mixing import Folded
+from textlora.mixing import Folded, Mix
 from textlora.targets import resolve_targets
 from textlora.tokens import PackedBatch
 
@@ -32,6 +33,7 @@ class Model(Protocol):
     depth: int  # blocks below the lowest adapted one, always the same for a text
     max_length: int
     gradient_checkpointing: bool
+    int8: bool
     target_modules: list[str]
     modules_to_save: list[str]
 
@@ -41,6 +43,8 @@ class Model(Protocol):
     def trainable(self) -> dict[str, Tensor]: ...
 
     def load_trainable(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+    def to_int8(self) -> None: ...
 
     def base_hash(self) -> str: ...
 
@@ -88,6 +92,7 @@ class PackedModel:
         inside = {name.removeprefix(PREFIX).rpartition(".")[0] for name in self._own} & set(lora.modules_to_save)
         self.modules_to_save = [*_top_modules(trained, family.prefix), *sorted(inside)]
         self.gradient_checkpointing = False
+        self._folded: dict[tuple[int, str], Folded] | None = None
         self._trainable = self._initial(trained, spec, num_labels, torch.Generator().manual_seed(seed))
 
     def _frozen(self, layer: HeadLayer) -> bool:
@@ -150,23 +155,37 @@ class PackedModel:
         return made
 
     def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
+        if self._folded is not None:
+            adapter = Mix([self._folded], [0] * batch.size, batch.cu_seqlens.diff().tolist())
+            return self.head(self.encoder.forward(batch, adapter, pooling=self.pooling))
         seed = dropout_seed if self.lora.lora_dropout else None
         keep_less = self.gradient_checkpointing and torch.is_grad_enabled()
         x = self.encoder.forward(batch, self.loras(), pooling=self.pooling, dropout_seed=seed, checkpointing=keep_less)
         return self.head(x, seed)
 
-    def head(self, x: Tensor, dropout_seed: int | None = None) -> Tensor:
-        """Logits (B, C) float32 from what the encoder gives, (B, H)."""
-        x, depth, loras = x.float(), self.base.spec.layers, self.loras()
-        for layer in self._head:
+    def head(self, x: Tensor, dropout_seed: int | None = None, pooled: bool = False) -> Tensor:
+        """Logits (B, C) float32 from what the encoder gives, (B, H), or `pool` of it where `pooled`."""
+        x, rest = (x, self._head[1:]) if pooled else (x.float(), self._head)
+        for layer in rest:
             if self._frozen(layer):
-                weight, bias = (self._base_tensor(f"pooler.{part}").float() for part in ("weight", "bias"))
-                generator = None if dropout_seed is None else torch.Generator(x.device).manual_seed(dropout_seed + depth)
-                x = lora_linear(x, weight, bias, [(0, loras[depth, "pooler"])] if (depth, "pooler") in loras else [], generator)
+                x = self.pool(x, dropout_seed)
             else:
-                x = F.linear(x, self._trainable[f"{PREFIX}{layer.module}.weight"], self._trainable[f"{PREFIX}{layer.module}.bias"])
-            x = activate(x, layer.activation)
+                name = f"{PREFIX}{layer.module}"
+                x = activate(F.linear(x, self._trainable[f"{name}.weight"], self._trainable[f"{name}.bias"]), layer.activation)
         return x
+
+    def pool(self, x: Tensor, dropout_seed: int | None = None) -> Tensor:
+        """The base's pooler, (B, H) to (B, H) float32."""
+        place = (self.base.spec.layers, "pooler")
+        weight, bias = (self._base_tensor(f"pooler.{part}").float() for part in ("weight", "bias"))
+        generator = None if dropout_seed is None else torch.Generator(x.device).manual_seed(dropout_seed + place[0])
+        adapted = [(0, self.loras()[place])] if place in self._slots.values() else []
+        return activate(lora_linear(x.float(), weight, bias, adapted, generator), self._head[0].activation)
+
+    @property
+    def pools_as_base(self) -> bool:
+        """Whether the head starts with the base's own pooler, unadapted: adapters in a batch then share it."""
+        return self.mixes and self._frozen(self._head[0]) and (self.base.spec.layers, "pooler") not in self._slots.values()
 
     @property
     def mixes(self) -> bool:
@@ -183,6 +202,15 @@ class PackedModel:
                     tensors = (lora.A, lora.scaling * lora.B, scale)
                     made[i, slot] = Folded(*(None if t is None else t.detach().to(self.dtype) for t in tensors))
         return made
+
+    def to_int8(self) -> None:
+        """Run the base's dense layers in 8 bits from now on, LoRA and head in float32: inference only. Raises UsageError as `require_int8` does."""
+        require_int8(self.device)
+        self.encoder, self._folded = self.encoder.in_int8(), self.folded()
+
+    @property
+    def int8(self) -> bool:
+        return self.encoder.int8 is not None
 
     def _base_tensor(self, ours: str) -> Tensor:
         name = next((name for name, own in self._own.items() if own == ours), None)

@@ -76,6 +76,7 @@ class ReferenceModel:
     path = "reference"
     depth = 0
     gradient_checkpointing = False
+    int8 = False
 
     def __init__(
         self, base: _Base, net: nn.Module, lora: LoraConfig, targets: list[str], own: list[str], pooling: str, device: str, dtype: torch.dtype
@@ -223,6 +224,9 @@ class ReferenceModel:
     def trainable(self) -> dict[str, Tensor]:
         """PEFT file names -> float32 leaves: per layer A, B and magnitude, then the head."""
         return self._trainable
+
+    def to_int8(self) -> None:
+        raise UsageError("--precision int8: only on the packed path", "leave it out")
 
     def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors in place. Raises AdapterError where a name or shape differs, or a head is missing."""

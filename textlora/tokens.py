@@ -105,6 +105,17 @@ def token_batches(lengths: Sequence[int], order: Sequence[int], max_tokens: int)
         yield batch
 
 
+def even_batches(lengths: Sequence[int], order: Sequence[int], max_tokens: int, workers: int, least: int) -> list[list[int]]:
+    """Cut `order` into batches of nearly equal tokens, about `max_tokens` at most: as many for each worker, where each gets `least` tokens or more."""
+    ends = np.cumsum(np.asarray(lengths)[order])
+    total = int(ends[-1])
+    workers = min(workers, max(1, total // least))
+    count = workers * -(-total // (workers * max_tokens))
+    middles = ends - np.asarray(lengths)[order] / 2
+    cuts = np.searchsorted(middles, total * np.arange(1, count) / count)
+    return [part.tolist() for part in np.split(np.asarray(order), cuts) if len(part)]
+
+
 class TextTokenizer:
     """A `tokenizers.Tokenizer` with truncation of our own: ids equal AutoTokenizer's for `truncation="head"`.
 

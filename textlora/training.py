@@ -1,7 +1,7 @@
 """The training loop: a generator of step and evaluation records over any `Model`. Knows no files and prints nothing.
 
 Only A, B, DoRA's magnitudes and the head carry gradients. A step takes `batch_size x gradient_accumulation_steps` rows, computed in
-pieces of at most 2,000 tokens or so, on a CPU side by side, each by one core; memory does not grow with the batch. Every random draw comes
+pieces of at most 768 tokens or so (16,384 on a GPU), on a CPU side by side, each by one core; memory does not grow with the batch. Every random draw comes
 from (seed, epoch) or (seed, step, piece), and the pieces' gradients are summed in order.
 """
 
@@ -24,7 +24,7 @@ from textlora.prefix import HiddenStates
 from textlora.prepare import EncodedSet, Prepared
 from textlora.tokens import pack, token_batches
 
-PIECE_TOKENS = {"cpu": 2048, "cuda": 16384}  # what caches hold best; what fills a GPU
+PIECE_TOKENS = {"cpu": 768, "cuda": 16384}  # on a CPU as fast as 2,048 and less memory (docs/log.md); what fills a GPU
 
 
 class Loss:

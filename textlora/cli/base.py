@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from textlora.config import PROBLEM_TYPES
+from textlora.config import PRECISION_HELP, PRECISIONS, PROBLEM_TYPES
 from textlora.options import CommaList
 
 DATA_FLAGS = ("text_column", "text_pair_column", "label_column", "label_separator", "encoding")
@@ -42,6 +42,11 @@ def folder_options(command: Callable) -> Callable:
     return command
 
 
+def precision_option(command: Callable) -> Callable:
+    """--precision of the commands that only read an adapter."""
+    return click.option("--precision", type=click.Choice(PRECISIONS), default=PRECISIONS[0], help=f"{PRECISION_HELP}  [default: float32]")(command)
+
+
 def load_classifier(
     folder: Path,
     revision: str | None,
@@ -51,6 +56,7 @@ def load_classifier(
     device: str,
     threads: int | None,
     no_verify: bool,
+    precision: str = "float32",
 ):
     from textlora.classifier import TextClassifier
 
@@ -58,4 +64,6 @@ def load_classifier(
         import torch
 
         torch.set_num_threads(threads)
-    return TextClassifier.load(folder, revision=revision, base=base, labels=labels, problem_type=problem_type, device=device, verify=not no_verify)
+    return TextClassifier.load(
+        folder, revision=revision, base=base, labels=labels, problem_type=problem_type, device=device, precision=precision, verify=not no_verify
+    )

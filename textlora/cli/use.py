@@ -6,13 +6,14 @@ from typing import Any
 
 import click
 
-from textlora.cli.base import DATA_FLAGS, app, folder_options, json_option, load_classifier, print_json
+from textlora.cli.base import DATA_FLAGS, app, folder_options, json_option, load_classifier, precision_option, print_json
 from textlora.errors import UsageError
 from textlora.options import CommaList, setting_options
 
 
 @app.command()
 @folder_options
+@precision_option
 @click.option("--data", required=True, metavar="DATA", help="Labelled rows: file, folder or hub id.")
 @setting_options((*DATA_FLAGS, "limit_eval"))
 @click.option("--seed", type=int, default=42, help="Seed that picks --limit-eval rows.  [default: 42]")
@@ -37,6 +38,7 @@ def evaluate(data: str, limit_eval: int | None, seed: int, output: Path | None, 
 
 @app.command()
 @folder_options
+@precision_option
 @click.option("--data", required=True, metavar="FILE", help="CSV, TSV, JSONL, Parquet or text file; - for standard input.")
 @setting_options(("text_column", "text_pair_column", "encoding"))
 @click.option("--output", type=click.Path(path_type=Path), help="File to write; its extension gives the format. Default: standard output.")

@@ -36,7 +36,9 @@ def serve(settings: ServeSettings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with _listen(settings.host, settings.port) as listener:
-        engine = AdapterEngine(settings.model, device=settings.device, resident_bytes=settings.adapter_memory_mb * 2**20)
+        engine = AdapterEngine(
+            settings.model, device=settings.device, resident_bytes=settings.adapter_memory_mb * 2**20, precision=settings.precision
+        )
         service = Service(engine, settings)
         folders = Folders(service)
         folders.open_all()

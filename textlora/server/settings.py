@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from textlora.config import field_type, read_config
+from textlora.config import PRECISION_HELP, PRECISIONS, field_type, read_config
 from textlora.errors import UsageError
 
 
-def _option(default: Any, help: str, metavar: str = "") -> Any:
-    return field(default=default, metadata={"help": help, "choices": (), "metavar": metavar})
+def _option(default: Any, help: str, metavar: str = "", choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class ServeSettings:
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(8000, "Port; 0 takes a free one.")
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto.")
+    precision: str = _option("float32", PRECISION_HELP, choices=PRECISIONS)
     threads: int | None = _option(None, "CPU threads of torch.")
     adapter_memory_mb: int = _option(1024, "Adapters held in memory; those used least recently go first.", "MB")
     batch_tokens: int = _option(4096, "Estimated tokens of a batch.")
@@ -44,6 +45,8 @@ class ServeSettings:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
+            if item.metadata["choices"] and value not in item.metadata["choices"]:
+                raise UsageError(f"--{item.name} {value}: not one of {', '.join(item.metadata['choices'])}")
             least = 0 if item.name in ("port", "batch_wait_ms") else 1 if field_type(item) is int else 0.001
             if field_type(item) in (int, float) and value is not None and not least <= value < 2**40:
                 raise UsageError(f"--{item.name.replace('_', '-')} {value}: must be at least {least}")
