@@ -46,6 +46,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/hadolint Dockerfile
 
 docs: setup
 	for set in imdb sst2 banking77; do $(BIN)/python benchmarks/recipe.py $(DATA) $$set && $(BIN)/python benchmarks/time_to_accuracy.py $(DATA) $$set; done

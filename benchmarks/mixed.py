@@ -33,6 +33,7 @@ from textlora.families import read_spec
 from textlora.model import PackedModel
 
 BATCH = 64
+FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "mixed.svg"
 
 
 def write_adapters(folder: Path, count: int, layers: str = "all") -> list[Path]:
@@ -119,7 +120,7 @@ def growth(texts: list[str], folder: Path) -> list[dict[str, float]]:
     """Throughput, memory and time to add, against the number of registered adapters; Zipf traffic."""
     paths, made = write_adapters(folder, 1000), []
     batches = [range(at, at + BATCH) for at in range(0, len(texts), BATCH)]
-    for count in (1, 10, 100, 1000):
+    for count in (1, 3, 10, 30, 100, 300, 1000):
         engine = AdapterEngine("minilm", resident_bytes=2**28)
         adding = []
         for path in paths[:count]:
@@ -155,6 +156,32 @@ def growth(texts: list[str], folder: Path) -> list[dict[str, float]]:
     return made
 
 
+def draw(grown: list[dict[str, float]]) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "textlora"
+    counts = [point["adapters"] for point in grown]
+    panels = (
+        ("texts/s, Zipf traffic", [[point["texts_per_second"] for point in grown]], ["mixed batches of 64"]),
+        ("MiB", [[point[key] / 2**20 for point in grown] for key in ("process_bytes", "adapter_bytes")], ["whole process", "adapters in memory"]),
+        ("ms", [[point[key] for point in grown] for key in ("load_ms", "register_ms")], ["read into memory", "register"]),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    for axis, (unit, series, names) in zip(axes, panels, strict=True):
+        for values, name, style in zip(series, names, ("o-", "s--"), strict=False):
+            axis.plot(counts, values, style, label=name, color="#1f5fa8" if style == "o-" else "#b3541e")
+        axis.set_xscale("log")
+        axis.set_xlabel("adapters registered")
+        axis.set_ylabel(unit)
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False)
+    FIGURE.parent.mkdir(exist_ok=True)
+    figure.savefig(FIGURE, facecolor="white", metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -182,6 +209,7 @@ def main() -> None:
         ),
         ("... registering one; reading one into memory, golden examples apart", f"{grown[-1]['register_ms']:.1f} ms; {grown[-1]['load_ms']:.1f} ms"),
     ]
+    draw(grown)
     write_result("mixed", "many adapters on one base", rows, {"peft": peer, "tasks": tasks, "growth": grown})
 
 

@@ -1,6 +1,6 @@
 """Make the generated parts of the documentation, or with --check fail when one is stale.
 
-docs/cli.md comes from the commands' own help, the tables in README.md and docs/scores.md from benchmarks/results/*.json.
+docs/cli.md comes from the commands' own help, the tables in README.md, docs/measured.md and docs/scores.md from benchmarks/results/*.json.
 """
 
 import json
@@ -13,6 +13,7 @@ from textlora.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+HEADLINES = {"training": 5, "imdb": 1, "prefix": 3, "inference": 2, "mixed": 3, "serving": 3, "startup": 2}  # result file -> its first rows
 
 
 def cli_reference() -> str:
@@ -23,17 +24,35 @@ def cli_reference() -> str:
     return "\n".join(parts)
 
 
-def _rows(names: list[str]) -> list[str]:
-    lines = []
-    for name in names:
-        record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        lines += [f"| {what} | {value} | `{record['command']}` |" for what, value in record["rows"]]
-    return lines
+def _read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def figures() -> str:
-    names = [path.stem for path in sorted(RESULTS.glob("*.json")) if not path.stem.startswith("set-")]
-    return "\n".join(["| measured | value | command |", "|---|---|---|", *_rows(names)])
+def headlines() -> str:
+    """The README's table: the first rows of some results."""
+    lines = ["| measured | value | command |", "|---|---|---|"]
+    for name, count in HEADLINES.items():
+        record = _read(name)
+        lines += [f"| {what} | {value} | `{record['command']}` |" for what, value in record["rows"][:count]]
+    return "\n".join(lines)
+
+
+def measured() -> str:
+    """Every result, by the command that makes it."""
+    parts = [
+        "# What was measured",
+        "",
+        "Made from [benchmarks/results](../benchmarks/results) by `make docs`; scores of more sets are in [scores.md](scores.md).",
+    ]
+    for path in sorted(RESULTS.glob("*.json")):
+        if not path.stem.startswith("set-"):
+            record = _read(path.stem)
+            machine = f"{record['machine']['processor']}, {record['machine']['cores']} cores, torch {record['machine']['torch']}"
+            parts += ["", f"## {record['claim'][0].upper()}{record['claim'][1:]}", "", f"`{record['command']}` on {machine}", ""]
+            picture = ROOT / "docs" / "figures" / f"{path.stem}.svg"
+            parts += [f"![{record['claim']}](figures/{picture.name})", ""] if picture.is_file() else []
+            parts += ["| measured | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in record["rows"])]
+    return "\n".join([*parts, ""])
 
 
 def scores() -> str:
@@ -60,7 +79,8 @@ def filled(path: Path, name: str, body: str) -> str:
 def main() -> int:
     pages = {
         ROOT / "docs" / "cli.md": cli_reference(),
-        ROOT / "README.md": filled(ROOT / "README.md", "figures", figures()),
+        ROOT / "README.md": filled(ROOT / "README.md", "figures", headlines()),
+        ROOT / "docs" / "measured.md": measured(),
         ROOT / "docs" / "scores.md": filled(ROOT / "docs" / "scores.md", "scores", scores()),
     }
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import FAST, random_adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -147,6 +148,18 @@ def test_a_mixed_batch_is_each_adapter_alone(family, mixture, adapters, tiny_bas
     assert_as_alone(engine_of(folders, tiny_base(family)), tiny_base(family), texts, [folders[k].name for k in picked], pairs, folders)
 
 
+def test_ranks_1_to_64_on_a_real_base(minilm, tmp_path):
+    kinds = (
+        Kind(LoraConfig(r=1)),
+        Kind(LoraConfig(r=64, target_modules=("all-linear",)), 77),
+        Kind(LoraConfig(r=16, use_dora=True), 5, MULTI_LABEL),
+        Kind(LoraConfig(r=64, use_rslora=True, layers="last:1"), 1, REGRESSION),
+    )
+    folders = [make_adapter(tmp_path / f"rank-{k}", minilm.folder, kind, seed=k) for k, kind in enumerate(kinds)]
+    names = [folders[k % 4].name for k in range(24)]
+    assert_as_alone(engine_of(folders, minilm.folder), minilm.folder, random_texts(24, 6), names, [None] * 24, folders)
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_draw_of_rows(data, adapters, tiny_base):
@@ -187,6 +200,29 @@ def test_one_base_product_per_layer_and_batch(adapters, tiny_base, monkeypatch):
     engine.predict(texts, [folders[i % 4].name for i in range(16)])
     base = [shape for shape in calls if shape[0] >= 32 and shape != (77, 32)]
     assert len(base) == 4 + 4 + 1  # two layers, and the pooler of all rows
+
+
+@pytest.mark.parametrize("family", FAST)
+def test_plain_rows_of_the_base_in_a_mixed_batch(family, adapters, tiny_base):
+    """A row without an adapter gives the base's own hidden state, its neighbours what they give alone."""
+    folders, base = adapters(family), tiny_base(family)
+    engine = engine_of(folders[:3], base)
+    texts = random_texts(12, 8)
+    names = [None if i % 4 == 3 else folders[i % 4].name for i in range(12)]
+    found = engine.predict(texts, names)
+    net = transformers.AutoModel.from_pretrained(base).eval()
+    tokenizer = engine.bank.plain.classifier.tokenizer
+    for text, name, prediction in zip(texts, names, found, strict=True):
+        if name is None:
+            with torch.inference_mode():
+                expected = net(torch.tensor([tokenizer.encode([text])[0].ids.tolist()])).last_hidden_state[0, 0].numpy()
+            np.testing.assert_allclose(prediction.logits, expected, atol=1e-5)
+            assert (prediction.label, prediction.labels, prediction.scores) == ("", (), {})
+        else:
+            np.testing.assert_allclose(prediction.logits, engine.predict([text], name)[0].logits, rtol=1e-5, atol=1e-5)
+    assert len(engine.predict(["one text"], [None])[0].logits) == 32
+    with pytest.raises(UsageError, match="empty"):
+        engine.predict([" "], [None])
 
 
 def test_few_are_resident_and_the_oldest_goes(adapters, tiny_base):

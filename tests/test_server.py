@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx2
 import numpy as np
+import openai
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
@@ -673,6 +674,17 @@ def listen(start):
         thread.join(20)
         listener.close()
         assert not thread.is_alive()
+
+
+def test_an_openai_client_lists_models(listen, keys):
+    url, _ = listen(keys, default_adapter="single")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="boss-key-1", max_retries=0) as client:
+        assert sorted(model.id for model in client.models.list()) == sorted(NAMES)
+        assert client.models.retrieve("many").id == "many"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("nobody")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong-key-1", max_retries=0) as client, pytest.raises(openai.AuthenticationError):
+        client.models.list()
 
 
 def test_the_inference_client_works_unchanged(listen, alone, keys, monkeypatch):

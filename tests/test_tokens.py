@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from textlora.errors import ModelError, UsageError
-from textlora.tokens import Encoded, TextTokenizer, load_tokenizer, pack, token_batches
+from textlora.tokens import Encoded, TextTokenizer, even_batches, load_tokenizer, pack, token_batches
 
 FAMILIES = (*FAST, *SLOW, "minilm")
 pieces = st.one_of(
@@ -237,3 +237,19 @@ def test_token_batches(lengths, limit):
         assert total <= limit or len(batch) == 1
         if k + 1 < len(batches):
             assert total + lengths[batches[k + 1][0]] > limit  # no batch ends early
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 200), st.integers(1, 4), st.integers(1, 40))
+def test_even_batches(lengths, limit, workers, least):
+    order = np.argsort(lengths, kind="stable")
+    batches = even_batches(lengths, order, limit, workers, least)
+    assert [i for batch in batches for i in batch] == order.tolist()
+    sums, longest = [sum(lengths[i] for i in batch) for batch in batches], max(lengths)
+    assert all(batches)
+    assert max(sums) <= limit + longest
+    assert len(batches) <= max(workers, -(-sum(lengths) // limit) + workers - 1)
+    share = sum(lengths) / len(batches)
+    if longest <= share / 4:  # no text is so long that parts must be uneven
+        assert max(sums) - min(sums) <= 2 * longest
+    assert even_batches([5, 5, 5, 5], [0, 1, 2, 3], 100, 2, 10) == [[0, 1], [2, 3]]
+    assert even_batches([5, 5, 5, 5], [0, 1, 2, 3], 100, 2, 11) == [[0, 1, 2, 3]]

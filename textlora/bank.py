@@ -10,12 +10,17 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from textlora.adapter import SIDE_FILE, AdapterMeta, lora_config, read_adapter, read_meta
 from textlora.base import BaseWeights, find_base, read_weights
-from textlora.classifier import TextClassifier
+from textlora.classifier import Prediction, TextClassifier
 from textlora.encoder import PackedEncoder
 from textlora.errors import AdapterError, ModelError, UnknownAdapterError, UsageError
 from textlora.families import read_spec
@@ -41,6 +46,27 @@ class Resident:
     @property
     def model(self) -> Any:
         return self.classifier.model
+
+
+class _PlainModel:
+    """The base without an adapter, as the engine needs it: hidden states (B, H) for logits."""
+
+    pooling, mixes, pools_as_base = "first", True, False
+
+    def __init__(self, encoder: PackedEncoder, device: str):
+        self.encoder, self.depth = encoder, max(0, encoder.spec.layers - 1)
+        self.device, self.dtype, self.int8 = torch.device(device), torch.float32, encoder.int8 is not None
+
+    def head(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+class _PlainClassifier(TextClassifier):
+    def require_pairs(self, all_given: bool, any_given: bool) -> None:
+        """Both will do."""
+
+    def predictions(self, logits: np.ndarray) -> list[Prediction]:
+        return [Prediction("", (), 0.0, {}, tuple(map(float, row))) for row in logits]
 
 
 @dataclass
@@ -90,6 +116,13 @@ class AdapterBank:
         self._changed = threading.Condition()
         self._proved: set[str] = set()  # hashes of side files, which hash the rest: put out and read again, an adapter is not computed again
         self._tokenizers: dict[tuple[str, int, str], TextTokenizer] = {}
+
+    @cached_property
+    def plain(self) -> Resident:
+        """The base alone, for rows that name no adapter."""
+        meta = AdapterMeta((), "features", False, "first", min(512, self.weights.spec.max_length), "head", {})
+        model = _PlainModel(self.running, self.device)
+        return Resident(_PlainClassifier(model, self._tokenizer(self.files.folder, meta, model.encoder.spec.max_length), meta), {}, 0)
 
     def add(self, path: str | Path, name: str, *, replace: bool = False, load: bool = False) -> AdapterMeta:
         """Register a folder under a name. Reads `textlora.json` only, unless `load` asks for the whole check first.
@@ -209,6 +242,8 @@ class AdapterBank:
         return resident
 
     def _shrink(self) -> None:
+        if self._held <= self.resident_bytes:
+            return
         for entry in [entry for entry in self._resident.values() if entry.users == 0]:
             if self._held <= self.resident_bytes:
                 return

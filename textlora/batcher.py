@@ -1,6 +1,6 @@
 """Requests of many clients to batches, by a token budget. Knows no HTTP, no adapter and prints nothing.
 
-The event loop puts work into a bounded queue; one thread takes whatever waits and runs it. The next batch starts as soon as the thread is
+The event loop puts work into a bounded queue; threads take whatever waits and run it. The next batch starts as soon as a thread is
 free, so that batches grow with the load; only an idle thread waits a moment for company. Work that nobody waits for is not run.
 """
 
@@ -61,14 +61,16 @@ Run = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], list[Any]]
 
 
 class Batcher:
-    """A queue and the thread that empties it. Make it, and call `submit`, on one event loop.
+    """A queue and the threads that empty it. Make it, and call `submit`, on one event loop.
 
     Args:
         run: texts, adapters and pairs of equal length to one answer or `TextloraError` for each, as `AdapterEngine.answers`.
         batch_tokens: estimated tokens of a batch; a larger task is a batch of its own.
         queue_rows: rows (text x adapter) that may wait; one request larger than this is taken by an empty queue.
         wait: seconds an idle thread waits for more work after the first.
-        on_batch: told of each batch, from the thread.
+        on_batch: told of each batch, from its thread.
+        threads: batches at a time.
+        prepare: called first in each thread.
     """
 
     def __init__(
@@ -79,8 +81,10 @@ class Batcher:
         queue_rows: int = 1024,
         wait: float = 0.002,
         on_batch: Callable[[BatchFacts], None] = lambda _: None,
+        threads: int = 1,
+        prepare: Callable[[], None] = lambda: None,
     ):
-        self._run, self._on_batch = run, on_batch
+        self._run, self._on_batch, self._prepare = run, on_batch, prepare
         self.batch_tokens, self.queue_rows, self.wait = batch_tokens, queue_rows, wait
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting] = deque()
@@ -88,8 +92,9 @@ class Batcher:
         self._rate = 100.0  # rows a second, of the batches before
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="textlora-batches", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._work, name=f"textlora-batches-{k}", daemon=True) for k in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
@@ -98,7 +103,7 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and not self._closed
+        return all(thread.is_alive() for thread in self._threads) and not self._closed
 
     def check_room(self) -> None:
         """Raise OverloadError where the queue is full, before a request is even read."""
@@ -144,11 +149,12 @@ class Batcher:
                     self._rows -= len(one.task.adapters)
 
     async def close(self) -> None:
-        """Take no more work, finish what waits, end the thread."""
+        """Take no more work, finish what waits, end the threads."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        await asyncio.to_thread(self._thread.join)
+            self._changed.notify_all()
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
 
     def _take(self) -> list[_Waiting]:
         """The next batch, oldest first; empty when closed and done."""
@@ -175,6 +181,7 @@ class Batcher:
             return taken
 
     def _work(self) -> None:
+        self._prepare()
         while True:
             batch = self._take()
             if not batch:

@@ -68,12 +68,13 @@ class AdapterEngine:
         """Forget an adapter when its last batch is done. Raises UsageError where there is none."""
         self.bank.remove(name)
 
-    def predict(self, texts: Sequence[str], adapters: str | Sequence[str], pairs: Sequence[str | None] | None = None) -> list[Prediction]:
+    def predict(self, texts: Sequence[str], adapters: str | Sequence[str | None], pairs: Sequence[str | None] | None = None) -> list[Prediction]:
         """One prediction per text by its adapter.
 
         Args:
             texts: to ask several adapters about one text, name the text once for each; the engine computes what they share once.
-            adapters: a name for all texts, or one for each.
+            adapters: a name for all texts, or one for each. None is the plain base: its prediction has no label, and the last hidden state
+                of the first token, (H,), as logits.
             pairs: second texts, for adapters trained on pairs.
 
         Raises:
@@ -86,7 +87,9 @@ class AdapterEngine:
                 raise answer
         return [answer.prediction for answer in answers if isinstance(answer, Answer)]
 
-    def answers(self, texts: Sequence[str], adapters: str | Sequence[str], pairs: Sequence[str | None] | None = None) -> list[Answer | TextloraError]:
+    def answers(
+        self, texts: Sequence[str], adapters: str | Sequence[str | None], pairs: Sequence[str | None] | None = None
+    ) -> list[Answer | TextloraError]:
         """As `predict`, with what went wrong in the place of a row's answer: rows of other people share a batch.
 
         Raises:
@@ -111,7 +114,9 @@ class AdapterEngine:
                     found[good[j]] = Answer(prediction, resident.classifier.meta.problem_type, len(encoded.ids), encoded.full)
             return [answer for answer in found if answer is not None]
 
-    def _open(self, held: ExitStack, name: str) -> Resident | TextloraError:
+    def _open(self, held: ExitStack, name: str | None) -> Resident | TextloraError:
+        if name is None:
+            return self.bank.plain
         try:
             return held.enter_context(self.bank.use([name]))[0]
         except TextloraError as error:
@@ -176,9 +181,8 @@ class AdapterEngine:
         loads = [(length + 1) * len(rows) for length, rows in zip(lengths, groups, strict=True)]  # a row costs about a token more
         jobs = []
         for members in even_batches(loads, np.argsort(lengths, kind="stable"), EVAL_TOKENS, workers, MIN_SHARE):
-            asking = sorted(
-                ((t, i) for t, g in enumerate(members) for i in groups[g]), key=lambda one: owners[one[1]]
-            )  # an adapter's rows side by side
+            asking = [(t, i) for t, g in enumerate(members) for i in groups[g]]
+            asking.sort(key=lambda one: owners[one[1]])  # an adapter's rows side by side
             jobs.append((_Job([encoded[g] for g in members], [(t, owners[i]) for t, i in asking]), [i for _, i in asking]))
         return jobs
 
@@ -192,14 +196,15 @@ class AdapterEngine:
             owners = [number[job.rows[i][1]] for i in rows]
             adapters = Mix([residents[k].folded for k in used], owners, batch.cu_seqlens.diff().tolist())
             x = models[0].encoder.forward(batch, adapters, pooling=models[0].pooling)
-            shared = all(model.pools_as_base for model in models)
-            x = models[0].pool(x) if shared else x
+            pooling = [model for model in models if model.pools_as_base]
+            pooled = pooling[0].pool(x) if pooling else x
             answers: list[np.ndarray] = [np.empty(0)] * len(rows)
             mine: list[list[int]] = [[] for _ in models]
             for b, owner in enumerate(owners):
                 mine[owner].append(b)
             for model, own in zip(models, mine, strict=True):
-                for b, row in zip(own, model.head(x[own], pooled=shared).cpu().numpy(), strict=True):
+                logits = model.head(pooled[own], pooled=True) if model.pools_as_base else model.head(x[own])
+                for b, row in zip(own, logits.cpu().numpy(), strict=True):
                     answers[rows[b]] = row
             return answers
 

@@ -5,7 +5,7 @@ import traceback
 
 import click
 
-from textlora.cli import change, convert, export, hub, serve, train, use  # noqa: F401  each adds its commands to `app`
+from textlora.cli import change, compare, convert, export, hub, serve, train, tune, use  # noqa: F401  each adds its commands to `app`
 from textlora.cli.base import app
 from textlora.errors import StorageError, TextloraError
 

@@ -55,11 +55,12 @@ _MANAGES = _errors(400, 401, 403, 404, 408, 413, 422, 500)
 _bearer = HTTPBearer(auto_error=False, description="A key of --api-keys or TEXTLORA_API_KEY.")
 
 
-def _service(request: Request) -> Service:
+# Async although they wait for nothing: FastAPI sends plain functions through a thread pool, twice for each request.
+async def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-def _key(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> Key:
+async def _key(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> Key:
     key = request.app.state.keys.find(given.credentials if given else None)
     if key is None:
         raise unauthorized()
@@ -184,7 +185,7 @@ manage = APIRouter(tags=["adapters"])
 _manages: dict[str, Any] = {"response_class": Response, "responses": _MANAGES | _said("What was done.")}
 
 
-def _manager(key: Client) -> Key:
+async def _manager(key: Client) -> Key:
     if not key.manage:
         raise Refusal(403, "this key may not load or unload adapters")
     return key
@@ -294,7 +295,7 @@ def create_app(service: Service, keys: KeyRing, folders: Folders) -> FastAPI:
 
     app = FastAPI(
         title="textlora", version=version("textlora"), lifespan=lifespan, docs_url=None, redoc_url=None,
-        summary="Thousands of text classifiers on one frozen encoder.",
+        summary="Thousands of text classifiers on one frozen encoder.", telemetry={"tracing": False, "metrics": False, "logs": False},
         exception_handlers={Refusal: _refused, RequestValidationError: _wrong_body, HTTPException: _http_error},
     )  # fmt: skip
     app.state.service, app.state.keys, app.state.folders = service, keys, folders

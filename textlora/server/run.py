@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import time
 from typing import Any
 
@@ -10,6 +11,8 @@ from textlora.errors import UsageError
 from textlora.server.keys import read_keys
 from textlora.server.outer import log
 from textlora.server.settings import ServeSettings
+
+SWITCH_SECONDS = 2e-4  # the threads that compute come back to Python between products, and must not wait 5 ms for the event loop
 
 
 def serve(settings: ServeSettings) -> None:
@@ -30,9 +33,11 @@ def serve(settings: ServeSettings) -> None:
     import torch
 
     from textlora.engine import AdapterEngine
+    from textlora.hardware import bounded_memory
     from textlora.server.folders import Folders
     from textlora.server.service import Service
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with _listen(settings.host, settings.port) as listener:
@@ -48,7 +53,8 @@ def serve(settings: ServeSettings) -> None:
             seconds=round(time.perf_counter() - begun, 2),
         )  # fmt: skip
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when all is answered; then this ends with 0
-        uvicorn.Server(server_config(create_app(service, keys, folders), settings)).run([listener])
+        with bounded_memory(engine.bank.plain.model):  # here once, since batches run side by side
+            uvicorn.Server(server_config(create_app(service, keys, folders), settings)).run([listener])
         log("stopped")
 
 

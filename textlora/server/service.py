@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
+
 from textlora.adapter import AdapterMeta
 from textlora.bank import NAME
 from textlora.batcher import Batcher, Task
@@ -44,13 +46,15 @@ class Service:
         self.created = int(time.time())
         self.base_name = self.bank.files.id or self.bank.files.folder.name
         self.max_length = self.bank.files.config["max_position_embeddings"]
+        # on a CPU a batch for each core: none waits for another's slower half, and what is done between products overlaps
+        self.threads = torch.get_num_threads() if torch.device(self.bank.device).type == "cpu" else 1
         self._loader = ThreadPoolExecutor(1, "textlora-adapters")
         self._loading = 0
 
     def start(self) -> None:
         self.batcher = Batcher(
             self.engine.answers, batch_tokens=self.settings.batch_tokens, queue_rows=self.settings.queue_rows,
-            wait=self.settings.batch_wait_ms / 1e3, on_batch=self.metrics.batch,
+            wait=self.settings.batch_wait_ms / 1e3, on_batch=self.metrics.batch, threads=self.threads, prepare=lambda: torch.set_num_threads(1),
         )  # fmt: skip
 
     async def stop(self) -> None:

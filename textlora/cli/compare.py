@@ -1,0 +1,163 @@
+"""`textlora compare`."""
+
+import sys
+import time
+from typing import Any
+
+import click
+
+from textlora.cli.base import DATA_FLAGS, app, json_option, print_json, quiet_option
+from textlora.config import TrainConfig
+from textlora.errors import UsageError
+from textlora.methods import DEFAULT_METHODS, METHODS
+from textlora.options import CommaList, merge_settings, setting_options
+from textlora.progress import clock
+
+_SHARED = (
+    "train", "validation", "test", *DATA_FLAGS, "problem_type", "model", "revision", "output", "pooling", "epochs", "scheduler", "warmup",
+    "weight_decay", "batch_size", "batch_tokens", "max_grad_norm", "metric", "class_weights", "label_smoothing", "max_length", "truncation",
+    "lora_alpha", "lora_dropout", "seed", "limit_train", "limit_eval", "device", "precision", "threads",
+)  # fmt: skip
+
+
+class _Numbers(click.ParamType):
+    """Comma-separated whole numbers to a tuple."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        try:
+            return value if isinstance(value, tuple) else tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"'{value}' is not a list of whole numbers such as 8,32", param, ctx)
+
+
+@app.command(epilog=f"Methods: {', '.join(METHODS)}.")
+@setting_options(_SHARED)
+@click.option("--methods", type=CommaList(), metavar="NAMES", help=f"Methods, or all.  [default: {','.join(DEFAULT_METHODS)}]")
+@click.option(
+    "--learning-rates",
+    multiple=True,
+    metavar="RATES",
+    help="Rates to try: 1e-3,3e-3 for all methods, full=1e-5,1e-4 for one. Default: its own three.",
+)
+@click.option("--sizes", type=_Numbers(), default=(), metavar="NUMBERS", help="Ranks or numbers of tokens to try.  [default: 8]")
+@click.option("--seeds", type=int, default=3, metavar="N", help="Repeats at the best rate, seeds counted up from --seed.  [default: 3]")
+@click.option("--rows", type=_Numbers(), default=(), metavar="NUMBERS", help="Train on so many rows too, such as 8,32,128,512.")
+@click.option("--budget", metavar="AMOUNT", help="Time or runs for all methods together, in equal shares: 30m, 2h, 40runs. Default: no limit.")
+@click.option("--name", metavar="NAME", help="Name of the data in the report. Default: from --train.")
+@click.option("--config", "config_file", metavar="FILE", help="TOML file of the settings shared with `train`; flags override it.")
+@json_option
+@quiet_option
+def compare(
+    methods: tuple[str, ...] | None,
+    learning_rates: tuple[str, ...],
+    sizes: tuple[int, ...],
+    seeds: int,
+    rows: tuple[int, ...],
+    budget: str | None,
+    name: str | None,
+    config_file: str | None,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
+    """Compare methods on labelled text, each tuned alike: rates on one seed, then several seeds at the best.
+
+    textlora compare --train reviews.csv --test test.csv --output comparison
+
+    Finished runs are kept in DIR/runs and skipped: stop it at any time, run the same command again to go on, add methods, rates or seeds later.
+    """
+    settings = merge_settings(flags, config_file)
+    if not settings.get("output"):
+        raise UsageError("no output folder", "name one with --output")
+    chosen = tuple(METHODS) if methods == ("all",) else methods or DEFAULT_METHODS
+    from textlora.compare import Comparison
+    from textlora.compare import compare as run_comparison
+
+    asked = Comparison(TrainConfig(**settings), chosen, _rates(learning_rates), sizes, seeds, rows, budget, name)
+    with Runs(quiet) as display:
+        display.say("reading the data and the base model ...")
+        summary = run_comparison(asked, on_record=display.show)
+        display.say(f"saved to {settings['output']}: open {settings['output']}/report.html")
+    if as_json:
+        print_json(summary)
+
+
+def _rates(given: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    """`1e-3,3e-3` or `full=1e-5,1e-4`, as often as wanted, to rates by method ("" is every method)."""
+    rates = {}
+    for text in given:
+        method, _, numbers = text.rpartition("=")
+        try:
+            rates[method.strip()] = tuple(float(number) for number in numbers.split(","))
+        except ValueError as error:
+            raise UsageError(f"--learning-rates {text}: not a list of numbers", "write 1e-3,3e-3 or full=1e-5,1e-4") from error
+    return rates
+
+
+class Runs:
+    """Context manager whose `show` takes the records of a comparison: a bar in a terminal, a line per run elsewhere; standard error only."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet, self.bar, self.task = quiet, None, None
+        self.left, self.asked_at = None, 0.0
+
+    def __enter__(self) -> "Runs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def say(self, text: str) -> None:
+        if self.quiet:
+            return
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def show(self, record: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        if record["kind"] == "begin":
+            self.left, self.asked_at = record["left_seconds"], time.monotonic()
+            self._advance(record, run_name(record) + self._left())
+            return
+        self.say(f"[{record['done']}/{record['all']}] {run_line(record)}{self._left()}")
+
+    def _left(self) -> str:
+        return "" if self.left is None else f"  about {clock(max(0.0, self.left - (time.monotonic() - self.asked_at)))} left"
+
+    def _advance(self, record: dict[str, Any], text: str) -> None:
+        if not sys.stderr.isatty():
+            return
+        if self.bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            columns = (TextColumn("comparing"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=record["all"], note="")
+        self.bar.update(self.task, completed=record["done"], total=record["all"], note=text)
+
+
+def run_name(record: dict[str, Any]) -> str:
+    """A run in a few words."""
+    parts = [record["method"], *(f"{name} {value}" for name, value in record["size"].items())]
+    parts += [] if record["learning_rate"] is None else [f"rate {record['learning_rate']:g}"]
+    return " ".join([*parts, f"seed {record['seed']}", f"on {record['train_rows']} rows"])
+
+
+def run_line(record: dict[str, Any]) -> str:
+    """A finished run and its score."""
+    if "error" in record:
+        return f"{run_name(record)}: failed, {record['error']}"
+    scores = [f"{split} {record['metric']} {record[split][record['metric']]:.4f}" for split in ("validation", "test") if _has(record, split)]
+    return f"{run_name(record)}: {', '.join(scores)} in {clock(record['total_seconds'])}"
+
+
+def _has(record: dict[str, Any], split: str) -> bool:
+    return bool(record[split]) and record[split][record["metric"]] is not None

@@ -1,0 +1,83 @@
+"""Contrastive training of the encoder for few rows, then logistic regression on its features: the way of SetFit (arXiv 2209.11055).
+
+Texts of one class are drawn together and others pushed apart by the supervised contrastive loss (arXiv 2004.11362), which takes every pair
+of a step at once where SetFit draws pairs. A step has several texts of several classes; the loop, schedule and optimizer are the trainer's.
+"""
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from textlora.base import BaseWeights
+from textlora.config import SINGLE_LABEL
+from textlora.encoder import PackedEncoder
+from textlora.errors import UsageError
+from textlora.prepare import Prepared
+from textlora.tokens import PackedBatch
+from textlora.training import Trainer, encoded_logits
+from textlora.whole import WholeModel
+
+ROWS_PER_STEP, MOST_CLASSES = 16, 8
+TEMPERATURE = 0.1
+
+
+class Embedder(WholeModel):
+    """The whole encoder as a model whose outputs are mean-pooled features of length 1, (B, H)."""
+
+    path = "contrastive"  # not "packed": the trainer then keeps a step's rows together, and every pair in it counts
+
+    def __init__(self, base: BaseWeights, device: str, encoder: PackedEncoder):
+        super().__init__(base, "all", 1, "mean", 0, device, encoder)
+        self.modules_to_save, self._trainable = [], self._leaves
+
+    def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
+        return F.normalize(self.features(batch).float(), dim=1)
+
+
+def contrast(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the rows' supervised contrastive losses, and how many rows have another of their class; features (B, H) of length 1."""
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    alike = (labels[:, None] == labels[None, :]) & ~itself
+    shares = torch.log_softmax((features @ features.T / TEMPERATURE).masked_fill(itself, -torch.inf), dim=1)
+    counts = alike.sum(1)
+    losses = -shares.masked_fill(~alike, 0.0).sum(1) / counts.clamp(min=1)
+    return losses.sum(), (counts > 0).sum().to(features.dtype)
+
+
+def draw_steps(labels: np.ndarray, epochs: float, seed: int) -> list[tuple[float, list[int]]]:
+    """Steps as `training.plan` gives them: up to 8 classes, the same number of rows of each, 16 in all; as many rows as the epochs have."""
+    rng = np.random.default_rng([seed, 9])
+    places = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    count, steps = max(1, math.ceil(len(labels) * epochs / ROWS_PER_STEP)), []
+    for i in range(count):
+        classes = rng.permutation(len(places))[:MOST_CLASSES]
+        each = max(2, ROWS_PER_STEP // len(classes))
+        rows = [row for c in classes for row in rng.permutation(places[c])[:each].tolist()]
+        steps.append((epochs * (i + 1) / count, rows))
+    return steps
+
+
+def train_features(prepared: Prepared, base: BaseWeights, encoder: PackedEncoder) -> tuple[Mapping[str, np.ndarray], int, float]:
+    """Train on the run's rows; features by split, how many parameters were trained, and seconds.
+
+    Raises:
+        UsageError: the task is not single-label.
+        TrainingError: the loss is not finite.
+    """
+    if prepared.schema.problem_type != SINGLE_LABEL:
+        raise UsageError("few-shot needs one class per row")
+    model = Embedder(base, prepared.device, encoder)
+    train = prepared.sets["train"]
+    trainer = Trainer(replace(prepared, model=model, sets={"train": train}))
+    trainer.steps, trainer.loss = draw_steps(train.labels, prepared.config.epochs, prepared.config.seed), contrast  # type: ignore[assignment]
+    trainer.piece_tokens = sys.maxsize  # long texts too stay together
+    for _ in trainer.records():
+        pass
+    features = {split: encoded_logits(model, data.encoded) for split, data in prepared.sets.items()}
+    return features, sum(t.numel() for t in model.trainable().values()), trainer.seconds
