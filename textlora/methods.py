@@ -36,8 +36,9 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-_LORA, _LOWER = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3)
-_FULL, _SMALL = (3e-5, 1e-4, 3e-4), (3e-3, 1e-2, 3e-2)
+# Three rates each, about three times the last.
+_LORA, _WIDER, _LOWER = (7e-4, 2e-3, 6e-3), (3e-4, 1e-3, 3e-3), (2e-4, 6e-4, 2e-3)
+_FULL, _SMALL, _HEAD = (3e-5, 1e-4, 3e-4), (3e-3, 1e-2, 3e-2), (3e-2, 1e-1, 3e-1)
 _AB, _ADAPTER = "A and B of rank r, head", "A, B, head"
 
 
@@ -55,13 +56,13 @@ METHODS: dict[str, Method] = {
         Method("majority", "the commonest class, or the mean", "nothing", "one label", "majority"),
         Method("tfidf", "logistic regression on TF-IDF of words and word pairs", "weights of words", "words and their weights", "tfidf"),
         Method("probe", "logistic regression on frozen features", "linear layer", "linear layer", "probe"),
-        Method("head", "the head alone, by gradient", "head", "head", "whole", _SMALL, settings={"part": "head"}),
+        Method("head", "the head alone, by gradient", "head", "head", "whole", _HEAD, settings={"part": "head"}),
         Method("bitfit", "all biases (arXiv 2106.10199)", "biases, head", "biases, head", "whole", _SMALL, settings={"part": "biases"}),
         Method("full", "full fine-tuning", "everything", "the whole model", "whole", _FULL, settings={"part": "all"}),
         _lora("lora-qv", "LoRA on query and value (arXiv 2106.09685)"),
-        _lora("lora-all", "LoRA on every dense layer of the blocks", target_modules=("all-linear",)),
+        _lora("lora-all", "LoRA on every dense layer of the blocks", _WIDER, target_modules=("all-linear",)),
         _lora("lora-last2", "LoRA on every dense layer of the last two blocks", target_modules=("all-linear",), layers="last:2"),
-        _lora("rslora", "LoRA on query and value scaled by alpha / sqrt(r) (arXiv 2312.03732)", _LOWER, use_rslora=True),
+        _lora("rslora", "LoRA on query and value scaled by alpha / sqrt(r) (arXiv 2312.03732)", _WIDER, use_rslora=True),
         _lora("lora+", "LoRA on query and value, B learning 16 times faster than A (arXiv 2402.12354)", _LOWER, loraplus_ratio=16.0),
         _lora("dora", "DoRA on query and value (arXiv 2402.09353)", saved="A, B, magnitudes, head", trains="A, B, magnitudes, head", use_dora=True),
         Method(

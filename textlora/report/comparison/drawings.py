@@ -8,7 +8,7 @@ from matplotlib import rc_context
 
 from textlora.report.comparison import plots, style
 from textlora.report.comparison.across import Across, told_apart
-from textlora.report.comparison.plots import Forest, Panel, Point
+from textlora.report.comparison.plots import Forest, Panel, Point, Side
 from textlora.report.comparison.style import Drawing, Mark
 from textlora.report.comparison.table import NOISE, Comparison
 from textlora.report.comparison.words import Scale
@@ -34,8 +34,8 @@ def of_one(table: Comparison) -> tuple[dict[str, Markup], Sections]:
         return icons, []
     scale = Scale(table.metric)
     y_title = f"{table.split} {scale.name}"
-    heads = {row.head_parameters for row in table.scored if row.head_parameters}
-    head = f" The head has {whole(heads.pop())} more." if len(heads) == 1 else ""
+    heads = {row.head_parameters for row in table.scored if row.learning_rate is not None}
+    head = f" The head has {whole(heads.pop())} besides." if len(heads) == 1 else ""
 
     def points(fact: str) -> list[Point]:
         known = [row for row in table.scored if getattr(row, fact) is not None]
@@ -43,7 +43,7 @@ def of_one(table: Comparison) -> tuple[dict[str, Markup], Sections]:
         return [Point(r.name, marks[r.method], getattr(r, fact), factor * r.mean, None if r.half is None else factor * r.half) for r in known]
 
     sections = [{"title": "Scores and differences", "drawings": [_scores(table, marks, scale)]}]
-    sections += _cost_sections(points, y_title, f"mean with 95 % interval over seeds.{head}")
+    sections += _cost_sections(points, y_title, f"mean with 95 % interval over seeds.{head}", table.higher_is_better)
     found = [(r.name, marks[r.method], [(n, scale.factor * m, h and scale.factor * h) for n, m, h, _ in r.curve]) for r in table.scored if r.curve]
     if found:
         figure = plots.curves(found, "training rows", y_title)
@@ -61,14 +61,14 @@ def _marks(tables: Sequence[Comparison]) -> dict[str, Mark]:
     return {method: style.mark(method, place) for place, method in enumerate(methods)}
 
 
-def _cost_sections(points: Callable[[str], list[Point]], y_title: str, caption: str) -> Sections:
-    figure = plots.costs(points("trainable_parameters"), "trainable parameters without the head", y_title, wide=True)
+def _cost_sections(points: Callable[[str], list[Point]], y_title: str, caption: str, high_is_good: bool = True) -> Sections:
+    figure = plots.costs(points("trainable_parameters"), "trainable parameters without the head", y_title, True, high_is_good)
     words = f"{_capital(y_title)} against trainable parameters, {caption} Methods with equally many stand side by side. {_KINDS}"
     sections = [{"title": "What it costs in parameters", "drawings": [Drawing("parameters", words, figure)]}]
     drawings = []
     for name, fact, title in _COSTS:
         if known := points(fact):
-            drawings.append(Drawing(name, f"{_capital(y_title)} against {title}.", plots.costs(known, title, y_title)))
+            drawings.append(Drawing(name, f"{_capital(y_title)} against {title}.", plots.costs(known, title, y_title, False, high_is_good)))
     return [*sections, {"title": "What it costs in time, memory and storage", "drawings": drawings}] if drawings else sections
 
 
@@ -86,10 +86,10 @@ def _scores(table: Comparison, marks: dict[str, Mark], scale: Scale) -> Drawing:
             right.append(Forest(row.name, look, (), factor * d.value, factor * d.low, factor * d.high, sure))
         else:
             right.append(Forest(row.name, look, (), None, None, None))
-    sides = [(f"{table.split} {scale.name}", left, None)]
+    sides = [Side(f"{table.split} {scale.name}", left, None, table.higher_is_better)]
     caption = f"{_capital(scale.name)}: mean and 95 % interval over seeds, and below each the seeds themselves."
     if any(line.low is not None for line in right):
-        sides.append((f"difference to {table.best.name}{'' if scale.own else ', points'}", right, 0.0))
+        sides.append(Side(f"difference to {table.best.name}{'' if scale.own else ', points'}", right, 0.0, table.higher_is_better))
         caption += " At the right, the difference to the best with its 95 % interval (rows and seeds); an empty mark is not told apart from it."
     return Drawing("scores", caption, plots.forest(sides))
 
@@ -131,9 +131,9 @@ def of_many(found: Across) -> tuple[dict[str, Markup], Sections]:
         widths = {data: 100 * r.rates.width for data, r in average.rows.items() if r.rates and r.rates.width is not None}
         mean = sum(widths.values()) / len(widths) if widths else None
         right.append(Forest(average.name, look, [(width, shapes[data]) for data, width in widths.items()], mean, None, None))
-    sides = [(f"difference to {found.best.name}, points", left, 0.0)]
+    sides = [Side(f"difference to {found.best.name}, points", left, 0.0)]
     if any(line.mean is not None for line in right):
-        sides.append(("steadiness: best minus worst rate, points", right, 0.0))
+        sides.append(Side("steadiness: best minus worst rate, points", right, 0.0, False))
     caption = (
         "Mean over the sets with its 95 % interval, and below each the sets themselves; an empty mark is not told apart from the best. "
         "At the right, how far the validation score moves with the learning rate."

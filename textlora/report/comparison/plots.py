@@ -17,7 +17,7 @@ from matplotlib.ticker import NullLocator
 from textlora.report.comparison.labels import place, spread
 from textlora.report.comparison.style import BLUE, CARD, GRID, INK, ORANGE, SOFT, TEXT, Mark
 
-__all__ = ["Forest", "Panel", "Point", "costs", "curves", "forest", "panels"]
+__all__ = ["Forest", "Panel", "Point", "Side", "costs", "curves", "forest", "panels"]
 
 WIDE, HALF = 10.0, 5.2  # inches
 
@@ -44,6 +44,16 @@ class Forest:
     low: float | None
     high: float | None
     sure: bool = True
+
+
+@dataclass(frozen=True)
+class Side:
+    """A column of a forest plot: title of its axis, lines, where a rule stands, and which end is good."""
+
+    title: str
+    lines: Sequence[Forest]
+    rule: float | None = None
+    high_is_good: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,12 +90,13 @@ def _titles(axes: Axes, x: str, y: str = "") -> None:
     axes.set_ylabel(y, color=SOFT, fontsize=TEXT)
 
 
-def _fence(values: Sequence[float], share: float = 0.07) -> tuple[float, float]:
-    """Where an axis ends: at the values, but not at one that is far from all others (Tukey's fences)."""
+def _fence(values: Sequence[float], high_is_good: bool, share: float = 0.07) -> tuple[float, float]:
+    """Where an axis ends: at the values, but not at one that is far worse than all others (beyond Tukey's fence); never before the best."""
     values = np.asarray(values)
     low, high = np.percentile(values, [25, 75])
     reach = 1.5 * (high - low)
-    inside = values[(values >= low - reach) & (values <= high + reach)] if len(values) > 4 and reach > 0 else values
+    near = values >= low - reach if high_is_good else values <= high + reach
+    inside = values[near] if len(values) > 4 and reach > 0 else values
     room = max(inside.max() - inside.min(), 1e-3 * abs(inside).max(), 1e-9) * share
     return float(inside.min() - room), float(inside.max() + room)
 
@@ -120,7 +131,7 @@ def _draw(axes: Axes, x: float, y: float, look: Mark, size: float = 8.0, filled:
     )
 
 
-def costs(points: Sequence[Point], x_title: str, y_title: str, wide: bool = False, best_high: bool = True) -> Figure:
+def costs(points: Sequence[Point], x_title: str, y_title: str, wide: bool = False, high_is_good: bool = True) -> Figure:
     """Scores against a cost on a logarithmic axis, every point with its name; a cost of 0 stands left of the axis."""
     width, height = (WIDE, 4.5) if wide else (HALF, 3.9)
     axes = _axes(width, height, top=0.2)
@@ -135,9 +146,9 @@ def costs(points: Sequence[Point], x_title: str, y_title: str, wide: bool = Fals
         left = nought / 10 ** (0.07 * stretch)
     axes.set_xscale("log")
     axes.set_xlim(left, right)
-    bottom, top = _fence([point.y for point in points], 0.13)
+    bottom, top = _fence([point.y for point in points], high_is_good, 0.13)
     axes.set_ylim(bottom, top)
-    ticks = [t for t in _log_ticks(low, right) if not zero or t > nought * 10 ** (0.04 * stretch)]
+    ticks = [t for t in _log_ticks(low if zero else left, right) if not zero or t > nought * 10 ** (0.04 * stretch)]
     axes.set_xticks([nought, *ticks] if zero else ticks, ["0", *map(_short, ticks)] if zero else list(map(_short, ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
     if zero:
@@ -157,7 +168,7 @@ def costs(points: Sequence[Point], x_title: str, y_title: str, wide: bool = Fals
             bars.append((px - 1, max(py - reach, frame.y0), px + 1, min(py + reach, frame.y1)))
         _draw(axes, x, y, point.mark, clip_on=False, zorder=4)
         names.append(f"{point.name} ({_signed(point.y)} {'↓' if point.y < y else '↑'})" if beyond else point.name)
-    _name(axes, places, names, bars, best_high)
+    _name(axes, places, names, bars)
     return axes.figure
 
 
@@ -179,7 +190,7 @@ def _side_by_side(places: np.ndarray, width: float) -> np.ndarray:
     return moved
 
 
-def _name(axes: Axes, places: np.ndarray, names: Sequence[str], bars: Sequence[tuple[float, ...]], best_high: bool) -> None:
+def _name(axes: Axes, places: np.ndarray, names: Sequence[str], bars: Sequence[tuple[float, ...]]) -> None:
     figure = axes.figure
     texts = [figure.text(0, 0, name, fontsize=TEXT, color=INK, ha="center", va="center", zorder=6) for name in names]
     sizes = [(box.width + 2, box.height) for box in (text.get_window_extent() for text in texts)]
@@ -209,28 +220,29 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [f * 10.0**d for d in decades for f in factors if low * 0.999 <= f * 10.0**d <= high]
 
 
-def forest(sides: Sequence[tuple[str, Sequence[Forest], float | None]], key: Sequence[tuple[Any, str]] = ()) -> Figure:
-    """A line per method and a column per side: (title of the x axis, lines, where a rule stands). Names stand once, at the left.
+def forest(sides: Sequence[Side], key: Sequence[tuple[Any, str]] = ()) -> Figure:
+    """A line per method and a column per side; names stand once, at the left.
 
     `key` names the shapes of the single values, where there are several.
     """
-    count = len(sides[0][1])
+    count = len(sides[0].lines)
     top = 0.34 if key else 0.12
     height = 0.27 * count + top + 0.5
     figure = Figure(figsize=(WIDE, height), dpi=72)
-    longest = max((len(line.name) for line in sides[0][1]), default=0)
+    longest = max((len(line.name) for line in sides[0].lines), default=0)
     left = 0.35 + 0.078 * longest
     gap = 0.25
     each = (WIDE - left - 0.15 - gap * (len(sides) - 1)) / len(sides)
-    for i, (title, lines, rule) in enumerate(sides):
+    for i, side in enumerate(sides):
+        lines, rule = side.lines, side.rule
         axes = figure.add_axes(((left + i * (each + gap)) / WIDE, 0.5 / height, each / WIDE, (height - top - 0.5) / height))
         _plain(axes)
         axes.grid(axis="x", color=GRID, linewidth=1)
         axes.grid(axis="y", visible=False)
         axes.set_ylim(count - 0.4, -0.6)
-        axes.set_xlabel(title, color=SOFT, fontsize=TEXT)
+        axes.set_xlabel(side.title, color=SOFT, fontsize=TEXT)
         known = [line for line in lines if line.mean is not None]
-        low, high = _fence([*(line.mean for line in known), *([rule] if rule is not None else [])])
+        low, high = _fence([*(line.mean for line in known), *([rule] if rule is not None else [])], side.high_is_good)
         ends = [end for line in known for end in (line.low, line.high) if end is not None and low <= line.mean <= high]
         single = [value for line in known for value, _ in line.values if low <= line.mean <= high]
         width = high - low
@@ -239,7 +251,7 @@ def forest(sides: Sequence[tuple[str, Sequence[Forest], float | None]], key: Seq
         low, high = axes.get_xlim()
         pad = (high - low) * 0.03
         axes.set_xlim(low - pad, high + pad)
-        axes.set_yticks(range(count), [line.name for line in sides[0][1]] if i == 0 else [""] * count)
+        axes.set_yticks(range(count), [line.name for line in sides[0].lines] if i == 0 else [""] * count)
         axes.tick_params(axis="y", labelcolor=INK, length=0, pad=8)
         for y in range(1, count):
             axes.axhline(y - 0.5, color=GRID, linewidth=1)
@@ -288,7 +300,8 @@ def curves(lines: Sequence[tuple[str, Mark, Sequence[tuple[float, float, float |
     axes.set_ylim(min(values) - room, max(values) + room)
     dashes = {BLUE: "-", ORANGE: (0, (5, 2)), SOFT: (0, (1.5, 1.5))}
     for i, (_, look, points) in enumerate(lines):
-        nudge = 10 ** ((i - (len(lines) - 1) / 2) * 0.004)  # intervals of one count side by side
+        # Intervals of one count stand side by side.
+        nudge = (counts[-1] / counts[0]) ** ((i / max(len(lines) - 1, 1) - 0.5) * 0.03)
         x, y = [p[0] * nudge for p in points], [p[1] for p in points]
         axes.plot(x, y, color=look.colour, linewidth=1.4, linestyle=dashes[look.colour], alpha=0.85)
         for px, py, half in zip(x, y, [p[2] for p in points], strict=True):

@@ -75,11 +75,14 @@ def _winner(table: Comparison, best: Row, scale: Scale) -> str:
         between = f" (95 % interval of the difference {scale.interval(second.difference)})"
     if gap == scale.points(0.0):
         return f"{text} {second.name} is level with it{between}."
-    return f"{text} {second.name} is next, {gap} behind{between}" + (f", which is {_verdict(second)}." if between else ".")
+    return f"{text} {second.name} is next, {gap} behind{between}" + (
+        f", which is {_verdict(second.p_holm < NOISE, best, second)}." if between else "."
+    )
 
 
-def _verdict(row: Row) -> str:
-    return "more than noise" if row.p_holm is not None and row.p_holm < NOISE else "no more than noise"
+def _verdict(clear: bool, *rows: Row) -> str:
+    noise = "the noise of the test rows" if any(row.one_seed for row in rows) else "noise"
+    return f"{'more' if clear else 'no more'} than {noise}"
 
 
 def _noise(table: Comparison, best: Row, scale: Scale) -> list[str]:
@@ -92,9 +95,11 @@ def _noise(table: Comparison, best: Row, scale: Scale) -> list[str]:
     alike = [row for row in others if row.p_holm >= NOISE]
     text = []
     if surely:
-        text.append(f"Behind it by more than noise: {_names([f'{row.name} ({scale.signed(row.difference.value)})' for row in surely])}.")
+        text.append(f"Behind {best.name} by more than noise: {_names([f'{row.name} ({scale.signed(row.difference.value)})' for row in surely])}.")
     if alike:
-        text.append(f"Not told apart from it: {_names([row.name for row in alike])}." if surely else "No method is told apart from it.")
+        text.append(
+            f"Not told apart from {best.name}: {_names([row.name for row in alike])}." if surely else f"No method is told apart from {best.name}."
+        )
         text.append(_cheapest([best, *alike]))
     single = [row.name for row in (best, *others) if row.one_seed]
     if single:
@@ -140,7 +145,7 @@ def _lora_and_full(table: Comparison, scale: Scale) -> list[str]:
     gap = "" if side == "level with" else f"{scale.points(difference.value)} "
     return [
         f"The best LoRA ({lora.name}) is {gap}{side} full fine-tuning (95 % interval {scale.interval(difference)}): "
-        f"{'no more' if inside else 'more'} than noise."
+        f"{_verdict(not inside, lora, full)}."
     ]
 
 
@@ -174,9 +179,9 @@ def sentences_of_many(found: Across) -> list[str]:
     if others:
         text[0] += f" {others[0].name} is next: {_difference(others[0].to_best)}, {'more' if told_apart(others[0]) else 'no more'} than noise."
     if surely:
-        text.append(f"Behind it by more than noise: {_names([f'{a.name} ({_signed(a.to_best.mean)})' for a in surely])}.")
+        text.append(f"Behind {best.name} by more than noise: {_names([f'{a.name} ({_signed(a.to_best.mean)})' for a in surely])}.")
     if alike:
-        text.append(f"Not told apart from it over the sets: {_names([f'{a.name} ({_signed(a.to_best.mean)})' for a in alike])}.")
+        text.append(f"Not told apart from {best.name} over the sets: {_names([f'{a.name} ({_signed(a.to_best.mean)})' for a in alike])}.")
     lora = next((a for a in found.averages if a.method.startswith("lora") and a.to_full), None)
     if lora:
         text.append(f"The best LoRA ({lora.name}) against full fine-tuning: {_difference(lora.to_full)}.")
