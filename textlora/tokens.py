@@ -12,6 +12,9 @@ from torch import Tensor
 from textlora.errors import ModelError, UsageError
 
 
+CHUNK = 1024  # texts tokenized at a time
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """Token ids (L,) and type ids (L,) of one text or pair, special tokens included, `full` tokens before truncation."""
@@ -138,7 +141,13 @@ class TextTokenizer:
             raise UsageError(f"--max-length {max_length}: too short for the special tokens of a pair")
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None) -> list[Encoded]:
-        """Encode texts, each with its pair where that is not None."""
+        """Encode texts, each with its pair where that is not None; some at a time, since the library's own form of a text takes many times the room."""
+        found: list[Encoded] = []
+        for at in range(0, len(texts), CHUNK):
+            found += self._encode(texts[at : at + CHUNK], None if pairs is None else pairs[at : at + CHUNK])
+        return found
+
+    def _encode(self, texts: Sequence[str], pairs: Sequence[str | None] | None) -> list[Encoded]:
         first = [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         if pairs is None or all(p is None for p in pairs):
             return [self._build(self._single, [ids]) for ids in first]
