@@ -122,6 +122,20 @@ async def churn(client: Client, folder: Path, stop: asyncio.Event) -> int:
     return times
 
 
+def offline_rate(engine: AdapterEngine, folder: Path, load: Load) -> float:
+    """Texts per second of the engine alone: the same adapters and draw, 64 texts a batch, every adapter in memory."""
+    for name in load.names:
+        engine.add(folder / name, name)
+    picked = [load.names[k] for k in load.draw.choice(len(load.names), size=len(load.texts), p=load.weights)]
+    batches = [(load.texts[i : i + 64], picked[i : i + 64]) for i in range(0, len(load.texts), 64)]
+    for texts, names in batches:
+        engine.predict(texts, names)
+    begun = time.perf_counter()
+    for texts, names in batches:
+        engine.predict(texts, names)
+    return len(load.texts) / (time.perf_counter() - begun)
+
+
 def metric(port: int, name: str) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
         return next(float(line.split()[1]) for line in answer.read().decode().splitlines() if line.startswith(name + " "))
@@ -133,6 +147,8 @@ def resident_bytes(pid: int) -> int:
 
 async def measure(load: Load, port: int, pid: int, folder: Path, seconds: float) -> dict[str, object]:
     client, stop = Client(port), asyncio.Event()
+    for i in range(0, len(load.names), 64):  # every adapter is read once
+        await client.post("/predict", json.dumps({"inputs": "warm", "model": load.names[i : i + 64]}).encode())
     churning = asyncio.create_task(churn(client, folder, stop))
     await load.closed_loop(client, 64, min(5.0, seconds))
     batches, rows = metric(port, "textlora_batch_rows_count"), metric(port, "textlora_batch_rows_sum")
@@ -172,11 +188,6 @@ def main() -> None:
     for name, folder in folders.items():
         engine.add(folder, name)
         expected |= {(name, i): found.scores for i, found in enumerate(engine.predict(texts, name))}
-    mixed = [list(folders)[i % len(folders)] for i in range(len(texts))]
-    begun = time.perf_counter()
-    for i in range(0, len(texts), 64):
-        engine.predict(texts[i : i + 64], mixed[i : i + 64])
-    offline = len(texts) / (time.perf_counter() - begun)
     with tempfile.TemporaryDirectory() as scratch:
         names = [f"{list(folders)[i % len(folders)]}-{i}" for i in range(options.count)]
         for i, name in enumerate(names):
@@ -186,6 +197,8 @@ def main() -> None:
                     os.link(file, Path(scratch) / name / file.name) if file.stat().st_dev == os.stat(scratch).st_dev else (
                         Path(scratch) / name / file.name
                     ).write_bytes(file.read_bytes())
+        load = Load(texts, names, expected)
+        offline = offline_rate(engine, Path(scratch), load)
         command = [str(Path(sys.executable).parent / "textlora"), "serve", "--port", "0", "--adapter-dir", scratch, "--load-from", scratch]
         with tempfile.TemporaryFile("w+") as log:
             server = subprocess.Popen([*command, "--threads", str(options.threads)], stderr=log, text=True)
@@ -195,7 +208,7 @@ def main() -> None:
                 ):
                     time.sleep(0.1)
                 port = int(json.loads(found[0])["url"].rpartition(":")[2])
-                result = asyncio.run(measure(Load(texts, names, expected), port, server.pid, Path(scratch) / names[0], options.seconds))
+                result = asyncio.run(measure(load, port, server.pid, Path(scratch) / names[0], options.seconds))
             finally:
                 server.terminate()
                 server.wait(60)

@@ -23,7 +23,7 @@ from textlora.cli import run
 from textlora.files import folder_lock
 
 COMMANDS = (
-    "train", "check", "evaluate", "predict", "inspect", "merge", "extract", "combine", "convert", "export", "push",
+    "train", "check", "evaluate", "predict", "inspect", "merge", "extract", "combine", "convert", "export", "push", "compare", "tune",
 )  # fmt: skip
 
 

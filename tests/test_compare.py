@@ -24,7 +24,7 @@ from textlora.methods import METHODS
 from textlora.prepare import prepare
 from textlora.run import run_training
 
-TIMED = ("train_seconds", "total_seconds", "peak_memory_bytes", "memory_before_bytes")
+TIMED = ("train_seconds", "train_cpu_seconds", "total_seconds", "peak_memory_bytes", "memory_before_bytes")
 RATES = {"": (1e-3, 1e-2)}
 
 

@@ -107,6 +107,10 @@ def test_readme_commands_run(tmp_path, monkeypatch, capsys):
         labelled = list(csv.DictReader(file))
     assert [row["text"] for row in labelled] == [f"{text} 0" for text, _ in rows]
     assert {row["label"] for row in labelled} <= {"good", "bad"}
+    quick = {"compare": "--methods tfidf,lora-qv --learning-rates 1e-3 --seeds 1 --epochs 1", "tune": "--trials 2 --epochs 1"}  # the last flag wins
+    for line in _block("## Compare and tune", "bash").splitlines():
+        words = shlex.split(line)[1:]
+        assert run([*words, *quick[words[0]].split()]) == 0, f"{line}: {capsys.readouterr().err}"
     for line in _block("## Take it elsewhere", "bash").splitlines():
         assert run(shlex.split(line)[1:]) == 0, f"{line}: {capsys.readouterr().err}"
     capsys.readouterr()

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from textlora.errors import ModelError, UsageError
 
-
 CHUNK = 1024  # texts tokenized at a time
 
 

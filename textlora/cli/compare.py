@@ -125,7 +125,8 @@ class Runs:
             self.left, self.asked_at = record["left_seconds"], time.monotonic()
             self._advance(record, run_name(record) + self._left())
             return
-        self.say(f"[{record['done']}/{record['all']}] {run_line(record)}{self._left()}")
+        count = record["done"] if record["all"] is None else f"{record['done']}/{record['all']}"
+        self.say(f"[{count}] {run_line(record)}{self._left()}")
 
     def _left(self) -> str:
         return "" if self.left is None else f"  about {clock(max(0.0, self.left - (time.monotonic() - self.asked_at)))} left"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from textlora.calibration import decide, fit_temperature, fit_thresholds, probabilities
-from textlora.compare.few_shot import train_features
+from textlora.compare.few_shot import train_embedder
 from textlora.compare.fitted import fit
 from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from textlora.errors import UsageError
@@ -55,6 +55,27 @@ class Run:
         return "_".join([self.stage, self.method, *size, *rate, f"seed{self.seed}", f"n{self.train_rows}", f"e{self.epochs:g}"])
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """Time on the clock, and of processors: the second one does not count what a busy or stopped machine made a run wait."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    @classmethod
+    def now(cls) -> "Seconds":
+        return cls(time.perf_counter(), time.process_time())
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.wall + other.wall, self.cpu + other.cpu)
+
+    def __mul__(self, share: float) -> "Seconds":
+        return Seconds(self.wall * share, self.cpu * share)
+
+    def since(self) -> "Seconds":
+        return Seconds.now() + self * -1
+
+
 @dataclass
 class Bench:
     """The shared part. `prepared.model` lends its base and encoder to the models of all runs."""
@@ -64,7 +85,7 @@ class Bench:
     _states: dict[int, dict[str, HiddenStates]] = field(default_factory=dict)
     _starts: dict[int, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _cycles: bool = False  # whether the last model was one of transformers', which only the garbage collector frees
-    seconds: dict[Any, float] = field(default_factory=dict)  # what computing a shared thing took; every run that uses it is charged in full
+    seconds: dict[Any, Seconds] = field(default_factory=dict)  # what computing a shared thing took; every run that uses it is charged in full
 
     def run(self, method: Method, run: Run) -> dict[str, Any]:
         """Train or fit, choose on validation, and for the stages that report, score the test rows. Raises what goes wrong."""
@@ -84,7 +105,8 @@ class Bench:
             "trainable_parameters": outcome.parameters,
             "head_parameters": outcome.head_parameters,
             "saved_bytes": outcome.saved_bytes,
-            "train_seconds": round(outcome.seconds, 3),
+            "train_seconds": round(outcome.seconds.wall, 3),
+            "train_cpu_seconds": round(outcome.seconds.cpu, 3),
             "peak_memory_bytes": _memory_peak(prepared.device),
             "memory_before_bytes": began,
             "metric": prepared.metric,
@@ -111,41 +133,46 @@ class Bench:
         return replace(self.prepared, config=config, sets=sets)
 
     def _fitted(self, method: Method, prepared: Prepared) -> "Outcome":
-        start, features, shared = time.perf_counter(), {}, 0.0
+        features, shared = {}, Seconds()
         if method.way == "probe":
             for pooling in ("first", "mean"):
                 features[pooling], seconds = self.features(pooling, prepared)
                 shared += seconds
-            start = time.perf_counter()
+        start = Seconds.now()
         fitted = fit(method.way, prepared, features)
-        own = time.perf_counter() - start
+        seconds = start.since() + shared
         validation = _metrics(prepared, "validation", fitted.logits("validation"))
-        return Outcome(0, fitted.parameters, fitted.saved_bytes, own + shared, validation, None, fitted.logits, {"chosen": fitted.chosen})
+        return Outcome(0, fitted.parameters, fitted.saved_bytes, seconds, validation, None, fitted.logits, {"chosen": fitted.chosen})
 
     def _contrasted(self, prepared: Prepared) -> "Outcome":
         base = self._packed_base("few-shot training")
-        features, encoder, seconds = train_features(prepared, base.base, base.encoder)
-        start = time.perf_counter()
+        start = Seconds.now()
+        model = train_embedder(prepared, base.base, base.encoder)
+        features = {"train": encoded_logits(model, prepared.sets["train"].encoded)}
+        seconds = start.since()
+        features |= {split: encoded_logits(model, data.encoded) for split, data in prepared.sets.items() if split != "train"}
+        start = Seconds.now()
         fitted = fit("probe", prepared, {"mean": features})
-        seconds += time.perf_counter() - start
+        seconds += start.since()
+        encoder = sum(t.numel() for t in model.trainable().values())
         head, validation = fitted.parameters, _metrics(prepared, "validation", fitted.logits("validation"))
         return Outcome(encoder, head, 4 * (encoder + head), seconds, validation, None, fitted.logits, {"chosen": fitted.chosen})
 
-    def features(self, pooling: str, prepared: Prepared) -> tuple[dict[str, np.ndarray], float]:
+    def features(self, pooling: str, prepared: Prepared) -> tuple[dict[str, np.ndarray], Seconds]:
         """What the frozen encoder gives for each row of a run, (N, H) by split, and the seconds its training rows took."""
         if pooling not in self._features:
             base = self._packed_base("frozen features")
             model, found = FeatureModel(base.base, pooling, self.prepared.device, base.encoder), {}
             for split, data in self.prepared.sets.items():
-                start = time.perf_counter()
+                start = Seconds.now()
                 found[split] = encoded_logits(model, data.encoded)
-                self.seconds["features", pooling, split] = time.perf_counter() - start
+                self.seconds["features", pooling, split] = start.since()
             self._features[pooling] = found
         found, seconds = self._features[pooling], self.seconds["features", pooling, "train"]
         picked = _picked(prepared)
         if picked is None:
             return found, seconds
-        return {**found, "train": found["train"][picked]}, seconds * len(picked) / len(found["train"])
+        return {**found, "train": found["train"][picked]}, seconds * (len(picked) / len(found["train"]))
 
     def _packed_base(self, what: str) -> PackedModel:
         if not isinstance(self.prepared.model, PackedModel):
@@ -158,30 +185,35 @@ class Bench:
         start_head(prepared)
         trainer = Trainer(prepared, prefix)
         kept: dict[str, Any] = {}
+        before = time.process_time()
         for record in trainer.records():
-            if record["kind"] == "evaluation" and record["kept"]:
+            now = time.process_time()
+            if record["kind"] == "step":
+                charged += Seconds(0.0, now - before)
+            elif record["kept"]:
                 kept = record["metrics"]
+            before = now
         model.load_trainable(trainer.best)
         tensors = model.trainable()
         head = sum(t.numel() for name, t in tensors.items() if _in_head(model, name))
         parameters = sum(t.numel() for t in tensors.values()) - head
         saved = 4 * sum(t.numel() for t in (model.ordinary()[1] if isinstance(model, PissaModel) else tensors).values())
         return Outcome(
-            parameters, head, saved, trainer.seconds + charged, kept, trainer.best_epoch,
+            parameters, head, saved, charged + Seconds(trainer.seconds), kept, trainer.best_epoch,
             lambda split: encoded_logits(model, prepared.sets[split].encoded, states=prefix.get(split)), {},
         )  # fmt: skip
 
-    def _model(self, method: Method, prepared: Prepared, run: Run) -> tuple[Prepared, dict[str, HiddenStates], float]:
+    def _model(self, method: Method, prepared: Prepared, run: Run) -> tuple[Prepared, dict[str, HiddenStates], Seconds]:
         """The settings with a fresh model of the method, states its frozen part shares, and the seconds those took."""
         if method.way in ("lora", "pissa"):
             return self._lora(method, prepared, run)
         if method.way == "peft":
-            return self._soft(method, prepared, run), {}, 0.0
+            return self._soft(method, prepared, run), {}, Seconds()
         base, config = self._packed_base(f"'{method.name}'"), prepared.config
         model = WholeModel(base.base, method.settings["part"], len(prepared.schema.labels), config.pooling, run.seed, prepared.device, base.encoder)
         prepared = replace(prepared, model=model)
         if method.settings["part"] != "head":
-            return prepared, {}, 0.0
+            return prepared, {}, Seconds()
         found, seconds = self.features(config.pooling, prepared)
         return prepared, {split: HiddenStates(values, np.arange(len(values) + 1), model.depth) for split, values in found.items()}, seconds
 
@@ -198,7 +230,7 @@ class Bench:
         # IA3's scales start at 1, and decay would pull them to 0
         return replace(prepared, model=model, config=replace(config, weight_decay=0.0) if method.name == "ia3" else config)
 
-    def _lora(self, method: Method, prepared: Prepared, run: Run) -> tuple[Prepared, dict[str, HiddenStates], float]:
+    def _lora(self, method: Method, prepared: Prepared, run: Run) -> tuple[Prepared, dict[str, HiddenStates], Seconds]:
         config = replace(prepared.config, **method.settings, **run.size)
         model, count = self.prepared.model, len(prepared.schema.labels)
         if method.way == "pissa":
@@ -209,7 +241,7 @@ class Bench:
             dtype = choose_dtype(config.precision, prepared.device)
             folder, shared = prepared.files.folder, {"pooling": config.pooling, "seed": run.seed, "device": prepared.device, "dtype": dtype}
             made = ReferenceModel.create(folder, config.lora, count, **shared)
-            return replace(prepared, config=config, model=made), {}, 0.0
+            return replace(prepared, config=config, model=made), {}, Seconds()
         if method.way == "pissa":
             starts = self._starts.setdefault(config.r, {})
             made = PissaModel(model.base, config.lora, count, config.pooling, run.seed, prepared.device, model.encoder, starts)
@@ -217,13 +249,16 @@ class Bench:
             made = PackedModel(model.base, config.lora, count, config.pooling, run.seed, prepared.device, model.encoder)
         prepared = replace(prepared, config=config, model=made)
         if made.depth and made.depth not in self._states:
-            start = time.perf_counter()
+            start = Seconds.now()
             self._states[made.depth] = build_prefix(replace(prepared, sets=self.prepared.sets, config=replace(config, epochs=2.0)))
-            self.seconds["states", made.depth] = time.perf_counter() - start
+            self.seconds["states", made.depth] = start.since()
         states = self._states.get(made.depth, {})
-        picked, seconds = _picked(prepared), self.seconds.get(("states", made.depth), 0.0)
+        picked, seconds = _picked(prepared), self.seconds.get(("states", made.depth), Seconds())
         if states and picked is not None:
-            states, seconds = states | {"train": PickedStates(states["train"], picked)}, seconds * len(picked) / len(self.prepared.sets["train"].rows)
+            states, seconds = (
+                states | {"train": PickedStates(states["train"], picked)},
+                seconds * (len(picked) / len(self.prepared.sets["train"].rows)),
+            )
         return prepared, states, seconds
 
 
@@ -234,7 +269,7 @@ class Outcome:
     parameters: int
     head_parameters: int
     saved_bytes: int
-    seconds: float
+    seconds: Seconds
     validation: dict[str, float | None]
     best_epoch: float | None
     logits: Any

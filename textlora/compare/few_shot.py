@@ -6,7 +6,6 @@ of a step at once where SetFit draws pairs. A step has several texts of several 
 
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +19,7 @@ from textlora.encoder import PackedEncoder
 from textlora.errors import UsageError
 from textlora.prepare import Prepared
 from textlora.tokens import PackedBatch
-from textlora.training import Trainer, encoded_logits
+from textlora.training import Trainer
 from textlora.whole import WholeModel
 
 ROWS_PER_STEP, MOST_CLASSES = 16, 8
@@ -63,8 +62,8 @@ def draw_steps(labels: np.ndarray, epochs: float, seed: int) -> list[tuple[float
     return steps
 
 
-def train_features(prepared: Prepared, base: BaseWeights, encoder: PackedEncoder) -> tuple[Mapping[str, np.ndarray], int, float]:
-    """Train on the run's rows; features by split, how many parameters were trained, and seconds.
+def train_embedder(prepared: Prepared, base: BaseWeights, encoder: PackedEncoder) -> Embedder:
+    """Train on the run's rows.
 
     Raises:
         UsageError: the task is not single-label.
@@ -79,5 +78,4 @@ def train_features(prepared: Prepared, base: BaseWeights, encoder: PackedEncoder
     trainer.piece_tokens = sys.maxsize  # long texts too stay together
     for _ in trainer.records():
         pass
-    features = {split: encoded_logits(model, data.encoded) for split, data in prepared.sets.items()}
-    return features, sum(t.numel() for t in model.trainable().values()), trainer.seconds
+    return model

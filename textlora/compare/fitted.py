@@ -107,6 +107,7 @@ def _choose(prepared: Prepared, inputs: Mapping[str, Mapping[str, Any]]) -> _Cho
 
 def _linear(kind: str, x: Any, labels: np.ndarray, count: int, strength: float) -> tuple[Callable[[Any], np.ndarray], int]:
     """A linear model from features to logits (N, C), and its number of coefficients."""
+    from scipy.special import logsumexp
     from sklearn.linear_model import LogisticRegression, Ridge
 
     if kind == REGRESSION:
@@ -118,8 +119,10 @@ def _linear(kind: str, x: Any, labels: np.ndarray, count: int, strength: float) 
             model = LogisticRegression(C=strength, max_iter=1000).fit(x, labels)
 
             def logits(new: Any) -> np.ndarray:
+                scores = model.decision_function(new)
+                scores = np.stack([np.zeros_like(scores), scores], 1) if scores.ndim == 1 else scores
                 out = np.full((new.shape[0], count), np.log(FLOOR))
-                out[:, model.classes_] = np.maximum(model.predict_log_proba(new), np.log(FLOOR))
+                out[:, model.classes_] = np.maximum(scores - logsumexp(scores, axis=1, keepdims=True), np.log(FLOOR))
                 return out
 
             return logits, count * (x.shape[1] + 1)

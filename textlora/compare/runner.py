@@ -183,7 +183,8 @@ class Runner:
         self.planned.append(run)
         if run.key in self.done:
             return
-        left = {"done": len(self.done), "all": len(self.done) + len(self.missing()), "left_seconds": self.left_seconds()}
+        count = None if self.budget else len(self.done) + len(self.missing())  # a budget decides as it goes
+        left = {"done": len(self.done), "all": count, "left_seconds": self.left_seconds()}
         self.on_record({"kind": "begin", **_identity(run), **left})
         record = {"data": self.settings["data"], **_identity(run)}
         start = time.perf_counter()
@@ -194,7 +195,7 @@ class Runner:
         record |= {"versions": self.settings["versions"], "machine": self.settings["machine"]}
         write_json(self.folder / "runs" / f"{run.key}.json", record)
         self.done[run.key] = record
-        self.on_record({"kind": "end", **record, "done": left["done"] + 1, "all": left["all"]})
+        self.on_record({"kind": "end", **record, "done": left["done"] + 1, "all": count})
 
     def shown(self) -> list[str]:
         """Keys of the runs that the settings ask for, in the plan's order, each once."""
