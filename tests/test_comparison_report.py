@@ -500,7 +500,7 @@ def test_other_formats():
     assert [Scale("accuracy").signed(v) for v in (0.0004, -0.0004, -0.0006)] == ["0.0", "0.0", "−0.1"]
 
 
-@pytest.mark.skipif(PATH is None, reason="no Chromium on this machine")
+@pytest.mark.skipif(PATH is None, reason="needs a Chromium on the path, which pip cannot install; .ci/run fetches one")
 @pytest.mark.parametrize("width", [1200, 390])
 def test_figures_follow_light_and_dark_in_a_browser(one, width):
     with Browser(width) as page:
