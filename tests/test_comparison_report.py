@@ -486,7 +486,7 @@ def test_importing_the_report_imports_nothing_heavy():
 
 @pytest.mark.parametrize(
     ("metric", "value", "score", "signed", "points"),
-    [("accuracy", 0.8734, "87.3", "+87.3", "87.3 points"), ("mcc", -0.01, "-1.0", "−1.0", "1.0 point"), ("mae", 0.25, "0.2500", "+0.2500", "0.2500")],
+    [("accuracy", 0.8734, "87.3", "+87.3", "87.3 points"), ("mcc", -0.01, "−1.0", "−1.0", "1.0 point"), ("mae", 0.25, "0.2500", "+0.2500", "0.2500")],
 )
 def test_scale(metric, value, score, signed, points):
     scale = Scale(metric)
@@ -498,6 +498,8 @@ def test_other_formats():
     assert [stored(n) for n in (None, 9_300, 304_000, 1_340_000, 90_900_000)] == ["–", "9.3 kB", "304.0 kB", "1.3 MB", "90.9 MB"]
     assert [seconds(s) for s in (None, 0.0101, 0.4, 38.21, 1234.5)] == ["–", "0.01", "0.40", "38.2", "1,234.5"]
     assert [Scale("accuracy").signed(v) for v in (0.0004, -0.0004, -0.0006)] == ["0.0", "0.0", "−0.1"]
+    assert [Scale("mcc").score(v) for v in (None, -0.0004, -0.0006, 0.0)] == ["–", "0.0", "−0.1", "0.0"]
+    assert [Scale("mae").score(v) for v in (-1234.5, -2e-5, 0.0)] == ["−1,234.5000", "−2e-05", "0.0000"]
 
 
 @pytest.mark.skipif(PATH is None, reason="needs a Chromium on the path, which pip cannot install; .ci/run fetches one")

@@ -83,7 +83,7 @@ def averages(found: Across, icons: Icons) -> dict[str, Any]:
     rows = []
     for a in found.averages:
         cells = [
-            _cell(f"{a.mean:.1f}", "" if len(a.rows) == len(found.tables) else f"{len(a.rows)} sets"),
+            _cell(_POINTS.score(a.mean / 100), "" if len(a.rows) == len(found.tables) else f"{len(a.rows)} set{'s' * (len(a.rows) > 1)}"),
             _over(a.to_best, "best" if a is found.best else NONE),
         ]
         cells += [_cell(p_text(a.p_holm), strong=told_apart(a)), _inside(a.to_best)]

@@ -90,7 +90,10 @@ def _scores(table: Comparison, marks: dict[str, Mark], scale: Scale) -> Drawing:
     caption = f"{_capital(scale.name)}: mean and 95 % interval over seeds, and below each the seeds themselves."
     if any(line.low is not None for line in right):
         sides.append(Side(f"difference to {table.best.name}{'' if scale.own else ', points'}", right, 0.0, table.higher_is_better))
-        caption += " At the right, the difference to the best with its 95 % interval (rows and seeds); an empty mark is not told apart from it."
+        caption += (
+            " At the right, the difference to the best with its 95 % interval (rows and seeds). An empty mark is not told apart from it, "
+            "and an interval may go on beyond the axis."
+        )
     return Drawing("scores", caption, plots.forest(sides))
 
 
@@ -135,7 +138,8 @@ def of_many(found: Across) -> tuple[dict[str, Markup], Sections]:
     if any(line.mean is not None for line in right):
         sides.append(Side("steadiness: best minus worst rate, points", right, 0.0, False))
     caption = (
-        "Mean over the sets with its 95 % interval, and below each the sets themselves; an empty mark is not told apart from the best. "
+        "Mean over the sets with its 95 % interval, and below each the sets themselves. An empty mark is not told apart from the best, "
+        "and an interval may go on beyond the axis. "
         "At the right, how far the validation score moves with the learning rate."
     )
     drawing = Drawing("sets", caption, plots.forest(sides, [(shape, data) for data, shape in shapes.items()]))

@@ -148,7 +148,7 @@ def costs(points: Sequence[Point], x_title: str, y_title: str, wide: bool = Fals
     axes.set_xlim(left, right)
     bottom, top = _fence([point.y for point in points], high_is_good, 0.13)
     axes.set_ylim(bottom, top)
-    ticks = [t for t in _log_ticks(low if zero else left, right) if not zero or t > nought * 10 ** (0.04 * stretch)]
+    ticks = _log_ticks(low if zero else left, right)
     axes.set_xticks([nought, *ticks] if zero else ticks, ["0", *map(_short, ticks)] if zero else list(map(_short, ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
     if zero:
@@ -173,7 +173,7 @@ def costs(points: Sequence[Point], x_title: str, y_title: str, wide: bool = Fals
 
 
 def _side_by_side(places: np.ndarray, width: float) -> np.ndarray:
-    """Points of (nearly) one x that would cover each other, moved apart sideways, the highest in the middle order of x."""
+    """Points of (nearly) one x that would cover each other, moved apart sideways in the order of x, then of height."""
     moved = places.copy()
     order = np.argsort(places[:, 0], kind="stable")
     groups: list[list[int]] = []

@@ -14,6 +14,7 @@ from typing import Any
 from textlora.errors import DataError
 from textlora.metrics import METRICS
 from textlora.metrics.paired import DECIDED, Difference, PairedScores, holm, paired_scores, t_interval
+from textlora.report.numbers import metric_name
 
 __all__ = ["Comparison", "Row", "Spread", "compare"]
 
@@ -147,7 +148,9 @@ def _rows_of(method: str, by_size: dict[str, list[Run]], metric: str, split: str
         failed = [run for run in seeds if "error" in run]
         error = f"{len(failed)} of {len(seeds)} seeds failed: {failed[0]['error']}" if failed else None
         if not scores:
-            rows.append(Row(method, runs[0]["size"], name, error=error or f"no {metric} on the {split} rows", rates=_spread(runs, metric)))
+            rows.append(
+                Row(method, runs[0]["size"], name, error=error or f"no {metric_name(metric)} on the {split} rows", rates=_spread(runs, metric))
+            )
             continue
         good = [run for run in seeds if run["seed"] in scores]
         mean, half = t_interval(list(scores.values()))

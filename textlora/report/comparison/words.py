@@ -18,15 +18,20 @@ class Scale:
         self.factor, self.name = (1.0, metric_name(metric)) if self.own else (100.0, metric_name(metric))
 
     def score(self, value: float | None) -> str:
-        return NONE if value is None else number(value) if self.own else f"{100 * value:.1f}"
+        return NONE if value is None else self._text(value, "")
 
     def signed(self, value: float) -> str:
-        text = self.score(abs(value))
-        return f"{'−' if value < 0 else '+'}{text}" if float(text.replace(",", "")) else text
+        return self._text(value, "+")
+
+    def _text(self, value: float, plus: str) -> str:
+        text = number(abs(value)) if self.own else f"{100 * abs(value):.1f}"
+        rounded_to_nothing = not text.strip("0.")
+        return text if rounded_to_nothing else f"{'−' if value < 0 else plus}{text}"
 
     def points(self, value: float) -> str:
         """A size without direction: 1.2 points."""
-        return self.score(abs(value)) + ("" if self.own else " point" if self.score(abs(value)) == "1.0" else " points")
+        text = self.score(abs(value))
+        return text if self.own else f"{text} point{'s' * (text != '1.0')}"
 
     def interval(self, difference: Difference) -> str:
         return f"{self.signed(difference.low)} to {self.signed(difference.high)}"
@@ -171,9 +176,8 @@ def sentences_of_many(found: Across) -> list[str]:
     if best is None:
         return ["No method has a score yet."]
     count = len(found.tables)
-    text = [f"{best.name} has the best mean score over {len(best.rows)} of {count} sets: {best.mean:.1f}."]
-    if len(best.rows) == count:
-        text = [f"{best.name} has the best mean score over the {count} sets: {best.mean:.1f}."]
+    over = f"the {count}" if len(best.rows) == count else f"{len(best.rows)} of {count}"
+    text = [f"{best.name} has the best mean score over {over} sets: {Scale('accuracy').score(best.mean / 100)}."]
     others = [average for average in found.averages if average.to_best]
     surely, alike = [a for a in others if told_apart(a)], [a for a in others if not told_apart(a)]
     if others:
