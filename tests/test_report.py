@@ -11,6 +11,7 @@ from textlora import metrics
 from textlora.data.check import DataReport, Lengths
 from textlora.report import figures, markdown_summary, render
 from textlora.report.numbers import clean, number, percent, setting, size, whole
+from textlora.report.pages import fill, light_colours
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -312,3 +313,17 @@ def test_a_line_chart_puts_points_where_they_belong():
     assert (x0, x1) == (figures.LEFT, figures.WIDTH - figures.RIGHT)
     assert y1 == pytest.approx(figures.TOP + height * 0.06 / 1.12, abs=0.1)
     assert y0 == pytest.approx(figures.HEIGHT - figures.BOTTOM - height * 0.06 / 1.12, abs=0.1)
+
+
+def test_all_report_pages_have_one_frame_and_one_style_sheet():
+    frame = fill("frame.html", title="a <b>", about="c & d")
+    head, end = frame[: frame.index("</header>")], frame[frame.index("</main>") :]
+    assert "<title>a &lt;b&gt;</title>" in head
+    assert head.endswith("<h1>a &lt;b&gt;</h1>\n<p>c &amp; d</p>\n")
+    for template in ("run.html", "tuning.html", "comparison/page.html"):
+        page = fill(template, title="a <b>", about="c & d")
+        assert (page.startswith(head), page.endswith(end)) == (True, True)
+    style = head[head.index("<style>") : head.index("</style>")]
+    light, dark, printed = (dict(re.findall(r"--([\w-]+): (#\w+);", rule)) for rule in re.findall(r":root \{[^}]*", style))
+    assert light == light_colours()
+    assert set(light) == set(dark) == set(printed)

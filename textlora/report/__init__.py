@@ -4,20 +4,19 @@ The page has no script and fetches nothing; every number on it is in the records
 resumed may have written a step twice, and one that was stopped has no end: the last record counts, what is absent is left out.
 """
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from markupsafe import escape
 
 from textlora.calibration import MULTI_LABEL, REGRESSION
 from textlora.metrics import DEFAULT_METRIC, METRICS
 from textlora.report import figures
-from textlora.report.numbers import NONE, clean, metric_name, number, percent, setting, show, size, whole
+from textlora.report.numbers import NONE, clean, metric_name, number, percent, setting, size, whole
+from textlora.report.pages import css_share, fill, finite
 
 __all__ = ["markdown_summary", "render"]
 
@@ -34,32 +33,28 @@ def render(records: list[dict[str, Any]], title: str) -> str:
         title: heading of the page; like all text it is escaped.
     """
     run = _Run.of(records)
-    page = (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=title,
-            start=run.start,
-            data=run.data,
-            regression=run.problem_type == REGRESSION,
-            multi_label=run.problem_type == MULTI_LABEL,
-            head=_headline(run),
-            tiles=_tiles(run),
-            splits=[split for split in _SPLITS if split in run.finals],
-            metric_rows=_metric_rows(run),
-            curves=_curves(run),
-            shown=run.shown,
-            confusion=_confusion(run),
-            calibration=_calibration(run),
-            scatter=_scatter(run),
-            lengths=_lengths(run),
-            per_class=_per_class(run),
-            mistakes=run.details.get("mistakes"),
-            settings=_settings(run),
-            **_classes(run),
-        )
+    return fill(
+        "run.html",
+        title=title,
+        about=_about(run),
+        data=run.data,
+        regression=run.problem_type == REGRESSION,
+        multi_label=run.problem_type == MULTI_LABEL,
+        head=_headline(run),
+        tiles=_tiles(run),
+        splits=[split for split in _SPLITS if split in run.finals],
+        metric_rows=_metric_rows(run),
+        curves=_curves(run),
+        shown=run.shown,
+        confusion=_confusion(run),
+        calibration=_calibration(run),
+        scatter=_scatter(run),
+        lengths=_lengths(run),
+        per_class=_per_class(run),
+        mistakes=run.details.get("mistakes"),
+        settings=_settings(run),
+        **_classes(run),
     )
-    return page.rstrip() + "\n"
 
 
 def markdown_summary(records: list[dict[str, Any]]) -> str:
@@ -128,8 +123,12 @@ class _Run:
         return next((name for name in wanted if name in metrics), None)
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _about(run: _Run) -> str:
+    labels = run.start.get("labels")
+    facts = [f"LoRA adapter on {run.start['model']}"] if run.start.get("model") else []
+    facts += [run.problem_type] if run.problem_type else []
+    facts += [f"{whole(len(labels))} labels"] if labels and run.problem_type != REGRESSION else []
+    return " · ".join(facts)
 
 
 def _headline(run: _Run) -> dict[str, Any] | None:
@@ -145,8 +144,8 @@ def _headline(run: _Run) -> dict[str, Any] | None:
         support = [sum(row) for row in matrix]
         most = support.index(max(support))
         baseline = {"label": run.start.get("labels", [str(i) for i in range(len(matrix))])[most], "share": percent(support[most] / sum(support))}
-    if interval and _finite(value) and all(0 <= part <= 1 for part in (value, *interval)):
-        bar = {"low": _css_share(interval[0]), "rest": _css_share(1 - interval[1]), "value": _css_share(value)}
+    if interval and finite(value) and all(0 <= part <= 1 for part in (value, *interval)):
+        bar = {"low": css_share(interval[0]), "rest": css_share(1 - interval[1]), "value": css_share(value)}
     known = {"name": metric_name(name), "value": value, "interval": interval, "meaning": METRICS[name].what if name in METRICS else ""}
     return known | {"split": run.shown["split"], "rows": run.shown.get("rows"), "right": right, "baseline": baseline, "bar": bar}
 
@@ -158,7 +157,7 @@ def _tiles(run: _Run) -> list[tuple[str, str]]:
         ("adapter parameters", whole(run.start.get("adapter_parameters"))),
         ("head parameters", whole(run.start.get("head_parameters"))),
         ("epochs", setting(end.get("epochs"))),
-        ("training time", number(end["train_seconds"], 1) + " s" if _finite(end.get("train_seconds")) else NONE),
+        ("training time", number(end["train_seconds"], 1) + " s" if finite(end.get("train_seconds")) else NONE),
         ("tokens per second", whole(end.get("tokens_per_second"))),
         ("peak memory", size(end.get("peak_memory_bytes"))),
         ("best step", whole(end.get("best_step"))),
@@ -179,7 +178,7 @@ def _metric_rows(run: _Run) -> list[dict[str, Any]]:
 
 def _curves(run: _Run) -> list[dict[str, Any]]:
     def points(records: Iterable[dict[str, Any]], name: str) -> list[figures.Point]:
-        return [(r["step"], r[name]) for r in records if _finite(r.get(name))]
+        return [(r["step"], r[name]) for r in records if finite(r.get(name))]
 
     charts = []
     training, validation = points(run.steps, "loss"), points(run.evaluations, "loss")
@@ -233,7 +232,7 @@ def _calibration(run: _Run) -> Any:
 
 
 def _scatter(run: _Run) -> Any:
-    points = [(x, y) for x, y in run.details.get("scatter") or [] if _finite(x) and _finite(y)]
+    points = [(x, y) for x, y in run.details.get("scatter") or [] if finite(x) and finite(y)]
     return figures.scatter(points, "true value", "predicted value") if points else None
 
 
@@ -244,7 +243,7 @@ def _lengths(run: _Run) -> dict[str, Any] | None:
     edges, counts, limit = lengths.get("edges") or [], lengths.get("counts") or [], lengths.get("max_length")
     svg = None
     if counts and len(edges) == len(counts) + 1 and edges[-1] > edges[0]:
-        mark = (limit, f"max_length {limit}") if _finite(limit) else None
+        mark = (limit, f"max_length {limit}") if finite(limit) else None
         svg = figures.histogram(edges, counts, "tokens", "texts", mark)
     return {**lengths, "svg": svg}
 
@@ -271,24 +270,3 @@ def _per_class(run: _Run) -> dict[str, Any] | None:
 def _settings(run: _Run) -> list[tuple[str, Any]]:
     known = [(name, value) for name, value in (run.start.get("settings") or {}).items() if value is not None]
     return known + [(f"version of {name}", value) for name, value in (run.start.get("versions") or {}).items()]
-
-
-def _css_number(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _css_share(value: float | None) -> str:
-    return f"{100 * (value or 0):.2f}%"
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("textlora", "report"),
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,
-        finalize=lambda value: NONE if isinstance(value, jinja2.Undefined) else show(value),
-    )
-    environment.filters |= {"percent": percent, "setting": setting, "css_number": _css_number, "css_share": _css_share}
-    environment.filters["one"] = lambda value: number(value, 1) if _finite(value) else NONE
-    return environment

@@ -27,7 +27,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class _Axes:
+class Axes:
     """Maps values to places in the drawing."""
 
     x: tuple[float, float]
@@ -52,11 +52,11 @@ class _Axes:
     def frame(self, x_title: str, y_title: str, x_ticks: Sequence[float] | None = None) -> str:
         """Grid, tick numbers and axis titles."""
         bottom, right, parts = self.height - BOTTOM, self.width - RIGHT, []
-        for value in _ticks(*self.y, 5):
+        for value in ticks(*self.y, 5):
             y = self.py(value)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
-        for value in _ticks(*self.x, 6) if x_ticks is None else x_ticks:
+        for value in ticks(*self.x, 6) if x_ticks is None else x_ticks:
             parts.append(f'<text class="tick" x="{self.px(value):.1f}" y="{bottom + 17}" text-anchor="middle">{_tick(value)}</text>')
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
         parts.append(f'<text class="title" x="{(LEFT + right) / 2}" y="{self.height - 8}" text-anchor="middle">{escape(x_title)}</text>')
@@ -68,7 +68,7 @@ class _Axes:
 def lines(series: Sequence[Line], x_title: str, y_title: str) -> Markup:
     """A line chart; the names of the series are told by `legend`."""
     points = [point for line in series for point in (*line.points, *line.dots)]
-    axes = _Axes(_room([x for x, _ in points], 0.0), _room([y for _, y in points], 0.06))
+    axes = Axes(room([x for x, _ in points], 0.0), room([y for _, y in points], 0.06))
     parts = [axes.frame(x_title, y_title)]
     for line in series:
         if len(line.points) > 1:
@@ -77,7 +77,7 @@ def lines(series: Sequence[Line], x_title: str, y_title: str) -> Markup:
             title = f"{line.name}: {number(y)} at {x_title} {_tick(x)}"
             dot = f'<circle class="dot {line.style}" cx="{axes.px(x):.1f}" cy="{axes.py(y):.1f}" r="3.5">'
             parts.append(f"{dot}<title>{escape(title)}</title></circle>")
-    return _svg(parts, f"{y_title} over {x_title}")
+    return svg(parts, f"{y_title} over {x_title}")
 
 
 def legend(series: Sequence[Line]) -> Markup:
@@ -88,7 +88,7 @@ def legend(series: Sequence[Line]) -> Markup:
 
 def histogram(edges: Sequence[float], counts: Sequence[float], x_title: str, y_title: str, mark: tuple[float, str] | None = None) -> Markup:
     """Bars between edges (K + 1) of heights counts (K); `mark` is a place on the x axis with its name, left out if off the chart."""
-    axes = _Axes((edges[0], edges[-1]), (0.0, max(counts) * 1.06 or 1.0))
+    axes = Axes((edges[0], edges[-1]), (0.0, max(counts) * 1.06 or 1.0))
     parts = [axes.frame(x_title, y_title)]
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         if count:
@@ -98,12 +98,12 @@ def histogram(edges: Sequence[float], counts: Sequence[float], x_title: str, y_t
         anchor, shift = ("end", -5) if x > WIDTH / 2 else ("start", 5)
         parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text class="title" x="{x + shift:.1f}" y="{TOP + 11}" text-anchor="{anchor}">{escape(mark[1])}</text>')
-    return _svg(parts, f"{y_title} by {x_title}")
+    return svg(parts, f"{y_title} by {x_title}")
 
 
 def reliability(bins: Sequence[dict[str, Any]], x_title: str, y_title: str) -> Markup:
     """Reliability diagram: accuracy per confidence bin against the diagonal, and below it how many predictions a bin has."""
-    axes = _Axes((0.0, 1.0), (0.0, 1.0), height=HEIGHT + 40)
+    axes = Axes((0.0, 1.0), (0.0, 1.0), height=HEIGHT + 40)
     fifths = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     parts = [axes.frame(x_title, y_title, fifths)]
     most, base = max((b["count"] for b in bins), default=0) or 1, axes.height - BOTTOM
@@ -120,17 +120,17 @@ def reliability(bins: Sequence[dict[str, Any]], x_title: str, y_title: str) -> M
     if points:
         parts.append(f'<path class="line a" d="{axes.path(points)}"/>')
     parts += [f'<circle class="dot a" cx="{axes.px(x):.1f}" cy="{axes.py(y):.1f}" r="3.5"/>' for x, y in points]
-    return _svg(parts, f"{y_title} by {x_title}", axes.height)
+    return svg(parts, f"{y_title} by {x_title}", axes.height)
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str) -> Markup:
     """Points of predicted (y) against true (x) values with the line where both are equal."""
     values = [value for point in points for value in point]
-    span = _room(values, 0.04)
-    axes = _Axes(span, span, height=HEIGHT + 100)
+    span = room(values, 0.04)
+    axes = Axes(span, span, height=HEIGHT + 100)
     parts = [axes.frame(x_title, y_title), f'<path class="diagonal" d="{axes.path([(span[0], span[0]), (span[1], span[1])])}"/>']
     parts += [f'<circle class="point" cx="{axes.px(x):.1f}" cy="{axes.py(y):.1f}" r="3"/>' for x, y in points]
-    return _svg(parts, f"{y_title} against {x_title}", axes.height)
+    return svg(parts, f"{y_title} against {x_title}", axes.height)
 
 
 def heat_map(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Markup:
@@ -161,7 +161,7 @@ def heat_map(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Markup:
         middle = margin + n * cell / 2
         parts.append(f'<text class="title" x="{middle}" y="22" text-anchor="middle">predicted label</text>')
         parts.append(f'<text class="title" transform="translate(22 {middle}) rotate(-90)" text-anchor="middle">true label</text>')
-    return _svg(parts, "confusion matrix", side, side + beyond)
+    return svg(parts, "confusion matrix", side, side + beyond)
 
 
 def thin(points: Sequence[Point], limit: int = _MAX_POINTS) -> list[Point]:
@@ -185,20 +185,20 @@ def running_mean(points: Sequence[Point], span: int) -> list[Point]:
     return result
 
 
-def _svg(parts: Iterable[str], label: str, height: float = HEIGHT, width: float = WIDTH) -> Markup:
+def svg(parts: Iterable[str], label: str, height: float = HEIGHT, width: float = WIDTH) -> Markup:
     # Every text that came from outside went through `escape` above.
     opening = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'
     return Markup(opening + "".join(parts) + "</svg>")
 
 
-def _room(values: Sequence[float], share: float) -> tuple[float, float]:
+def room(values: Sequence[float], share: float) -> tuple[float, float]:
     """Lowest and highest with a margin of `share` of their distance; never an empty range."""
     low, high = min(values), max(values)
     margin = (high - low) * share if high > low else abs(high) * 0.1 or 1.0
     return low - margin, high + margin
 
 
-def _ticks(low: float, high: float, about: int) -> list[float]:
+def ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers inside [low, high]."""
     raw = (high - low) / about
     unit = 10 ** math.floor(math.log10(raw))

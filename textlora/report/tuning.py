@@ -13,6 +13,7 @@ from textlora.metrics import METRICS
 from textlora.report import figures
 from textlora.report.figures import BOTTOM, HEIGHT, WIDTH, Point
 from textlora.report.numbers import clean, metric_name, number, setting, whole
+from textlora.report.pages import fill
 
 Record = dict[str, Any]
 LOGARITHMIC = ("learning_rate", "r")
@@ -27,37 +28,32 @@ def render_study(study: Record, title: str) -> str:
         study: what `Search.record` gives: trials, metric, importance, settings, and the result of the run with the best ones.
         title: heading of the page; like all text it is escaped.
     """
-    from textlora.report import _environment
-
     trials = study["trials"]
     best = next((trial for trial in trials if trial["number"] == study["best"]), None)
     complete = sum(trial["state"] == "complete" for trial in trials)
-    page = (
-        _environment()
-        .get_template("tuning.html")
-        .render(
-            title=title,
-            study=study,
-            metric=metric_name(study["metric"]),
-            meaning=METRICS[study["metric"]].what,
-            higher=study["higher_is_better"],
-            best=best,
-            first=_first(trials, best),
-            test=_test(study),
-            tiles=_tiles(study),
-            chosen=[(name.replace("_", "-"), shown(best, name)) for name in _names(study)] if best else [],
-            history=_history(study) if any(last_value(trial) is not None for trial in trials) else None,
-            legend=_legend({trial["state"] for trial in trials}),
-            importance=_importance(study["importance"]) if study["importance"] else None,
-            complete=complete,
-            few=complete < _FEW,
-            slices=[svg for name in study["searched"] if (svg := _slice(study, name))],
-            names=_names(study),
-            rows=[_row(study, trial) for trial in trials],
-            settings=sorted(study["settings"].items()),
-        )
+    return fill(
+        "tuning.html",
+        title=title,
+        about=f"Search over {len(study['searched'])} settings · {study['model']} · {study['problem_type']}",
+        study=study,
+        metric=metric_name(study["metric"]),
+        meaning=METRICS[study["metric"]].what,
+        higher=study["higher_is_better"],
+        best=best,
+        first=_first(trials, best),
+        test=_test(study),
+        tiles=_tiles(study),
+        chosen=[(name.replace("_", "-"), shown(best, name)) for name in _names(study)] if best else [],
+        history=_history(study) if any(last_value(trial) is not None for trial in trials) else None,
+        legend=_legend({trial["state"] for trial in trials}),
+        importance=_importance(study["importance"]) if study["importance"] else None,
+        complete=complete,
+        few=complete < _FEW,
+        slices=[svg for name in study["searched"] if (svg := _slice(study, name))],
+        names=_names(study),
+        rows=[_row(study, trial) for trial in trials],
+        settings=sorted(study["settings"].items()),
     )
-    return page.rstrip() + "\n"
 
 
 def _names(study: Record) -> list[str]:
@@ -130,8 +126,8 @@ def _history(study: Record) -> Markup:
     trials = study["trials"]
     values = [value for trial in trials if (value := last_value(trial)) is not None]
     span = max(trial["number"] for trial in trials) or 1
-    axes = figures._Axes((-0.03 * span, 1.03 * span), figures._room(values, 0.08))
-    ticks = [tick for tick in figures._ticks(0, span, 8) if tick == int(tick)]
+    axes = figures.Axes((-0.03 * span, 1.03 * span), figures.room(values, 0.08))
+    ticks = [tick for tick in figures.ticks(0, span, 8) if tick == int(tick)]
     parts = [axes.frame("trial", f"validation {metric_name(study['metric'])}", ticks)]
     steps: list[Point] = []
     better = max if study["higher_is_better"] else min
@@ -145,7 +141,7 @@ def _history(study: Record) -> Markup:
         value = last_value(trial)
         y = HEIGHT - BOTTOM - 8 if value is None else axes.py(value)
         parts.append(mark(trial["state"], axes.px(trial["number"]), y, _about(study, trial), trial["number"] == study["best"]))
-    return figures._svg(parts, "score of every trial")
+    return figures.svg(parts, "score of every trial")
 
 
 def _importance(shares: dict[str, float]) -> Markup:
@@ -158,7 +154,7 @@ def _importance(shares: dict[str, float]) -> Markup:
         parts.append(f'<text class="m-name" x="{_NAMES - 10}" y="{top + 17}" text-anchor="end">{escape(name.replace("_", " "))}</text>')
         parts.append(f'<rect class="bar" x="{_NAMES}" y="{top + 4}" width="{wide:.1f}" height="{_BAR - 8}"/>')
         parts.append(f'<text x="{_NAMES + wide + 8:.1f}" y="{top + 17}">{100 * share:.0f} %</text>')
-    return figures._svg(parts, "importance of each setting", height)
+    return figures.svg(parts, "importance of each setting", height)
 
 
 def _slice(study: Record, name: str) -> Markup | None:
@@ -168,7 +164,7 @@ def _slice(study: Record, name: str) -> Markup | None:
     if not points:
         return None
     place, ticks, span = _scale(name, [value for _, value, _ in points])
-    axes = figures._Axes(span, figures._room([score for _, _, score in points], 0.1), _SLICE_HEIGHT, _SLICE_WIDTH)
+    axes = figures.Axes(span, figures.room([score for _, _, score in points], 0.1), _SLICE_HEIGHT, _SLICE_WIDTH)
     parts = [axes.frame(name.replace("_", " "), metric_name(study["metric"]), [])]
     parts += [
         f'<text class="tick" x="{axes.px(x):.1f}" y="{_SLICE_HEIGHT - BOTTOM + 17}" text-anchor="middle">{escape(clean(label))}</text>'
@@ -176,7 +172,7 @@ def _slice(study: Record, name: str) -> Markup | None:
     ]
     for trial, value, score in points:
         parts.append(mark(trial["state"], axes.px(place(value)), axes.py(score), _about(study, trial), trial["number"] == study["best"]))
-    return figures._svg(parts, f"{metric_name(study['metric'])} against {name.replace('_', ' ')}", _SLICE_HEIGHT, _SLICE_WIDTH)
+    return figures.svg(parts, f"{metric_name(study['metric'])} against {name.replace('_', ' ')}", _SLICE_HEIGHT, _SLICE_WIDTH)
 
 
 def _scale(name: str, values: Sequence[Any]) -> tuple[Callable[[Any], float], list[tuple[float, str]], tuple[float, float]]:
@@ -188,10 +184,10 @@ def _scale(name: str, values: Sequence[Any]) -> tuple[Callable[[Any], float], li
         low, high = math.log10(min(values)), math.log10(max(values))
         decades = range(math.floor(low), math.ceil(high) + 1)
         marks = [2, 4, 8, 16, 32] if name == "r" else [factor * 10.0**k for k in decades for factor in (1, 3)]
-        span = figures._room([low, high], 0.06)
+        span = figures.room([low, high], 0.06)
         return math.log10, [(math.log10(v), f"{v:g}") for v in marks if span[0] <= math.log10(v) <= span[1]], span
-    span = figures._room(values, 0.06)
-    ticks = [tick for tick in figures._ticks(*span, 5) if name == "lora_dropout" or tick == int(tick)]
+    span = figures.room(values, 0.06)
+    ticks = [tick for tick in figures.ticks(*span, 5) if name == "lora_dropout" or tick == int(tick)]
     return float, [(tick, f"{tick:g}") for tick in ticks if tick >= 0], span
 
 

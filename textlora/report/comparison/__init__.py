@@ -4,13 +4,11 @@ Every number is counted from the records. The page has no script and fetches not
 """
 
 import csv
-import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import escape
 
 from textlora.errors import UsageError
@@ -19,7 +17,8 @@ from textlora.report.comparison import cells
 from textlora.report.comparison.across import across
 from textlora.report.comparison.table import Comparison, Run, compare
 from textlora.report.comparison.words import sentences, sentences_of_many
-from textlora.report.numbers import NONE, clean, setting, show, whole
+from textlora.report.numbers import clean, whole
+from textlora.report.pages import fill
 
 __all__ = ["render", "render_many", "require_matplotlib", "summary"]
 
@@ -144,7 +143,7 @@ def _write(page: dict[str, Any], records: list[dict[str, Any]], folder: Path) ->
         lines.writerows(records)
     write_text(folder / "report.csv", text.getvalue())
     write_text(folder / "report.md", _markdown(page))
-    write_text(folder / "report.html", _environment().get_template("comparison/page.html").render(page).rstrip() + "\n")
+    write_text(folder / "report.html", fill("comparison/page.html", **page))
 
 
 def _markdown(page: dict[str, Any]) -> str:
@@ -171,15 +170,3 @@ def _plain(text: str) -> str:
     # Markdown may hold HTML, and a name must not end its table cell or begin a list, emphasis or link.
     safe = str(escape(clean(text))).replace("|", "&#124;").replace("*", "\\*").replace("_", "\\_").replace("[", "\\[").replace("]", "\\]")
     return " ".join(safe.split())
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("textlora", "report"),
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,
-        finalize=lambda value: NONE if isinstance(value, jinja2.Undefined) else show(value),
-    )
-    environment.filters["setting"] = setting
-    return environment

@@ -18,12 +18,12 @@ from matplotlib.markers import MarkerStyle
 
 from textlora.files import atomic_path, write_text
 from textlora.report.numbers import clean
+from textlora.report.pages import light_colours
 
 __all__ = ["MARKERS", "RC", "Drawing", "Mark", "icon", "mark"]
 
-# The light colours of style.css, by the names they have there.
-COLOURS = {"ink": "#1b2230", "soft": "#5b6575", "grid": "#edeef1", "card": "#ffffff", "a": "#2457c5", "b": "#c2491d"}
-INK, SOFT, GRID, CARD, BLUE, ORANGE = COLOURS.values()
+COLOURS = light_colours()
+INK, SOFT, GRID, CARD, BLUE, ORANGE = (COLOURS[name] for name in ("ink", "soft", "grid", "card", "a", "b"))
 # The last ones are stars of three and four points.
 MARKERS = (*"osD^vPXph<>*d", (4, 1, 0), (3, 1, 0), (4, 1, 45), (3, 1, 180))
 FROZEN = ("majority", "tfidf", "probe", "head")
