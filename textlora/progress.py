@@ -3,7 +3,7 @@
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 LINE_SECONDS = 10.0
 
@@ -35,6 +35,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def time_left(began: float, done: int, rest: int) -> str:
+    """`m:ss left` for `rest` more of what was done `done` times since `began` (monotonic seconds); "" where that cannot be told."""
+    return f"{clock((time.monotonic() - began) / done * rest)} left" if done > 0 and rest > 0 else ""
+
+
 def _first(metrics: dict[str, Any]) -> str:
     return next(iter(metrics), "")
 
@@ -46,36 +51,62 @@ def _metric(metrics: dict[str, Any]) -> str:
 
 
 class Display:
-    """Context manager whose `show` takes the records of a run. Writes to standard error only."""
+    """Lines and, in a terminal, a bar below them, all on standard error; nothing when quiet. Use as a context manager."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
         self.live = not quiet and sys.stderr.isatty()
-        self.bar: Any = None
-        self.task: Any = None
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close_bar()
+
+    def say(self, text: str) -> None:
+        if self.quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def count(self, what: str, done: int, total: int | None, note: str = "", left: str = "") -> None:
+        """Move the bar, which opens with the first call; `what` is its name."""
+        if not self.live:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            ends = (TextColumn("{task.fields[note]}"), TextColumn("{task.fields[left]}"))
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), *ends)
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(what, completed=done, total=total, note=note, left=left)
+        self._bar.update(self._task, completed=done, total=total, note=note, left=left)
+
+    def close_bar(self) -> bool:
+        """Remove the bar; whether there was one."""
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.stop()
+        return bar is not None
+
+
+class TrainingDisplay(Display):
+    """Its `show` takes the records of a training run."""
+
+    def __init__(self, quiet: bool = False):
+        super().__init__(quiet)
         self.last_line = time.monotonic()
         self.started: float | None = None
         self.steps = self.first_step = 0
         self.metric = ""
 
-    def __enter__(self) -> "Display":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def say(self, text: str) -> None:
-        if self.quiet:
-            return
-        if self.bar is not None:
-            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
     def show(self, record: dict[str, Any]) -> None:
-        if self.quiet:
-            return
         if record["kind"] == "start":
             self.steps = record["steps"]
         if record["kind"] == "data":
@@ -88,38 +119,17 @@ class Display:
         line = report_line(record)
         if line:
             self.say(line)
-        if self.bar is not None and record["kind"] == "evaluation" and record["step"] == self.steps:
-            self.bar.stop()
-            self.bar = None
+        if record["kind"] == "evaluation" and record["step"] == self.steps and self.close_bar():
             self.say("saving, and checking the saved folder with transformers + peft ...")
 
     def _step(self, record: dict[str, Any]) -> None:
         now = time.monotonic()
         if self.started is None:
             self.started, self.first_step = now, record["step"] - 1
-            if self.live:
-                self._open_bar()
         done = record["step"] - self.first_step
-        left = (now - self.started) / done * (self.steps - record["step"]) if done > 1 else None
+        left = time_left(self.started, done, self.steps - record["step"]) if done > 1 else ""
         text = f"loss {record['loss']:.4f}  {self.metric}  {record['tokens_per_second']:,.0f} tokens/s"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=record["step"], total=self.steps, note=text, left="" if left is None else f"{clock(left)} left")
-        elif now - self.last_line > LINE_SECONDS:
+        self.count("training", record["step"], self.steps or None, text, left)
+        if not self.live and now - self.last_line > LINE_SECONDS:
             self.last_line = now
-            ending = "" if left is None else f"  {clock(left)} left"
-            self.say(f"step {record['step']}/{self.steps}  {text}{ending}")
-
-    def _open_bar(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        columns = (
-            TextColumn("training"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TextColumn("{task.fields[left]}"),
-        )
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self.bar.start()
-        self.task = self.bar.add_task("", total=self.steps or None, note="", left="")
+            self.say(f"step {record['step']}/{self.steps}  {text}  {left}".rstrip())

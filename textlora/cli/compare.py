@@ -1,6 +1,5 @@
 """`textlora compare`."""
 
-import sys
 import time
 from typing import Any
 
@@ -11,7 +10,7 @@ from textlora.config import TrainConfig
 from textlora.errors import UsageError
 from textlora.methods import DEFAULT_METHODS, METHODS
 from textlora.options import CommaList, merge_settings, setting_options
-from textlora.progress import clock
+from textlora.progress import Display, clock
 
 _SHARED = (
     "train", "validation", "test", *DATA_FLAGS, "problem_type", "model", "revision", "output", "pooling", "epochs", "scheduler", "warmup",
@@ -76,7 +75,7 @@ def compare(
     from textlora.compare import compare as run_comparison
 
     asked = Comparison(TrainConfig(**settings), chosen, _rates(learning_rates), sizes, seeds, rows, budget, name)
-    with Runs(quiet) as display:
+    with ComparisonDisplay(quiet) as display:
         display.say("reading the data and the base model ...")
         summary = run_comparison(asked, on_record=display.show)
         display.say(f"saved to {settings['output']}: open {settings['output']}/report.html")
@@ -96,53 +95,23 @@ def _rates(given: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
     return rates
 
 
-class Runs:
-    """Context manager whose `show` takes the records of a comparison: a bar in a terminal, a line per run elsewhere; standard error only."""
+class ComparisonDisplay(Display):
+    """Its `show` takes the records of a comparison: a line per finished run."""
 
     def __init__(self, quiet: bool = False):
-        self.quiet, self.bar, self.task = quiet, None, None
+        super().__init__(quiet)
         self.left, self.asked_at = None, 0.0
 
-    def __enter__(self) -> "Runs":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def say(self, text: str) -> None:
-        if self.quiet:
-            return
-        if self.bar is not None:
-            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
     def show(self, record: dict[str, Any]) -> None:
-        if self.quiet:
-            return
         if record["kind"] == "begin":
             self.left, self.asked_at = record["left_seconds"], time.monotonic()
-            self._advance(record, run_name(record) + self._left())
+            self.count("comparing", record["done"], record["all"], run_name(record), self._left())
             return
         count = record["done"] if record["all"] is None else f"{record['done']}/{record['all']}"
-        self.say(f"[{count}] {run_line(record)}{self._left()}")
+        self.say(f"[{count}] {run_line(record)}  {self._left()}".rstrip())
 
     def _left(self) -> str:
-        return "" if self.left is None else f"  about {clock(max(0.0, self.left - (time.monotonic() - self.asked_at)))} left"
-
-    def _advance(self, record: dict[str, Any], text: str) -> None:
-        if not sys.stderr.isatty():
-            return
-        if self.bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-            columns = (TextColumn("comparing"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("", total=record["all"], note="")
-        self.bar.update(self.task, completed=record["done"], total=record["all"], note=text)
+        return "" if self.left is None else f"about {clock(max(0.0, self.left - (time.monotonic() - self.asked_at)))} left"
 
 
 def run_name(record: dict[str, Any]) -> str:

@@ -35,9 +35,9 @@ def train(config_file: str | None, resume: bool, as_json: bool, quiet: bool, **f
 
         config = resume_config(Path(settings["output"]), settings)
     config = config or TrainConfig(**settings)
-    from textlora.progress import Display
+    from textlora.progress import TrainingDisplay
 
-    with Display(quiet) as display, _interruptible() as interrupt:
+    with TrainingDisplay(quiet) as display, _interruptible() as interrupt:
         display.say("reading the data and the base model ...")
         from textlora.run import run_training
 

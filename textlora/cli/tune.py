@@ -13,7 +13,7 @@ from textlora.cli.train import ALL_FLAGS
 from textlora.config import TrainConfig
 from textlora.errors import Interrupted, UsageError
 from textlora.options import merge_settings, setting_options
-from textlora.progress import Display, clock
+from textlora.progress import TrainingDisplay, time_left
 
 _FLAGS = tuple(name for name in ALL_FLAGS if name not in ("eval_every", "init_adapter"))
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -58,17 +58,14 @@ def tune(
     if not settings.get("output"):
         raise UsageError("no output folder", "name one with --output")
     config = TrainConfig(**settings)
-    with Display(quiet) as display, _stoppable():
+    with SearchDisplay(quiet) as display, _stoppable():
         display.say("reading the data and the base model ...")
         from textlora.tune import tune as search
 
-        progress = _Progress(display)
         try:
-            result = search(config, frozenset(settings), trials=trials, timeout=timeout, storage=storage, study=study, on_record=progress.show)
+            result = search(config, frozenset(settings), trials=trials, timeout=timeout, storage=storage, study=study, on_record=display.show)
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted", "the same command goes on with the study") from error
-        finally:
-            progress.close()
         display.say(f"saved to {result['adapter']}: open {result['output']}/report.html")
     if as_json:
         print_json(result)
@@ -88,77 +85,48 @@ def _stoppable():
         signal.signal(signal.SIGTERM, before)
 
 
-class _Progress:
-    """Trials as lines; in a terminal a bar with the time left below them. The last run is shown as `train` shows it."""
+class SearchDisplay(TrainingDisplay):
+    """Its `show` takes the records of a search: a line per trial, and the last run as `train` shows it."""
 
-    def __init__(self, display: Display):
-        self.display, self.bar, self.task = display, None, None
-        self.trials = self.first = 0
+    def __init__(self, quiet: bool = False):
+        super().__init__(quiet)
+        self.trials = self.first = self.done = 0
         self.began = time.monotonic()
-        self.metric = ""
+        self.searched_metric = self.left = ""
 
     def show(self, record: dict[str, Any]) -> None:
         kind = record["kind"]
         if kind == "study":
-            self.trials, self.first, self.metric, self.began = record["trials"], record["done"], record["metric"], time.monotonic()
+            self.trials, self.first, self.searched_metric, self.began = record["trials"], record["done"], record["metric"], time.monotonic()
+            self.done = self.first
             again = f", {record['done']} are done" if record["done"] else ""
-            self.display.say(f"searching {', '.join(record['searched'])} in {record['trials']} trials{again}")
-            if self.display.live and record["done"] < record["trials"]:
-                self._open()
+            self.say(f"searching {', '.join(record['searched'])} in {record['trials']} trials{again}")
         elif kind == "trial":
-            self._note(f"trial {record['number']}")
+            self._trial(record, "")
         elif kind == "epoch":
-            self._note(f"trial {record['number']}  epoch {record['epoch']:g} of {record['epochs']:g}  {self.metric} {record['value']:.4f}")
+            self._trial(record, f"  epoch {record['epoch']:g} of {record['epochs']:g}  {self.searched_metric} {record['value']:.4f}")
         elif kind == "trial_end":
             self._trial_end(record)
         elif kind == "waiting":
-            self.display.say(f"waiting for {record['running']} trials of other processes ...")
+            self.say(f"waiting for {record['running']} trials of other processes ...")
         elif kind == "best":
-            self.close()
-            self.display.say(f"training the settings of trial {record['number']} ({self.metric} {record['value']:.4f}) ...")
+            self.close_bar()
+            self.say(f"training the settings of trial {record['number']} ({self.searched_metric} {record['value']:.4f}) ...")
         else:
-            self.display.show(record)
+            super().show(record)
+
+    def _trial(self, record: dict[str, Any], state: str) -> None:
+        self.count("trials", self.done, self.trials, f"trial {record['number']}{state}", self.left)
 
     def _trial_end(self, record: dict[str, Any]) -> None:
         best = record["best"]
         if record["state"] == "complete":
             ending = "  best so far" if best and best["number"] == record["number"] else ""
-            text = f"{self.metric} {record['value']:.4f}{ending}"
+            text = f"{self.searched_metric} {record['value']:.4f}{ending}"
         else:
             text = record["state"] + (f": {record['reason']}" if record["reason"] else "")
-        new = record["done"] - self.first
-        seconds = (time.monotonic() - self.began) / new * (self.trials - record["done"]) if new else 0.0
-        left = f"  {clock(seconds)} left" if record["done"] < self.trials else ""
-        self._say(f"trial {record['number']}: {text}  ({record['done']} of {self.trials} done{left})")
-        if self.bar is not None:
-            self.bar.update(self.task, completed=record["done"], left=left.strip())
-
-    def _note(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, note=text)
-
-    def _say(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            self.display.say(text)
-
-    def _open(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        columns = (
-            TextColumn("trials"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TextColumn("{task.fields[left]}"),
-        )
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self.bar.start()
-        self.task = self.bar.add_task("", total=self.trials, completed=self.first, note="", left="")
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        self.done = record["done"]
+        self.left = time_left(self.began, self.done - self.first, self.trials - self.done)
+        left = f"  {self.left}" if self.left else ""
+        self.say(f"trial {record['number']}: {text}  ({self.done} of {self.trials} done{left})")
+        self._trial(record, f"  {record['state']}")
