@@ -113,8 +113,8 @@ def test_saved_values_come_back(tiny_base):
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_head_on_known_features_is_the_head_on_texts(tiny_base, pooling):
     base, batch = base_of(tiny_base("bert"), pooling), batch_for("bert")
-    model = WholeModel(base, "head", 3, pooling, seed=3)
-    features = FeatureModel(base, pooling, "cpu", model.encoder).forward(batch)
+    model = WholeModel(base, "head", 3, pooling=pooling, seed=3)
+    features = FeatureModel(base, "head", 1, pooling=pooling, encoder=model.encoder).forward(batch)
     assert features.shape == (4, 32)
     assert torch.equal(model.forward(replace(batch, hidden=features, depth=model.depth)), model.forward(batch))
     trained = {name for name in model.trainable() if not name.startswith("base_model.model.classifier.")}
@@ -144,7 +144,7 @@ def test_principal_part_is_the_best_approximation():
 def test_pissa_starts_as_the_base_and_is_saved_as_ordinary_lora(tiny_base, use_rslora):
     base, batch = base_of(tiny_base("bert")), batch_for("bert")
     lora = LoraConfig(r=3, use_rslora=use_rslora)
-    model = PissaModel(base, lora, 3, "first", 4, "cpu", PackedEncoder(base), {})
+    model = PissaModel(base, lora, 3, {}, seed=4)
     plain = PackedModel(base, lora, 3, seed=4)
     torch.testing.assert_close(model.forward(batch), plain.forward(batch), atol=1e-5, rtol=1e-4)  # B of a fresh LoRA is zero
     with torch.no_grad():

@@ -7,6 +7,7 @@ The base that is shared is never edited, so what is saved is an ordinary LoRA of
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,20 +30,11 @@ class PissaModel(PackedModel):
 
     Args:
         starts: full module name -> (A0, B0) that another model of this base and these settings has computed; filled with what is missing.
+        others: of `PackedModel`: pooling, seed, device, encoder.
     """
 
-    def __init__(
-        self,
-        base: BaseWeights,
-        lora: LoraConfig,
-        num_labels: int,
-        pooling: str,
-        seed: int,
-        device: str,
-        encoder: PackedEncoder,
-        starts: dict[str, tuple[Tensor, Tensor]],
-    ):
-        super().__init__(base, lora, num_labels, pooling, seed, device, encoder)
+    def __init__(self, base: BaseWeights, lora: LoraConfig, num_labels: int, starts: dict[str, tuple[Tensor, Tensor]], **others: Any):
+        super().__init__(base, lora, num_labels, **others)
         rest = {}
         with torch.no_grad():
             for full, (layer, slot) in self._slots.items():

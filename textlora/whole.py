@@ -5,6 +5,7 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,19 +28,11 @@ class WholeModel(PackedModel):
 
     Args:
         part: "all", "biases" (arXiv 2106.10199), or "head": the features of a text then never change and may be given as `batch.hidden` (B, H).
+        others: of `PackedModel`: pooling, seed, device, encoder.
     """
 
-    def __init__(
-        self,
-        base: BaseWeights,
-        part: str,
-        num_labels: int,
-        pooling: str = "first",
-        seed: int = 0,
-        device: str = "cpu",
-        encoder: PackedEncoder | None = None,
-    ):
-        super().__init__(base, LoraConfig(), num_labels, pooling, seed, device, encoder)
+    def __init__(self, base: BaseWeights, part: str, num_labels: int, **others: Any):
+        super().__init__(base, LoraConfig(), num_labels, **others)
         head = {name: tensor for name, tensor in self._trainable.items() if ".lora_" not in name}
         self.target_modules, self._slots = [], {}
         self.depth = base.spec.layers if part == "head" else 0
@@ -84,10 +77,7 @@ class WholeModel(PackedModel):
 
 
 class FeatureModel(WholeModel):
-    """The frozen encoder as a model whose outputs are the features (B, H)."""
-
-    def __init__(self, base: BaseWeights, pooling: str, device: str, encoder: PackedEncoder):
-        super().__init__(base, "head", 1, pooling, 0, device, encoder)
+    """The frozen encoder (part "head") as a model whose outputs are the features (B, H)."""
 
     def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
         return self.features(batch).float()

@@ -162,7 +162,7 @@ class Bench:
         """What the frozen encoder gives for each row of a run, (N, H) by split, and the seconds its training rows took."""
         if pooling not in self._features:
             base = self._packed_base("frozen features")
-            model, found = FeatureModel(base.base, pooling, self.prepared.device, base.encoder), {}
+            model, found = FeatureModel(base.base, "head", 1, pooling=pooling, device=self.prepared.device, encoder=base.encoder), {}
             for split, data in self.prepared.sets.items():
                 start = Seconds.now()
                 found[split] = encoded_logits(model, data.encoded)
@@ -210,7 +210,8 @@ class Bench:
         if method.way == "peft":
             return self._soft(method, prepared, run), {}, Seconds()
         base, config = self._packed_base(f"'{method.name}'"), prepared.config
-        model = WholeModel(base.base, method.settings["part"], len(prepared.schema.labels), config.pooling, run.seed, prepared.device, base.encoder)
+        others = {"pooling": config.pooling, "seed": run.seed, "device": prepared.device, "encoder": base.encoder}
+        model = WholeModel(base.base, method.settings["part"], len(prepared.schema.labels), **others)
         prepared = replace(prepared, model=model)
         if method.settings["part"] != "head":
             return prepared, {}, Seconds()
@@ -235,18 +236,18 @@ class Bench:
         model, count = self.prepared.model, len(prepared.schema.labels)
         if method.way == "pissa":
             self._packed_base("PiSSA")
+        others: dict[str, Any] = {"pooling": config.pooling, "seed": run.seed, "device": prepared.device}
         if not isinstance(model, PackedModel):
             from textlora.reference import ReferenceModel
 
             dtype = choose_dtype(config.precision, prepared.device)
-            folder, shared = prepared.files.folder, {"pooling": config.pooling, "seed": run.seed, "device": prepared.device, "dtype": dtype}
-            made = ReferenceModel.create(folder, config.lora, count, **shared)
+            made = ReferenceModel.create(prepared.files.folder, config.lora, count, **others, dtype=dtype)
             return replace(prepared, config=config, model=made), {}, Seconds()
+        others["encoder"] = model.encoder
         if method.way == "pissa":
-            starts = self._starts.setdefault(config.r, {})
-            made = PissaModel(model.base, config.lora, count, config.pooling, run.seed, prepared.device, model.encoder, starts)
+            made = PissaModel(model.base, config.lora, count, self._starts.setdefault(config.r, {}), **others)
         else:
-            made = PackedModel(model.base, config.lora, count, config.pooling, run.seed, prepared.device, model.encoder)
+            made = PackedModel(model.base, config.lora, count, **others)
         prepared = replace(prepared, config=config, model=made)
         if made.depth and made.depth not in self._states:
             start = Seconds.now()

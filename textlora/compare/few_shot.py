@@ -32,7 +32,7 @@ class Embedder(WholeModel):
     path = "contrastive"  # not "packed": the trainer then keeps a step's rows together, and every pair in it counts
 
     def __init__(self, base: BaseWeights, device: str, encoder: PackedEncoder):
-        super().__init__(base, "all", 1, "mean", 0, device, encoder)
+        super().__init__(base, "all", 1, pooling="mean", device=device, encoder=encoder)
         self.modules_to_save, self._trainable = [], self._leaves
 
     def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
