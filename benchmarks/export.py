@@ -11,7 +11,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +18,15 @@ import numpy as np
 import onnxruntime as ort
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from common import median_ratio, write_result
 
 from textlora import TextClassifier
 from textlora.adapter import read_adapter
 from textlora.classifier import encoded_logits, find_adapter_base
-from textlora.encoder import PackedEncoder, activate
-from textlora.export import adapter_inputs, export_adapter, export_base, export_classifier, merged_weights
-from textlora.export.graph import LOGITS, head_layers
+from textlora.export import adapter_inputs, export_adapter, export_base, export_classifier
+from textlora.export.graph import LOGITS
 from textlora.export.session import open_session, padded
-from textlora.tokens import Encoded, PackedBatch
-
-
-class MergedModel:
-    """The packed encoder on merged weights: what textlora runs where one adapter has a model for itself."""
-
-    path, device, dtype = "packed", "cpu", torch.float32
-
-    def __init__(self, model: Any):
-        weights = {name: torch.from_numpy(value) for name, value in merged_weights(model).items()}
-        spec, prefix = model.base.spec, model.base.spec.family.prefix
-        tensors = {ours: weights[f"{prefix}.{theirs}"] for ours, theirs in spec.tensors().items()}
-        self.pooling, self.encoder = model.pooling, PackedEncoder(replace(model.base, tensors=tensors))
-        layers = head_layers(spec, model.pooling)
-        self.head = [(weights[f"{layer.module}.weight"], weights[f"{layer.module}.bias"], layer.activation) for layer in layers]
-
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        x = self.encoder.forward(batch, {}, pooling=self.pooling)
-        for weight, bias, activation in self.head:
-            x = activate(F.linear(x, weight, bias), activation)
-        return x
+from textlora.tokens import Encoded
 
 
 def onnx_logits(session: ort.InferenceSession, encoded: Sequence[Encoded], spec: Any, size: int, inputs: dict, options: Any = None) -> np.ndarray:
@@ -83,11 +60,11 @@ def main() -> None:
         sizes["base graph"] = export_base(files, graph, pooling=classifier.meta.pooling)["bytes"]["model.onnx"]
         sizes["adapter"] = export_adapter(classifier, files, file)["bytes"][file.name]
         float32, int8, base = (open_session(path) for path in (one / "model.onnx", one / "model_quantized.onnx", graph / "model.onnx"))
-        adapter, active, merged, arrays = ort.LoraAdapter(), ort.RunOptions(), MergedModel(classifier.model), adapter_inputs(classifier.model)
+        adapter, active, arrays = ort.LoraAdapter(), ort.RunOptions(), adapter_inputs(classifier.model)
         adapter.Load(str(file))
         active.add_active_adapter(adapter)
         systems: dict[str, Callable[[], np.ndarray]] = {
-            "textlora, merged": lambda: encoded_logits(merged, encoded),
+            "textlora, merged": lambda: encoded_logits(classifier.running, encoded),
             "textlora, adapter beside the base": lambda: encoded_logits(classifier.model, encoded),
             "ONNX Runtime, merged": lambda: onnx_logits(float32, encoded, spec, options.batch, {}),
             "ONNX Runtime, merged, int8": lambda: onnx_logits(int8, encoded, spec, options.batch, {}),

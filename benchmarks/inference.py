@@ -1,6 +1,6 @@
-"""Texts per second of one merged classifier beside its peers, in three orders: as the texts arrive (64 at a time), sorted in windows of
-256, sorted over the set. Every system gets the same merged weights and as many threads as torch; peers with their best batch size. "textlora
-int8" is the adapter itself on a base in 8 bits, not merged.
+"""Texts per second of one merged classifier beside its peers, in three orders: as the texts arrive (textlora takes 64 at a time), sorted in
+windows of 256, sorted over the set. Every system gets the same merged weights and as many threads as torch; a peer takes its best batch size
+of each order. "textlora int8" is the adapter itself on a base in 8 bits, not merged.
 
     python benchmarks/inference.py path/to/data demo/bench      # a folder of adapters named as the sets, from adapters.py
 """
@@ -18,7 +18,6 @@ import openvino
 import pyarrow.parquet as pq
 import torch
 from common import median_ratio, write_result
-from export import MergedModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.utils import logging
 
@@ -30,17 +29,19 @@ from textlora.export.session import open_session, padded
 from textlora.merge import merge
 from textlora.tokens import Encoded
 
-ORDERS = {"arrival": 64, "windows": 256, "sorted": None}
+ORDERS = {"arrival": 64, "windows": 256, "sorted": None}  # texts that textlora gets at a time
+BATCHES = (4, 8, 16, 32)
 Forward = Callable[[list[Encoded]], np.ndarray]
 
 
-def in_order(encoded: Sequence[Encoded], window: int | None, batch: int, forward: Forward) -> np.ndarray:
-    """Run a padded system: rows sorted inside each window, cut into batches."""
-    size, parts, rows = window or len(encoded), [], []
+def in_order(encoded: Sequence[Encoded], order: str, batch: int, forward: Forward) -> np.ndarray:
+    """Run a padded system: rows as they come, or sorted inside each window, cut into batches."""
+    size, parts, rows = (ORDERS[order] if order == "windows" else None) or len(encoded), [], []
     for start in range(0, len(encoded), size):
-        order = start + np.argsort([len(e.ids) for e in encoded[start : start + size]], kind="stable")
-        for at in range(0, len(order), batch):
-            rows.append(order[at : at + batch])
+        lengths = [len(e.ids) for e in encoded[start : start + size]]
+        order_of_rows = start + (np.arange(len(lengths)) if order == "arrival" else np.argsort(lengths, kind="stable"))
+        for at in range(0, len(order_of_rows), batch):
+            rows.append(order_of_rows[at : at + batch])
             parts.append(forward([encoded[i] for i in rows[-1]]))
     logits = np.concatenate(parts)
     result = np.empty_like(logits)
@@ -75,29 +76,33 @@ def peers(folder: Path, onnx: Path, spec: Any) -> dict[str, Forward]:
     }
 
 
+def best_batch(encoded: Sequence[Encoded], order: str, forward: Forward) -> int:
+    """The batch size with which a padded system is fastest in an order."""
+    taken = {}
+    for batch in BATCHES:
+        in_order(encoded[: 4 * batch], order, batch, forward)
+        start = time.perf_counter()
+        in_order(encoded, order, batch, forward)
+        taken[batch] = time.perf_counter() - start
+    return min(taken, key=taken.__getitem__)
+
+
 def measure(name: str, data: Path, adapter: Path, rows: int, pairs: int) -> dict[str, Any]:
     table = pq.read_table(data)
     table = table.take(np.random.default_rng(42).permutation(table.num_rows)[-rows:])  # beyond what --limit-train --seed 42 takes
     texts, labels = table.column("text").to_pylist(), [str(label) for label in table.column("label").to_pylist()]
     classifier, files = TextClassifier.load(adapter, device="cpu"), find_adapter_base(read_adapter(adapter))
-    eight = TextClassifier.load(adapter, device="cpu", precision="int8").model
     encoded, spec = classifier.tokenizer.encode(texts), classifier.model.base.spec
-    merged = MergedModel(classifier.model)
-    found: dict[str, Any] = {"set": name, "rows": rows, "tokens": sum(len(e.ids) for e in encoded), "seconds": {}, "ratio": {}, "batch": {}}
+    merged, eight = classifier.running, classifier.model.for_inference("int8")
+    found: dict[str, Any] = {"set": name, "rows": rows, "tokens": sum(len(e.ids) for e in encoded), "seconds": {}, "ratio": {}}
     with tempfile.TemporaryDirectory() as scratch:
         folder, onnx = Path(scratch) / "merged", Path(scratch) / "onnx"
         merge(classifier, files, adapter, folder)
         export_classifier(classifier, files, onnx, int8=True)
         others = peers(folder, onnx, spec)
-        expected = in_order(encoded, None, 32, others["transformers"])
-        for peer, forward in others.items():  # best batch size on a quarter of the rows
-            part, taken = encoded[: max(32, rows // 4)], {}
-            for batch in (8, 16, 32, 64):
-                in_order(part, None, batch, forward)
-                start = time.perf_counter()
-                in_order(part, None, batch, forward)
-                taken[batch] = time.perf_counter() - start
-            found["batch"][peer] = min(taken, key=taken.__getitem__)
+        expected = in_order(encoded, "sorted", 32, others["transformers"])
+        best = {(peer, order): best_batch(encoded[: max(32, rows // 4)], order, forward) for peer, forward in others.items() for order in ORDERS}
+        found["batch"] = {order: {peer: best[peer, order] for peer in others} for order in ORDERS}
         logging.set_verbosity_error()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         pipe = pipeline("text-classification", model=str(folder), tokenizer=tokenizer, device="cpu", batch_size=32, truncation=True)
@@ -106,7 +111,7 @@ def measure(name: str, data: Path, adapter: Path, rows: int, pairs: int) -> dict
         right = lambda logits: float(np.mean([classifier.meta.labels[k] == label for k, label in zip(logits.argmax(1), labels, strict=True)]))
         found["accuracy"] = {"textlora": right(packed(encoded, None, merged)), "textlora int8": right(packed(encoded, None, eight))}
         for peer, forward in others.items():
-            logits = in_order(encoded, None, found["batch"][peer], forward)
+            logits = in_order(encoded, "sorted", best[peer, "sorted"], forward)
             found["difference"][peer] = float((np.abs(logits - expected) / scale).max())
             found["accuracy"][peer] = right(logits)
         for order, window in ORDERS.items():
@@ -115,7 +120,7 @@ def measure(name: str, data: Path, adapter: Path, rows: int, pairs: int) -> dict
                 "textlora int8": lambda window=window: packed(encoded, window, eight),
             }
             for peer, forward in others.items():
-                systems[peer] = lambda window=window, peer=peer, forward=forward: in_order(encoded, window, found["batch"][peer], forward)
+                systems[peer] = lambda order=order, peer=peer, forward=forward: in_order(encoded, order, best[peer, order], forward)
             if order == "arrival":
                 systems["transformers pipeline"] = lambda: pipe(texts)
             taken = {system: [] for system in systems}
@@ -134,10 +139,10 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("adapters", type=Path, help="folder of adapters")
     parser.add_argument("--rows", type=int, nargs=3, default=(1024, 768, 48))
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, nargs=3, default=(5, 5, 3))
     options = parser.parse_args()
-    sets = dict(zip(("banking77", "sst2", "imdb"), options.rows, strict=True))
-    tables = [measure(name, options.data / name / "train.parquet", options.adapters / name, count, options.pairs) for name, count in sets.items()]
+    sets = zip(("banking77", "sst2", "imdb"), options.rows, options.pairs, strict=True)
+    tables = [measure(name, options.data / name / "train.parquet", options.adapters / name, count, pairs) for name, count, pairs in sets]
     rows = []
     for table in tables:
         for order, taken in table["seconds"].items():

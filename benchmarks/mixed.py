@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from common import median_ratio, write_result
-from export import MergedModel
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
@@ -75,7 +74,6 @@ def beside_peft(texts: list[str], folder: Path, pairs: int) -> dict[str, Any]:
         engine.add(path, path.name)
     classifier = TextClassifier.load(paths[0], base="minilm")
     encoded, spec = classifier.tokenizer.encode(texts), classifier.model.base.spec
-    merged = TextClassifier(MergedModel(classifier.model), classifier.tokenizer, classifier.meta)
     net = AutoModelForSequenceClassification.from_pretrained(find_base("minilm").folder, num_labels=2)
     peft = PeftModel.from_pretrained(net, str(paths[0]), adapter_name=names[0])
     for path in paths[1:]:
@@ -94,7 +92,7 @@ def beside_peft(texts: list[str], folder: Path, pairs: int) -> dict[str, Any]:
     apart = float(np.abs(peft_logits() - ours()).max())
     systems = {
         "mixed": ours,
-        "merged": lambda: [merged.predict([texts[i] for i in rows]) for rows in batches],
+        "merged": lambda: [classifier.predict([texts[i] for i in rows]) for rows in batches],
         "peft": peft_logits,
     }
     return {"seconds": paired(systems, pairs), "difference": apart}

@@ -55,7 +55,7 @@ class _PlainModel:
 
     def __init__(self, encoder: PackedEncoder, device: str):
         self.encoder, self.depth = encoder, max(0, encoder.spec.layers - 1)
-        self.device, self.dtype, self.int8 = torch.device(device), torch.float32, encoder.int8 is not None
+        self.device, self.dtype, self.int8 = torch.device(device), torch.float32, encoder.int8
 
     def head(self, x: Tensor) -> Tensor:
         return x.float()
@@ -103,10 +103,10 @@ class AdapterBank:
             raise ModelError(f"{base}: {spec}, so its adapters cannot share batches", "serve a merged model, or use TextClassifier")
         weights = read_weights(self.files.folder, spec, pooler=True)
         self.weights = BaseWeights(spec, {name: t.to(self.device) for name, t in weights.tensors.items()}, weights.hash)
-        self.encoder = self.running = PackedEncoder(self.weights)
         if precision == "int8":
             require_int8(self.device)
-            self.running = self.encoder.in_int8()
+        self.encoder = PackedEncoder(self.weights)
+        self.running = self.encoder.for_inference(precision)
         # an adapter with mean pooling was trained without the base's pooler, and its hash is without it
         self._hashes = {"first": weights.hash, "mean": read_weights(self.files.folder, spec, pooler=False).hash}
         self.resident_bytes, self.verify = resident_bytes, verify
@@ -284,8 +284,8 @@ class AdapterBank:
         folded = model.folded()
         if model.mixes:
             model.encoder = self.running
-        elif self.running.int8 is not None:
-            model.encoder = model.encoder.in_int8()
+        elif self.running.int8:
+            model.encoder = model.encoder.for_inference("int8")
         tensors = [*model.trainable().values(), *(t for place in folded.values() for t in place if t is not None)]
         return Resident(classifier, folded, sum(t.numel() * t.element_size() for t in tensors))
 

@@ -4,6 +4,7 @@ import contextlib
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,13 @@ class Prediction:
 class TextClassifier:
     """A loaded classifier. Make one with `TextClassifier.load`."""
 
-    def __init__(self, model: Model, tokenizer: TextTokenizer, meta: AdapterMeta):
-        self.model, self.tokenizer, self.meta = model, tokenizer, meta
+    def __init__(self, model: Model, tokenizer: TextTokenizer, meta: AdapterMeta, precision: str = "float32"):
+        self.model, self.tokenizer, self.meta, self.precision = model, tokenizer, meta, precision
+
+    @cached_property
+    def running(self) -> Model:
+        """`model` as it predicts fastest. Made at the first prediction."""
+        return self.model.for_inference(self.precision)
 
     @classmethod
     def load(
@@ -107,18 +113,18 @@ class TextClassifier:
         where = folder.path if (folder.path / "tokenizer.json").is_file() else files.folder
         length = min(meta.max_length, model.max_length)
         tokenizer = TextTokenizer(load_tokenizer(where, files.config["model_type"]), length, meta.truncation)
-        classifier = cls(model, tokenizer, meta)
+        classifier = cls(model, tokenizer, meta, precision)
         if verify and meta.golden:
             classifier.verify(str(path))
-        if precision == "int8":
-            model.to_int8()
+        if precision != "float32":
+            _ = classifier.running  # says now where it cannot be had
         return classifier
 
     def verify(self, name: str = "this adapter") -> float:
         """Recompute the golden examples in plain float32; the largest difference of a logit. Raises AdapterError beyond the tolerance."""
         stored = np.array([row["logits"] for row in self.meta.golden], dtype=np.float64)
         with exact_float32():
-            now = self.logits([row["text"] for row in self.meta.golden], [row["text_pair"] for row in self.meta.golden])
+            now = self.plain_logits([row["text"] for row in self.meta.golden], [row["text_pair"] for row in self.meta.golden])
         if stored.shape != now.shape:
             raise AdapterError(f"{name}: golden examples have {stored.shape[-1]} logits, the model gives {now.shape[-1]}")
         difference = np.abs(stored - now)
@@ -141,6 +147,10 @@ class TextClassifier:
 
     def logits(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None) -> np.ndarray:
         """Logits (N, C) float32, rows in the order given."""
+        return encoded_logits(self.running, self.tokenizer.encode(texts, pairs))
+
+    def plain_logits(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None) -> np.ndarray:
+        """The same by the model as it was trained, the adapter beside the base, in float32: what proofs compare with."""
         return encoded_logits(self.model, self.tokenizer.encode(texts, pairs))
 
     def predict(self, texts: Sequence[str] | str, pairs: Sequence[str | None] | None = None) -> list[Prediction]:

@@ -18,21 +18,11 @@ from textlora.errors import UsageError
 from textlora.int8 import Int8Weight
 from textlora.lora import Lora, dora_scale, lora_linear
 from textlora.mixing import Folded, Mix
+from textlora.products import LaidOutWeight, activate, dense, filled_up, lays_out
 from textlora.tokens import PackedBatch
 
 Runs = list[tuple[int, int, int, int]]
 Loras = Mapping[tuple[int, str], Lora]
-
-
-def activate(x: Tensor, name: str | None) -> Tensor:
-    """Apply an activation by its transformers name; None is the identity."""
-    if name is None:
-        return x
-    if name == "gelu":
-        return F.gelu(x)
-    if name in ("gelu_new", "gelu_pytorch_tanh"):
-        return F.gelu(x, approximate="tanh")
-    return F.relu(x) if name == "relu" else torch.tanh(x)
 
 
 class PackedEncoder:
@@ -48,14 +38,20 @@ class PackedEncoder:
             for part in ("weight", "bias"):
                 block[f"qkv.{part}"] = torch.cat([block.pop(f"{slot}.{part}") for slot in ("query", "key", "value")])
             self.blocks.append(block)
-        self.int8: list[dict[str, Int8Weight]] | None = None
+        self.weights: list[dict[str, Int8Weight]] | list[dict[str, LaidOutWeight]] | None = None
 
-    def in_int8(self) -> "PackedEncoder":
-        """The same encoder with its dense layers in 8 bits: for inference, with the adapters as a `Mix`. The tensors are shared."""
-        made = copy.copy(self)
+    def for_inference(self, precision: str = "float32") -> "PackedEncoder":
+        """The same encoder with its dense layers in 8 bits, or laid out for this processor: no gradients, adapters as a `Mix`. The tensors are shared."""
+        if precision != "int8" and not lays_out(self.embeddings["word"]):
+            return self
+        made, kind = copy.copy(self), Int8Weight if precision == "int8" else LaidOutWeight
         names = ("qkv", "attention_output", "intermediate", "output")
-        made.int8 = [{name: Int8Weight.of(block[f"{name}.weight"]) for name in names} for block in self.blocks]
+        made.weights = [{name: kind.of(block[f"{name}.weight"]) for name in names} for block in self.blocks]
         return made
+
+    @property
+    def int8(self) -> bool:
+        return bool(self.weights) and isinstance(self.weights[0]["qkv"], Int8Weight)
 
     def forward(
         self, batch: PackedBatch, loras: Loras | Mix, *, pooling: str = "first", dropout_seed: int | None = None, checkpointing: bool = False
@@ -75,7 +71,7 @@ class PackedEncoder:
             UsageError: a text is longer than the position table.
         """
         runs = self._runs(batch)
-        x = self._embed(batch) if batch.hidden is None else batch.hidden
+        x = self._filled(self._embed(batch) if batch.hidden is None else batch.hidden)
         firsts = batch.cu_seqlens[:-1].to(x.device)
         for i in range(batch.depth, self.spec.layers):
             last = i == self.spec.layers - 1 and pooling == "first"
@@ -83,15 +79,18 @@ class PackedEncoder:
             x = checkpoint(self._block, *arguments, use_reentrant=False, preserve_rng_state=False) if checkpointing else self._block(*arguments)
         if pooling == "first":
             return x if self.spec.layers else x[firsts]
-        return torch.stack([part.mean(0) for part in x.split(batch.cu_seqlens.diff().tolist())])
+        return torch.stack([part.mean(0) for part in x[: batch.tokens].split(batch.cu_seqlens.diff().tolist())])
 
     def prefix(self, batch: PackedBatch, depth: int) -> Tensor:
         """Hidden states (T, H) at the input of block `depth`, no adapter below it. Raises UsageError as `forward` does."""
-        runs, x = self._runs(batch), self._embed(batch)
-        nobody = Mix([{}], [0] * batch.size, batch.cu_seqlens.diff().tolist()) if self.int8 else {}
+        runs, x = self._runs(batch), self._filled(self._embed(batch))
         for i in range(depth):
-            x = self._block(i, x, runs, nobody, None, None)
-        return x
+            x = self._block(i, x, runs, {}, None, None)
+        return x[: batch.tokens]
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """Rows that belong to nobody up to a whole number of steps, where weights are laid out."""
+        return x if self.weights is None or self.int8 else F.pad(x, (0, 0, 0, filled_up(len(x)) - len(x)))
 
     def _runs(self, batch: PackedBatch) -> Runs:
         runs = batch.runs()
@@ -124,13 +123,17 @@ class PackedEncoder:
         w, hidden = self.blocks[i], self.spec.hidden
         generator = None if dropout_seed is None else torch.Generator(x.device).manual_seed(dropout_seed + i)
 
-        def dense(value: Tensor, name: str, slots: tuple[str, ...], rows: slice = slice(None)) -> Tensor:
-            bias = w[f"{name}.bias"][rows]
+        def linear(
+            value: Tensor, name: str, slots: tuple[str, ...], rows: slice = slice(None), activation: str | None = None, residual: Tensor | None = None
+        ) -> Tensor:
+            weight, bias = (w[f"{name}.weight"] if self.weights is None else self.weights[i][name])[rows], w[f"{name}.bias"][rows]
             if isinstance(loras, Mix):
-                weight = w[f"{name}.weight"] if self.int8 is None else self.int8[i][name]
-                return loras.linear(i, slots, value, weight[rows], bias)
+                return loras.linear(i, slots, value, weight, bias, activation, residual)
             adapted = [(k * hidden, loras[i, slot]) for k, slot in enumerate(slots) if (i, slot) in loras]
-            return lora_linear(value, w[f"{name}.weight"][rows], bias, adapted, generator)
+            if not adapted:
+                return dense(value, weight, bias, activation, residual)
+            y = activate(lora_linear(value, weight, bias, adapted, generator), activation)
+            return y if residual is None else residual + y
 
         def folded(slot: str, weight: Tensor) -> Folded | None:
             if isinstance(loras, Mix):
@@ -139,20 +142,20 @@ class PackedEncoder:
             return None if lora is None else Folded(lora.A.to(x.dtype), (lora.scaling * lora.B).to(x.dtype), dora_scale(weight, lora))
 
         if firsts is None:
-            context = attend(dense(x, "qkv", ("query", "key", "value")), None, runs, self.spec.heads)
+            context = attend(linear(x, "qkv", ("query", "key", "value")), None, runs, self.spec.heads)
         else:
             tokens, x = x, x[firsts]
             runs_of_tokens, runs = runs, [(0, x.shape[0], 0, 1)]
-            queries = dense(x, "qkv", ("query",), slice(hidden))
+            queries = linear(x, "qkv", ("query",), slice(hidden))
             if generator is not None and any((i, slot) in loras and loras[i, slot].dropout for slot in ("key", "value")):  # masks are drawn per token
-                context = attend(dense(tokens, "qkv", ("key", "value"), slice(hidden, None)), queries, runs_of_tokens, self.spec.heads)
+                context = attend(linear(tokens, "qkv", ("key", "value"), slice(hidden, None)), queries, runs_of_tokens, self.spec.heads)
             else:
                 weight, bias = w["qkv.weight"][hidden:], w["qkv.bias"][2 * hidden :]
                 key, value = folded("key", weight[:hidden]), folded("value", weight[hidden:])
                 context = attend_first(tokens, queries, runs_of_tokens, self.spec.heads, weight, bias, key, value)
-        x = self._norm(i, "attention_norm", x + dense(context, "attention_output", ("attention_output",)))
-        inner = activate(dense(x, "intermediate", ("intermediate",)), self.spec.activation)
-        return self._norm(i, "output_norm", x + dense(inner, "output", ("output",)))
+        x = self._norm(i, "attention_norm", linear(context, "attention_output", ("attention_output",), residual=x))
+        inner = linear(x, "intermediate", ("intermediate",), activation=self.spec.activation)
+        return self._norm(i, "output_norm", linear(inner, "output", ("output",), residual=x))
 
     def _norm(self, i: int, name: str, x: Tensor) -> Tensor:
         w = self.blocks[i]
@@ -163,7 +166,7 @@ def attend(projected: Tensor, queries: Tensor | None, runs: Runs, heads: int) ->
     """Self-attention inside each text.
 
     Args:
-        projected: (T, 3H) q, k, v of every token; or (T, 2H) k, v when `queries` are given.
+        projected: (T, 3H) q, k, v of every token; or (T, 2H) k, v when `queries` are given. Rows after the last token give zeros.
         queries: (B, H) queries of the first tokens only, or None.
         runs: stretches of texts of one length, from `PackedBatch.runs`.
 
@@ -195,7 +198,7 @@ def attend_first(
     falls out of the softmax, and `out_h = (p_h X) W_v,h^T + b_v,h`. The only products over all tokens have h rows per text.
 
     Args:
-        x: (T, H) input of the block; queries: (B, H), one per text.
+        x: (T, H) input of the block, more rows do not matter; queries: (B, H), one per text.
         weight: (2H, H), keys then values; value_bias: (H,).
         key, value: LoRA on them, one for all texts or one per text.
 
@@ -214,8 +217,8 @@ def attend_first(
         keys = keys + (q.unsqueeze(2) @ _by_head(key.B, heads)).squeeze(2) @ key.A
     keys = keys.contiguous()
     means = []
-    for (first, texts, _, length), part in zip(runs, x.split([run[1] * run[3] for run in runs]), strict=True):
-        tokens = part.view(texts, length, width)
+    for first, texts, start, length in runs:
+        tokens = x[start : start + texts * length].view(texts, length, width)
         shares = torch.softmax(torch.bmm(keys[first : first + texts], tokens.transpose(1, 2)), dim=-1)
         means.append(torch.bmm(shares, tokens))
     mean = torch.cat(means)
@@ -258,6 +261,8 @@ class _RunAttention(torch.autograd.Function):
             part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
             _RunAttention._rows(out, queries, run).copy_(part.transpose(1, 2).reshape(-1, width))
             sums.append(lse)
+        if queries is None:
+            out[sum(count * length for _, count, _, length in runs) :].zero_()
         ctx.save_for_backward(projected, queries, out, *sums)
         ctx.runs, ctx.heads = runs, heads
         return out

@@ -7,7 +7,6 @@ Scheme: symmetric, `q = round(x / s)`, `s = max|x| / 127`, as vector-wise quanti
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from textlora.errors import UsageError
@@ -39,11 +38,6 @@ class Int8Weight:
         scale = x.abs().amax(1, keepdim=True).clamp_min_(1e-12).div_(LEVELS)
         y = torch._int_mm((x / scale).round_().to(torch.int8), self.q.t()) * scale
         return y.mul_(self.scale) if bias is None else torch.addcmul(bias, y, self.scale)
-
-
-def dense(x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None) -> Tensor:
-    """A frozen dense layer, (T, in) to (T, out)."""
-    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.product(x, bias)
 
 
 def require_int8(device: torch.device | str) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from textlora.int8 import Int8Weight, dense
+from textlora.products import Weight, activate, dense
 
 Place = tuple[int, str]
 
@@ -56,23 +56,32 @@ class Mix:
         owners = torch.tensor(self.owners, device=A.device)
         return Folded(A[owners], B[owners], None if scale is None else scale[owners])
 
-    def linear(self, layer: int, slots: Sequence[str], x: Tensor, weight: Tensor | Int8Weight, bias: Tensor) -> Tensor:
-        """Dense layer whose output is that of `slots` side by side: x (T, in), or (B, in) of first tokens, to (T, out) or (B, out)."""
+    def linear(
+        self, layer: int, slots: Sequence[str], x: Tensor, weight: Weight, bias: Tensor, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Dense layer whose output is that of `slots` side by side, and what follows it as in `products.dense`: x (T, in), or (B, in) of first
+        tokens, to (T, out) or (B, out). Rows of x after the last token belong to nobody.
+        """
         places = [[adapter.get((layer, slot)) for adapter in self.adapters] for slot in slots]
         scaled = any(one is not None and one.scale is not None for known in places for one in known)
-        y = dense(x, weight, None if scaled else bias)
+        if not any(one is not None for known in places for one in known):
+            return dense(x, weight, bias, activation, residual)
+        early = not scaled and activation is None  # else the residual waits for what comes between
+        y = dense(x, weight, None if scaled else bias, residual=residual if early else None)
         stretches = self.texts if len(x) == len(self.owners) else self.tokens
         sizes = [size for _, size in stretches]
-        for known, part in zip(places, y.split(weight.shape[0] // len(slots), dim=1), strict=True):
+        count = sum(sizes)
+        for known, part in zip(places, y[:count].split(weight.shape[0] // len(slots), dim=1), strict=True):
             if not any(known):
                 continue
-            for (owner, _), rows, out in zip(stretches, x.split(sizes), part.split(sizes), strict=True):
+            for (owner, _), rows, out in zip(stretches, x[:count].split(sizes), part.split(sizes), strict=True):
                 one = known[owner]
                 if one is not None:
                     out.addmm_(rows @ one.A.T, one.B.T)
                     if one.scale is not None:
                         out.mul_(one.scale)
-        return y.add_(bias) if scaled else y
+        y = activate(y.add_(bias) if scaled else y, activation)
+        return y if early or residual is None else y.add_(residual)
 
 
 def _stretches(owners: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:

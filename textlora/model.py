@@ -3,6 +3,7 @@
 `reference.ReferenceModel` has the same interface over transformers + peft; `open_model` picks between them.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from textlora.base import BaseFiles, BaseWeights, read_weights
 from textlora.config import LoraConfig
-from textlora.encoder import PackedEncoder, activate
+from textlora.encoder import PackedEncoder
 from textlora.errors import AdapterError
 from textlora.families import MEAN_HEAD, SLOTS, EncoderSpec, HeadLayer, read_spec
 from textlora.int8 import require_int8
-from textlora.lora import Lora, dora_scale, init_lora, lora_linear, weight_norm
+from textlora.lora import Lora, delta, dora_scale, init_lora, lora_linear, weight_norm
 from textlora.mixing import Folded, Mix
+from textlora.products import activate
 from textlora.targets import resolve_targets
 from textlora.tokens import PackedBatch
 
@@ -44,7 +46,8 @@ class Model(Protocol):
 
     def load_trainable(self, tensors: Mapping[str, Tensor]) -> None: ...
 
-    def to_int8(self) -> None: ...
+    def for_inference(self, precision: str) -> "Model":
+        """The same classifier as it predicts fastest, for good: "float32", or the base in "int8". Raises UsageError where that cannot be had."""
 
     def base_hash(self) -> str: ...
 
@@ -203,14 +206,30 @@ class PackedModel:
                     made[i, slot] = Folded(*(None if t is None else t.detach().to(self.dtype) for t in tensors))
         return made
 
-    def to_int8(self) -> None:
-        """Run the base's dense layers in 8 bits from now on, LoRA and head in float32: inference only. Raises UsageError as `require_int8` does."""
-        require_int8(self.device)
-        self.encoder, self._folded = self.encoder.in_int8(), self.folded()
+    def for_inference(self, precision: str) -> "PackedModel":
+        """A copy that only predicts: in float32 with LoRA merged into the weights, in int8 beside them. Raises UsageError as `require_int8` does."""
+        made = copy.copy(self)
+        if precision == "int8":
+            require_int8(self.device)
+            made.encoder, made._folded = self.encoder.for_inference("int8"), self.folded()
+        else:
+            made.encoder, made._folded = PackedEncoder(replace(self.base, tensors=self._merged())).for_inference(), {}
+        return made
+
+    def _merged(self) -> dict[str, Tensor]:
+        """The base's tensors with what the adapter changes; `W + delta` is computed in float64 and rounded once."""
+        tensors = {ours: self._base_tensor(ours).detach().to(self.dtype) for ours in self.base.tensors}
+        with torch.no_grad():
+            for (i, slot), lora in self.loras().items():
+                if slot != "pooler":
+                    wide = replace(lora, A=lora.A.double(), B=lora.B.double(), magnitude=None if lora.magnitude is None else lora.magnitude.double())
+                    weight = tensors[f"{i}.{slot}.weight"].double()
+                    tensors[f"{i}.{slot}.weight"] = (weight + delta(weight, wide)).to(self.dtype)
+        return tensors
 
     @property
     def int8(self) -> bool:
-        return self.encoder.int8 is not None
+        return self.encoder.int8
 
     def _base_tensor(self, ours: str) -> Tensor:
         name = next((name for name, own in self._own.items() if own == ours), None)

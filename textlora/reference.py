@@ -225,7 +225,9 @@ class ReferenceModel:
         """PEFT file names -> float32 leaves: per layer A, B and magnitude, then the head."""
         return self._trainable
 
-    def to_int8(self) -> None:
+    def for_inference(self, precision: str) -> "ReferenceModel":
+        if precision == "float32":
+            return self
         raise UsageError("--precision int8: only on the packed path", "leave it out")
 
     def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:

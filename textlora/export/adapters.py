@@ -139,7 +139,7 @@ def export_adapter(classifier: TextClassifier, files: BaseFiles, output: Path) -
     inputs = adapter_inputs(model)
     texts, pairs = zip(*golden_rows(meta.pairs), strict=True)
     with exact_float32():
-        encoded, packed = classifier.tokenizer.encode(texts, pairs), classifier.logits(texts, pairs)
+        encoded, packed = classifier.tokenizer.encode(texts, pairs), classifier.plain_logits(texts, pairs)
     with tempfile.TemporaryDirectory() as scratch:
         graph, file = Path(scratch) / MODEL_FILE, Path(scratch) / f"adapter{SUFFIX}"
         weights, guard = as_arrays(named_base(spec, model.base.tensors)), guard_name(model.base_hash(), model.pooling)

@@ -96,7 +96,7 @@ class _Trial:
             rows += [(row.text, row.text_pair) for row in table.rows]
         texts, pairs = [text for text, _ in rows], [pair for _, pair in rows]
         with exact_float32():
-            return cls(meta, classifier.tokenizer.encode(texts, pairs), classifier.logits(texts, pairs), golden, labels)
+            return cls(meta, classifier.tokenizer.encode(texts, pairs), classifier.plain_logits(texts, pairs), golden, labels)
 
     def record(self, found: np.ndarray) -> dict[str, Any]:
         """What a file's logits are worth: the largest difference of one on the golden examples and on the rows, metrics, decisions changed."""
