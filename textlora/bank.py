@@ -26,9 +26,9 @@ from textlora.errors import AdapterError, ModelError, UnknownAdapterError, Usage
 from textlora.families import read_spec
 from textlora.files import sha256_file
 from textlora.hardware import choose_device
-from textlora.int8 import require_int8
 from textlora.mixing import Folded
 from textlora.model import PackedModel
+from textlora.products import require_int8
 from textlora.tokens import TextTokenizer, load_tokenizer
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

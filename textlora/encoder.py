@@ -15,10 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from textlora.base import BaseWeights
 from textlora.errors import UsageError
-from textlora.int8 import Int8Weight
 from textlora.lora import Lora, dora_scale, lora_linear
 from textlora.mixing import Folded, Mix
-from textlora.products import LaidOutWeight, activate, dense, filled_up, lays_out
+from textlora.products import Int8Weight, LaidOutWeight, activate, dense, filled_up, lays_out
 from textlora.tokens import PackedBatch
 
 Runs = list[tuple[int, int, int, int]]
@@ -90,7 +89,7 @@ class PackedEncoder:
 
     def _filled(self, x: Tensor) -> Tensor:
         """Rows that belong to nobody up to a whole number of steps, where weights are laid out."""
-        return x if self.weights is None or self.int8 else F.pad(x, (0, 0, 0, filled_up(len(x)) - len(x)))
+        return x if self.weights is None else F.pad(x, (0, 0, 0, filled_up(len(x)) - len(x)))
 
     def _runs(self, batch: PackedBatch) -> Runs:
         runs = batch.runs()

@@ -18,10 +18,9 @@ from textlora.config import LoraConfig
 from textlora.encoder import PackedEncoder
 from textlora.errors import AdapterError
 from textlora.families import MEAN_HEAD, SLOTS, EncoderSpec, HeadLayer, read_spec
-from textlora.int8 import require_int8
 from textlora.lora import Lora, delta, dora_scale, init_lora, lora_linear, weight_norm
 from textlora.mixing import Folded, Mix
-from textlora.products import activate
+from textlora.products import activate, require_int8
 from textlora.targets import resolve_targets
 from textlora.tokens import PackedBatch
 

@@ -1,20 +1,26 @@
-"""Products of the frozen base, for inference: weights laid out once for the processor, bias and GELU in the same pass.
+"""Products of the frozen base, for inference: weights laid out once for the processor, in float32 or in 8-bit integers.
 
-oneDNN runs float32 products 8 to 12% faster on weights laid out for it, and a fused GELU saves a pass over the widest rows (docs/log.md). It
-keeps about a mebibyte for each shape it has seen, and packed batches hardly repeat one: so rows come in steps, and products of more rows are cut.
+oneDNN runs float32 products 8 to 12% faster on weights laid out for it, and bias, GELU and residual in the same pass (docs/log.md). It keeps
+up to a mebibyte for each shape it has seen, and packed batches hardly repeat one: so rows come in steps, and products of more rows are cut.
+
+In integers weights are rounded once, with a scale per output, and activations as they come, with a scale per token. So a token's result
+depends on no other token of the batch, and integer sums are exact. Symmetric, `q = round(x / s)`, `s = max|x| / 127`, as vector-wise
+quantisation in Dettmers et al. 2022 (arXiv 2208.07339, section 2.1), without its outlier part.
 """
 
 import platform
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textlora.int8 import Int8Weight
+from textlora.errors import UsageError
 
 STEP = 32  # tokens; a batch is filled up to a whole number of steps ...
 MOST = 1024  # rows of one product
+LEVELS = 127
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,60 @@ class LaidOutWeight:
         return activate(torch.ops.mkldnn._linear_pointwise(x, self.laid_out, bias, "none", [], ""), activation)
 
 
+@dataclass(frozen=True)
+class Int8Weight:
+    """Weight of a dense layer: q (out, in) int8 and scale (out,) float32, `W = scale q`; q in oneDNN's own order where it has one."""
+
+    q: Tensor
+    scale: Tensor
+    laid_out: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Int8Weight":
+        scale = weight.abs().amax(1).clamp_min(1e-12).div(LEVELS)
+        q = (weight / scale.unsqueeze(1)).round_().to(torch.int8).contiguous()
+        return cls(q, scale, torch.ops.onednn.qlinear_prepack(q, None) if lays_out(weight) and _exact_unsigned() else None)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.q.shape
+
+    def __getitem__(self, rows: slice) -> "Int8Weight":
+        return self if rows == slice(None) else Int8Weight(self.q[rows], self.scale[rows])
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x W^T + b`: (T, in) to (T, out)."""
+        scale = x.abs().amax(1, keepdim=True).clamp_min_(1e-12).div_(LEVELS)
+        rounded = (x / scale).round_()
+        if self.laid_out is None or len(x) % STEP:
+            return self._finish(torch._int_mm(rounded.to(torch.int8), self.q.t()) * self.scale, scale, bias)
+        return self._finish(_unsigned_product(rounded, self.laid_out, self.scale), scale, bias)
+
+    @staticmethod
+    def _finish(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
+
+
+def _unsigned_product(x: Tensor, laid_out: Tensor, scale: Tensor) -> Tensor:
+    """Whole numbers x (T, in), -127 to 127, times an int8 weight and its scales. Overwrites x.
+
+    oneDNN is fast with unsigned activations only (a thousand times); it takes the offset off again, in integers.
+    """
+    unsigned, none = x.add_(LEVELS + 1).to(torch.uint8), torch.zeros_like(scale, dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, LEVELS + 1, laid_out, scale, none, None, 1.0, 0, torch.float32, "none", [], "")
+
+
+@cache
+def _exact_unsigned() -> bool:
+    """Whether such products are exact on this processor: older ones saturate at 16 bits."""
+    q = torch.full((64, 64), LEVELS, dtype=torch.int8)
+    try:
+        y = _unsigned_product(torch.full((STEP, 64), float(LEVELS)), torch.ops.onednn.qlinear_prepack(q, None), torch.ones(64))
+    except RuntimeError:  # no such product here
+        return False
+    return bool((y == 64 * LEVELS**2).all())
+
+
 Weight = Tensor | Int8Weight | LaidOutWeight
 
 
@@ -72,11 +132,29 @@ def dense(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None
 
 
 def lays_out(weight: Tensor) -> bool:
-    """Whether `LaidOutWeight` works here and gains: float32 on an x86 processor, with oneDNN in this torch."""
+    """Whether laying out a float32 weight works here and gains: on an x86 processor, with oneDNN in this torch."""
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and platform.machine().lower() in ("x86_64", "amd64")
-    return fits and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    inner = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    return fits and torch.backends.mkldnn.is_available() and inner
 
 
 def filled_up(tokens: int) -> int:
     """`tokens` up to the next whole number of steps."""
     return -(-tokens // STEP) * STEP
+
+
+def require_int8(device: torch.device | str) -> None:
+    """Check that integer products are exact here: some processors saturate their 16-bit sums.
+
+    Raises:
+        UsageError: no integer products on this device, or wrong ones.
+    """
+    if torch.device(device).type != "cpu":
+        raise UsageError("--precision int8: only on CPUs", "leave it out, or use --device cpu")
+    x = torch.full((64, 64), LEVELS, dtype=torch.int8)
+    try:
+        right = bool((torch._int_mm(x, x.t()) == 64 * LEVELS**2).all())
+    except (RuntimeError, AttributeError) as error:
+        raise UsageError("--precision int8: this torch has no integer products here", "leave it out") from error
+    if not right:
+        raise UsageError("--precision int8: integer products overflow on this processor", "leave it out")
