@@ -24,7 +24,7 @@ from textlora.report.comparison.across import across
 
 SETS = ("trec6", "banking77", "sst2", "tweet_emotion", "mr", "glue_rte")
 ASIDE = ("ag_news", "sms_spam")
-TRAIN, SCORED = 300, 300
+TRAIN, SCORED = 256, 256
 KEPT = RESULTS / "comparison"
 DEFAULT, RECIPE = TrainConfig().learning_rate, 5e-5
 REPORT = Path(__file__).parent.parent / "docs" / "comparison"
@@ -54,7 +54,7 @@ def run(data: Path, names: Sequence[str]) -> None:
 def renamed(folder: str, method: str) -> Any:
     """The runs of one folder under another method's name."""
     settings, runs = read_comparison(KEPT / folder)
-    change = lambda names: {method: value for value in names.values()} if isinstance(names, dict) else [method]
+    change = lambda names: {method: next(iter(names.values()))} if isinstance(names, dict) else [method]
     settings |= {key: change(settings[key]) for key in ("methods", "learning_rates", "sizes")}
     return settings, [made | {"method": method} for made in runs]
 

@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("adapters", type=Path, help="folder of adapters")
-    parser.add_argument("--rows", type=int, nargs=3, default=(1024, 768, 48))
+    parser.add_argument("--rows", type=int, nargs=3, default=(640, 448, 24))
     parser.add_argument("--pairs", type=int, nargs=3, default=(5, 5, 3))
     options = parser.parse_args()
     sets = zip(("banking77", "sst2", "imdb"), options.rows, options.pairs, strict=True)
