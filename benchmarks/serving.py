@@ -142,7 +142,9 @@ def metric(port: int, name: str) -> float:
 
 
 def resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Of the server's processes: the one that listens and the one that computes."""
+    pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    return sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in pids) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def measure(load: Load, port: int, pid: int, folder: Path, seconds: float) -> dict[str, object]:

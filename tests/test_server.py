@@ -4,6 +4,7 @@ import asyncio
 import errno
 import io
 import json
+import marshal
 import re
 import shutil
 import signal
@@ -32,9 +33,11 @@ from textlora.errors import UsageError
 from textlora.server.app import create_app
 from textlora.server.folders import Folders
 from textlora.server.keys import KeyRing, read_keys
+from textlora.server.registry import Registry
 from textlora.server.run import server_config
 from textlora.server.service import Service
 from textlora.server.settings import ServeSettings, read_settings
+from textlora.server.worker import Worker
 
 NAMES = {"single": 0, "many": 1, "multi": 2, "value": 3, "pair": 7}
 TEXT = "a very good film"
@@ -51,19 +54,23 @@ def shelf(tiny_base, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(tiny_base, shelf):
-    """`start(keys, **settings)` gives a client of a server with all adapters of the shelf; `client.service` is what it runs."""
-    opened = []
+    """`start(keys, **settings)` gives a client of a server with all adapters of the shelf; `client.service` is what it runs.
+
+    What computes is called in this process, through the same bytes as in another one.
+    """
+    opened, plain = [], lambda value: marshal.loads(marshal.dumps(value))
 
     def make(keys: KeyRing | None = None, run: bool = True, **changes) -> TestClient:
         given = {"model": str(tiny_base("bert")), "device": "cpu", "batch_wait_ms": 0.0}
         if "adapter_dir" not in changes:
             given["adapter"] = tuple(f"{name}={shelf / name}" for name in NAMES)
         settings = ServeSettings(**given | changes)
-        service = Service(AdapterEngine(settings.model, device="cpu", resident_bytes=settings.adapter_memory_mb * 2**20), settings)
+        worker = Worker(AdapterEngine(settings.model, device="cpu", resident_bytes=settings.adapter_memory_mb * 2**20))
+        service = Service(Registry(lambda call, given: plain(worker.handle(call, plain(given)))), worker.facts(), settings)
         folders = Folders(service)
         folders.open_all()
         client = TestClient(create_app(service, keys or KeyRing(), folders), raise_server_exceptions=False)
-        client.service, client.folders = service, folders
+        client.service, client.folders, client.worker = service, folders, worker
         if run:
             opened.append(client)
             client.__enter__()
@@ -476,7 +483,7 @@ def test_a_bad_row_fails_only_its_own_request(start, held, shelf, tmp_path, tiny
         good, gone = (pool.submit(client.post, "/predict", json={"inputs": TEXT, "model": name}) for name in ("single", "many"))
         while client.service.batcher.waiting < 2:
             time.sleep(0.002)
-        client.service.bank.remove("many")
+        client.service.bank.remove("many", 0)
         gate.set()
         assert good.result().status_code == 200
         assert error(gone.result(), 404, "NotFound") == "no adapter 'many'"
@@ -602,7 +609,7 @@ def test_a_watched_folder(start, shelf, tmp_path, alone):
 def test_a_folder_that_breaks_while_it_is_served(start, shelf, tmp_path, alone):
     root = loading(tmp_path, shelf, "many", "single")
     client = start(adapter=(f"many={root / 'many'}", f"single={root / 'single'}"), adapter_memory_mb=1)
-    client.service.bank.resident_bytes = 0  # nothing stays in memory
+    client.worker.bank.resident_bytes = 0  # nothing stays in memory
     ask = lambda name: client.post("/predict", json={"inputs": TEXT, "model": name})
     assert_scores(ask("many").json(), alone("many").scores)
     weights = root / "many" / "adapter_model.safetensors"

@@ -11,8 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from textlora.answers import Prediction
     from textlora.api import train
-    from textlora.classifier import Prediction, TextClassifier
+    from textlora.classifier import TextClassifier
     from textlora.config import LoraConfig, TrainConfig
     from textlora.engine import AdapterEngine
     from textlora.errors import TextloraError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdapterEngine": "textlora.engine",
     "train": "textlora.api",
-    "Prediction": "textlora.classifier",
+    "Prediction": "textlora.answers",
     "TextClassifier": "textlora.classifier",
     "LoraConfig": "textlora.config",
     "TrainConfig": "textlora.config",

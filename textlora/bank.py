@@ -4,10 +4,9 @@ Registering reads `textlora.json` only. The whole check (hashes, names, shapes, 
 outside the bank's lock, so that running batches go on.
 """
 
-import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from textlora.adapter import SIDE_FILE, AdapterMeta, lora_config, read_adapter, read_meta
+from textlora.answers import NAME, Prediction
 from textlora.base import BaseWeights, find_base, read_weights
-from textlora.classifier import Prediction, TextClassifier
+from textlora.classifier import TextClassifier
 from textlora.encoder import PackedEncoder
 from textlora.errors import AdapterError, ModelError, UnknownAdapterError, UsageError
 from textlora.families import read_spec
@@ -31,7 +31,6 @@ from textlora.model import PackedModel
 from textlora.products import require_int8
 from textlora.tokens import TextTokenizer, load_tokenizer
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 RESIDENT_BYTES = 2**30
 
 
@@ -113,6 +112,7 @@ class AdapterBank:
         self._entries: dict[str, _Entry] = {}
         self._resident: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._held = 0
+        self._put_out: set[str] = set()
         self._changed = threading.Condition()
         self._proved: set[str] = set()  # hashes of side files, which hash the rest: put out and read again, an adapter is not computed again
         self._tokenizers: dict[tuple[str, int, str], TextTokenizer] = {}
@@ -158,19 +158,35 @@ class AdapterBank:
                 self._shrink()
         return meta
 
-    def remove(self, name: str, timeout: float | None = None) -> None:
-        """Forget an adapter. New users are refused at once; returns when the last one is done.
+    def remove(self, name: str) -> None:
+        """Forget an adapter; returns when its last user is done. Raises UnknownAdapterError where there is none of that name."""
+        self.retire(name)(None)
+
+    def retire(self, name: str) -> Callable[[float | None], bool]:
+        """Forget an adapter at once: new users are refused, its memory is freed by the last of those it has.
+
+        Returns:
+            a function that waits for that one, for at most so many seconds, and says whether it came.
 
         Raises:
             UnknownAdapterError: there is none of that name.
-            UsageError: it was still in use after `timeout` seconds; its memory is freed by the last user.
         """
         with self._changed:
             entry = self._entry(name)
             del self._entries[name]
             self._retire(entry)
-            if not self._changed.wait_for(lambda: entry.users == 0, timeout):
-                raise UsageError(f"adapter '{name}' is removed, and was still in use after {timeout:g} s")
+
+        def done(timeout: float | None) -> bool:
+            with self._changed:
+                return self._changed.wait_for(lambda: entry.users == 0, timeout)
+
+        return done
+
+    def put_out(self) -> list[str]:
+        """Adapters whose memory was freed for others since this was last asked."""
+        with self._changed:
+            found, self._put_out = self._put_out, set()
+            return list(found)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -183,11 +199,6 @@ class AdapterBank:
         """Raises UnknownAdapterError where there is no such adapter."""
         with self._changed:
             return self._entry(name).meta
-
-    def is_resident(self, name: str) -> bool:
-        """Whether using it now reads nothing from disk. Raises UnknownAdapterError."""
-        with self._changed:
-            return self._entry(name).resident is not None
 
     def state(self) -> dict[str, int]:
         """Numbers for metrics: registered, resident, resident_bytes."""
@@ -248,6 +259,7 @@ class AdapterBank:
             if self._held <= self.resident_bytes:
                 return
             self._drop(entry)
+            self._put_out.add(entry.name)
 
     def _retire(self, entry: _Entry) -> None:
         """Nobody new gets it; the last user's end frees its memory."""

@@ -70,7 +70,6 @@ class Batcher:
         wait: seconds an idle thread waits for more work after the first.
         on_batch: told of each batch, from its thread.
         threads: batches at a time.
-        prepare: called first in each thread.
     """
 
     def __init__(
@@ -82,9 +81,8 @@ class Batcher:
         wait: float = 0.002,
         on_batch: Callable[[BatchFacts], None] = lambda _: None,
         threads: int = 1,
-        prepare: Callable[[], None] = lambda: None,
     ):
-        self._run, self._on_batch, self._prepare = run, on_batch, prepare
+        self._run, self._on_batch = run, on_batch
         self.batch_tokens, self.queue_rows, self.wait = batch_tokens, queue_rows, wait
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting] = deque()
@@ -181,7 +179,6 @@ class Batcher:
             return taken
 
     def _work(self) -> None:
-        self._prepare()
         while True:
             batch = self._take()
             if not batch:

@@ -3,7 +3,6 @@
 import contextlib
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from textlora.adapter import AdapterFolder, AdapterMeta, lora_config, read_adapter
+from textlora.answers import Prediction
 from textlora.base import BaseFiles, find_base
 from textlora.calibration import decide, probabilities
 from textlora.config import MULTI_LABEL, REGRESSION
@@ -26,25 +26,6 @@ EVAL_TOKENS = 1024  # tokens per forward when predicting: larger is slower on a 
 MIN_SHARE = 32  # tokens below which a second thread gains nothing
 GOLDEN_TOLERANCE = 1e-3
 GOLDEN_FLOOR = 0.01  # a smaller scale of logits counts as this
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One text's answer.
-
-    Attributes:
-        label: the label, the labels joined by ", " (multi-label), or the value as text (regression).
-        labels: those decided on: one, any number (multi-label), none (regression).
-        score: probability of the label; of the likeliest label (multi-label); the value (regression).
-        scores: probability of each label in stored order; {"value": x} for regression.
-        logits: raw outputs in label order.
-    """
-
-    label: str
-    labels: tuple[str, ...]
-    score: float
-    scores: dict[str, float]
-    logits: tuple[float, ...]
 
 
 class TextClassifier:

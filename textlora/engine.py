@@ -14,24 +14,15 @@ import torch
 from torch import Tensor
 
 from textlora.adapter import AdapterMeta
+from textlora.answers import Answer, Prediction
 from textlora.bank import RESIDENT_BYTES, AdapterBank, Resident
-from textlora.classifier import EVAL_TOKENS, MIN_SHARE, Prediction
+from textlora.classifier import EVAL_TOKENS, MIN_SHARE
 from textlora.errors import AdapterError, TextloraError, UsageError
 from textlora.hardware import bounded_memory, side_by_side
 from textlora.mixing import Mix
 from textlora.tokens import Encoded, PackedBatch, even_batches, pack
 
 MOST_SHARING = 16  # rows of one text in a batch: bounds its memory
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A prediction, its adapter's problem type, the tokens it was made from (special ones included), and those of the text before it was cut."""
-
-    prediction: Prediction
-    problem_type: str
-    tokens: int
-    full: int
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ An error says what is wrong and where; `fix` says what to do about it. The comma
     ├── VerificationError what was saved does not give what was trained
     ├── OverloadError     more work is waiting than may wait
     ├── DeadlineError     not done in time
+    ├── UnavailableError  the process that computes has ended; another is being started
     ├── InternalError     a bug, told without its insides
     └── Interrupted       stopped by the user; the run can be resumed
 """
@@ -94,6 +95,12 @@ class DeadlineError(TextloraError):
     code = "deadline"
     exit_code = 1
     http_status = 504
+
+
+class UnavailableError(TextloraError):
+    code = "unavailable"
+    exit_code = 1
+    http_status = 503
 
 
 class InternalError(TextloraError):

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from textlora.classifier import Prediction, TextClassifier
+from textlora.answers import Prediction
+from textlora.classifier import TextClassifier
 from textlora.config import MULTI_LABEL, REGRESSION
 from textlora.data import Record, Stream
 

@@ -37,7 +37,7 @@ SAID = {
     424: "The adapter's folder is damaged or gone.",
     429: "Too many requests wait; Retry-After says when to come again.",
     500: "A bug.",
-    503: "Shutting down.",
+    503: "Shutting down, or what computes is being started again.",
     504: "Not done in time.",
 }
 
@@ -51,7 +51,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _PREDICTS = _errors(400, 401, 404, 408, 413, 422, 424, 429, 500, 503, 504)
-_MANAGES = _errors(400, 401, 403, 404, 408, 413, 422, 500)
+_MANAGES = _errors(400, 401, 403, 404, 408, 413, 422, 500, 503)
 _bearer = HTTPBearer(auto_error=False, description="A key of --api-keys or TEXTLORA_API_KEY.")
 
 
@@ -94,7 +94,7 @@ async def _disconnected(request: Request) -> None:
 def _headers(service: Service, answers: Answers) -> dict[str, str]:
     """Cost of a request, in TEI's headers: characters, tokens, whole milliseconds."""
     return {
-        "x-compute-type": service.bank.device,
+        "x-compute-type": service.facts["device"],
         "x-compute-characters": str(answers.characters),
         "x-compute-tokens": str(answers.tokens),
         "x-queue-time": str(round(answers.queued * 1e3)),
@@ -153,14 +153,14 @@ async def classify(service: Serving, key: Client, body: schemas.ClassifyRequest,
 
 
 def _card(service: Service, name: str, details: bool = False) -> dict[str, Any] | None:
-    meta = service.find_meta(name)
-    if meta is None:
+    found = service.bank.card(name)
+    if found is None:
         return None
     card = {
-        "id": name, "object": "model", "created": service.created, "owned_by": "textlora", "root": name, "parent": service.base_name,
-        "problem_type": meta.problem_type, "pairs": meta.pairs, "num_labels": len(meta.labels),
+        "id": name, "object": "model", "created": service.created, "owned_by": "textlora", "root": name, "parent": service.facts["base_name"],
+        "problem_type": found.problem_type, "pairs": found.pairs, "num_labels": len(found.labels),
     }  # fmt: skip
-    return card | ({"labels": list(meta.labels), "max_length": meta.max_length} if details else {})
+    return card | ({"labels": list(found.labels), "max_length": found.max_length} if details else {})
 
 
 @router.get("/v1/models", summary="Adapters that the key may use", response_model=schemas.ModelList, responses=_errors(401, 500), tags=["adapters"])
@@ -210,7 +210,7 @@ async def unload(request: Request, service: Serving, key: Manager, body: schemas
 @router.get("/health", summary="Whether the process works", response_model=schemas.Status, responses=_errors(500, 503), tags=["server"])
 async def health(service: Serving) -> Response:
     if not service.ready:
-        raise Refusal(503, "the thread that runs batches is not there")
+        raise Refusal(503, "what computes is not there")
     return JSONResponse({"status": "ok"})
 
 
@@ -225,12 +225,12 @@ async def ready(service: Serving) -> Response:
 async def info(request: Request, service: Serving, key: Client) -> Response:
     settings, default = service.settings, service.settings.default_adapter
     default = default if default and key.sees(default) else None
-    meta = service.find_meta(default) if default else None
-    labels = {str(i): label for i, label in enumerate(meta.labels)} if meta else {}
+    card = service.bank.card(default) if default else None
+    labels = {str(i): label for i, label in enumerate(card.labels)} if card else {}
     return JSONResponse({
-        "model_id": service.base_name, "model_sha": service.bank.weights.hash, "model_dtype": "float32",
+        "model_id": service.facts["base_name"], "model_sha": service.facts["base_hash"], "model_dtype": "float32",
         "model_type": {"classifier": {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}},
-        "max_concurrent_requests": settings.queue_rows, "max_input_length": meta.max_length if meta else service.max_length,
+        "max_concurrent_requests": settings.queue_rows, "max_input_length": card.max_length if card else service.facts["max_length"],
         "max_batch_tokens": settings.batch_tokens, "max_client_batch_size": settings.max_client_batch_size,
         "max_text_chars": settings.max_text_chars, "auto_truncate": True, "tokenization_workers": 1, "version": version("textlora"),
         "adapters": len(service.visible(key)), "default_adapter": default, "can_load": bool(settings.load_from) and key.manage,
@@ -242,7 +242,7 @@ async def info(request: Request, service: Serving, key: Client) -> Response:
 async def metrics(service: Serving, key: Client) -> Response:
     if not key.sees_all:
         raise Refusal(403, "these numbers are of all adapters; the key sees some")
-    return Response(service.metrics.page(), media_type=CONTENT_TYPE)
+    return Response(await asyncio.to_thread(service.metrics.page), media_type=CONTENT_TYPE)
 
 
 class Page:

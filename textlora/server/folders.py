@@ -4,11 +4,11 @@ import asyncio
 import contextlib
 from pathlib import Path
 
-from textlora.bank import NAME
-from textlora.errors import AdapterError, TextloraError, UnknownAdapterError, UsageError
+from textlora.answers import NAME
+from textlora.errors import AdapterError, TextloraError, UnavailableError, UnknownAdapterError, UsageError
 from textlora.server.keys import Key
-from textlora.server.outer import log
-from textlora.server.refusal import Refusal
+from textlora.server.log import log
+from textlora.server.refusal import Refusal, refusal
 from textlora.server.service import Service
 
 FILES = ("textlora.json", "adapter_model.safetensors", "adapter_config.json")
@@ -74,6 +74,9 @@ class Folders:
                 self._ours.add(name)
                 if self._running:
                     log("adapter_replaced" if again else "adapter_added", adapter=name)
+            except UnavailableError:  # until there is a process again
+                del self._seen[name]
+                return
             except (TextloraError, OSError) as error:  # half-copied, perhaps: its signature changes as it grows
                 log("adapter_refused", adapter=name, reason=str(error))
 
@@ -93,11 +96,11 @@ class Folders:
             raise Refusal(404, "lora_path: no adapter folder of that path inside the folders that may be loaded from")
         try:
             await self.service.in_loader(lambda: self.bank.add(folder, name, replace=replace, load=True))
-        except (AdapterError, OSError) as error:
+        except AdapterError as error:
             log("adapter_refused", adapter=name, reason=str(error))
             raise Refusal(400, f"adapter '{name}' cannot be loaded: its folder is damaged, incomplete, or of another base") from None
-        except UsageError as error:
-            raise Refusal(400, str(error)) from None
+        except TextloraError as error:
+            raise refusal(error) from None
         log("adapter_added", adapter=name, client=key.name)
 
     async def unload(self, name: str) -> None:
@@ -106,8 +109,8 @@ class Folders:
             await asyncio.to_thread(self.bank.remove, name, self.service.settings.deadline_seconds)
         except UnknownAdapterError:
             raise Refusal(404, f"no adapter '{name}'") from None
-        except UsageError as error:
-            raise Refusal(400, str(error)) from None
+        except TextloraError as error:
+            raise refusal(error) from None
         log("adapter_removed", adapter=name)
 
     def _allowed(self, path: str) -> Path | None:

@@ -1,37 +1,21 @@
 """What surrounds every request: its id, its log line, its count, and the limits that hold before anything is parsed."""
 
 import asyncio
-import contextlib
 import json
 import random
 import re
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from textlora.errors import OverloadError
 from textlora.server.keys import KeyRing
+from textlora.server.log import log, log_bug
 from textlora.server.metrics import Metrics
 from textlora.server.refusal import Refusal, refusal, unauthorized
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
-
-
-def log(event: str, **fields: Any) -> None:
-    """One JSON line on standard error. Callers pass names, numbers and routes, never a text or a key."""
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{time.time_ns() // 10**6 % 1000:03}Z"
-    with contextlib.suppress(OSError):  # a full disk under the log stops no answer
-        print(json.dumps({"time": stamp, "event": event} | fields), file=sys.stderr, flush=True)
-
-
-def log_bug(error: BaseException, **fields: Any) -> None:
-    """Where an error came from, without its message, which may hold a text."""
-    frames = [f"{Path(frame.filename).stem}.{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
-    log("bug", error=type(error).__name__, frames=frames, **fields)
 
 
 class Outer:

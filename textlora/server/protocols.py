@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from textlora.answers import Answer
 from textlora.calibration import probabilities
 from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from textlora.engine import Answer
 from textlora.server.service import Answers
 
 FUNCTIONS = {"softmax": SINGLE_LABEL, "sigmoid": MULTI_LABEL}

@@ -8,11 +8,12 @@ import time
 from typing import Any
 
 from textlora.errors import UsageError
+from textlora.server.child import Keeper
 from textlora.server.keys import read_keys
-from textlora.server.outer import log
+from textlora.server.log import log
 from textlora.server.settings import ServeSettings
 
-SWITCH_SECONDS = 2e-4  # the threads that compute come back to Python between products, and must not wait 5 ms for the event loop
+SWITCH_SECONDS = 2e-4  # threads that wait for batches must not wait 5 ms for the event loop
 
 
 def serve(settings: ServeSettings) -> None:
@@ -24,37 +25,31 @@ def serve(settings: ServeSettings) -> None:
     """
     begun = time.perf_counter()
     keys = read_keys(settings.api_keys, os.environ.get("TEXTLORA_API_KEY"))
-    try:
-        import uvicorn
+    with _listen(settings.host, settings.port) as listener, Keeper(settings) as keeper:
+        try:
+            import uvicorn  # while the other process imports torch
 
-        from textlora.server.app import create_app
-    except ModuleNotFoundError as error:
-        raise UsageError(f"serving needs {error.name}", 'pip install "textlora[serve]"') from error
-    import torch
-
-    from textlora.engine import AdapterEngine
-    from textlora.hardware import bounded_memory
-    from textlora.server.folders import Folders
-    from textlora.server.service import Service
-
-    sys.setswitchinterval(SWITCH_SECONDS)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    with _listen(settings.host, settings.port) as listener:
-        engine = AdapterEngine(
-            settings.model, device=settings.device, resident_bytes=settings.adapter_memory_mb * 2**20, precision=settings.precision
-        )
-        service = Service(engine, settings)
+            from textlora.server.app import create_app
+            from textlora.server.folders import Folders
+            from textlora.server.registry import Registry
+            from textlora.server.service import Service
+        except ModuleNotFoundError as error:
+            raise UsageError(f"serving needs {error.name}", 'pip install "textlora[serve]"') from error
+        bank, facts = Registry(keeper.handle), keeper.start()
+        service = Service(bank, facts, settings, lambda: keeper.alive)
         folders = Folders(service)
         folders.open_all()
+        keeper.watch(bank.restore)
         host, port = listener.getsockname()[:2]
         log(
-            "listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", adapters=len(engine.bank.names()), keys=len(keys.keys),
-            seconds=round(time.perf_counter() - begun, 2),
+            "listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", adapters=len(bank.names()), keys=len(keys.keys),
+            seconds=round(time.perf_counter() - begun, 2), engine_pid=keeper.pid,
         )  # fmt: skip
+        sys.setswitchinterval(SWITCH_SECONDS)
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when all is answered; then this ends with 0
-        with bounded_memory(engine.bank.plain.model):  # here once, since batches run side by side
-            uvicorn.Server(server_config(create_app(service, keys, folders), settings)).run([listener])
+        uvicorn.Server(server_config(create_app(service, keys, folders), settings)).run([listener])
+        if keeper.failed is not None:
+            raise keeper.failed
         log("stopped")
 
 

@@ -2,21 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-
-from textlora.adapter import AdapterMeta
-from textlora.bank import NAME
+from textlora.answers import NAME, Answer
 from textlora.batcher import Batcher, Task
-from textlora.engine import AdapterEngine, Answer
 from textlora.errors import AdapterError, DeadlineError, InternalError, OverloadError, TextloraError, UnknownAdapterError
 from textlora.server.keys import Key
+from textlora.server.log import log_bug
 from textlora.server.metrics import Metrics
-from textlora.server.outer import log_bug
 from textlora.server.refusal import Refusal, refusal
+from textlora.server.registry import Card, Registry
 from textlora.server.settings import ServeSettings
 
 LOADING = 64  # requests that may wait for adapters to be read
@@ -37,24 +35,25 @@ class Answers:
 
 
 class Service:
-    """An engine behind a queue. `start` and `stop` run on the event loop."""
+    """Adapters behind a queue. `start` and `stop` run on the event loop.
 
-    def __init__(self, engine: AdapterEngine, settings: ServeSettings):
-        self.engine, self.bank, self.settings = engine, engine.bank, settings
+    Args:
+        facts: as `Worker.facts` has them.
+        there: whether what computes is there.
+    """
+
+    def __init__(self, bank: Registry, facts: Mapping[str, Any], settings: ServeSettings, there: Callable[[], bool] = lambda: True):
+        self.bank, self.facts, self.settings, self._there = bank, facts, settings, there
         self.batcher: Batcher | None = None
         self.metrics = Metrics(self.bank.state, lambda: self.batcher.waiting if self.batcher else 0)
         self.created = int(time.time())
-        self.base_name = self.bank.files.id or self.bank.files.folder.name
-        self.max_length = self.bank.files.config["max_position_embeddings"]
-        # on a CPU a batch for each core: none waits for another's slower half, and what is done between products overlaps
-        self.threads = torch.get_num_threads() if torch.device(self.bank.device).type == "cpu" else 1
         self._loader = ThreadPoolExecutor(1, "textlora-adapters")
         self._loading = 0
 
     def start(self) -> None:
         self.batcher = Batcher(
-            self.engine.answers, batch_tokens=self.settings.batch_tokens, queue_rows=self.settings.queue_rows,
-            wait=self.settings.batch_wait_ms / 1e3, on_batch=self.metrics.batch, threads=self.threads, prepare=lambda: torch.set_num_threads(1),
+            self.bank.answers, batch_tokens=self.settings.batch_tokens, queue_rows=self.settings.queue_rows,
+            wait=self.settings.batch_wait_ms / 1e3, on_batch=self.metrics.batch, threads=self.facts["threads"],
         )  # fmt: skip
 
     async def stop(self) -> None:
@@ -64,19 +63,12 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return self.batcher is not None and self.batcher.alive
+        return self.batcher is not None and self.batcher.alive and self._there()
 
     def check_room(self) -> None:
         """Raise OverloadError where the queue is full."""
         if self.batcher is not None:
             self.batcher.check_room()
-
-    def find_meta(self, name: str) -> AdapterMeta | None:
-        """None where the adapter is gone."""
-        try:
-            return self.bank.meta(name)
-        except UnknownAdapterError:
-            return None
 
     def visible(self, key: Key) -> list[str]:
         return [name for name in self.bank.names() if key.sees(name)]
@@ -116,14 +108,18 @@ class Service:
                     raise Refusal(413, f"text {i + 1} has {len(text)} characters; at most {self.settings.max_text_chars}")
         longest = 0
         for name in names:
-            meta = self.find_meta(name)
-            if meta is None:
-                raise _unknown(name)
-            longest = max(longest, meta.max_length)
-            if any((second is not None) != meta.pairs for _, second in texts):
-                wants = "pairs of texts: give [first, second]" if meta.pairs else "single texts: two strings in a list are one pair"
+            card = self._card(name)
+            longest = max(longest, card.max_length)
+            if any((second is not None) != card.pairs for _, second in texts):
+                wants = "pairs of texts: give [first, second]" if card.pairs else "single texts: two strings in a list are one pair"
                 raise Refusal(400, f"adapter '{name}' takes {wants}")
         return [Task(one, two, tuple(names), min(longest, 3 + (len(one) + len(two or "")) // 4)) for one, two in texts]
+
+    def _card(self, name: str) -> Card:
+        card = self.bank.card(name)
+        if card is None:
+            raise _unknown(name)
+        return card
 
     async def answer(self, texts: Sequence[tuple[str, str | None]], names: Sequence[str], whole: bool = False) -> Answers:
         """Answers of all texts by all adapters.
@@ -167,11 +163,8 @@ class Service:
     async def _load(self, names: Sequence[str], until: float) -> None:
         """Read adapters that are not in memory, beside the batches that run. Raises Refusal, OverloadError, DeadlineError."""
         for name in names:
-            try:
-                if self.bank.is_resident(name):
-                    continue
-            except UnknownAdapterError:
-                raise _unknown(name) from None
+            if self.bank.is_resident(name):
+                continue
             if self._loading >= LOADING:
                 raise OverloadError("too many adapters are being read", "come again later")
             self._loading += 1
@@ -182,15 +175,14 @@ class Service:
                 raise DeadlineError(f"adapter '{name}' was not read in time", "come again later") from None
             except UnknownAdapterError:
                 raise _unknown(name) from None
-            except (AdapterError, OSError):
-                raise refusal(AdapterError(""), name) from None
+            except AdapterError as error:
+                raise refusal(error, name) from None
             finally:
                 self._loading -= 1
 
     def _warm(self, name: str) -> None:
-        begun = time.perf_counter()
-        with self.bank.use([name]):
-            self.metrics.loads.observe(time.perf_counter() - begun)
+        if not self.bank.is_resident(name):  # nobody before it in the queue was for the same one
+            self.metrics.loads.observe(self.bank.warm(name))
 
     async def in_loader(self, job, *given):
         """Run `job` in the thread that reads adapters."""

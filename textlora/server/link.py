@@ -1,0 +1,54 @@
+"""Calls between the server's two processes: plain values (text, numbers, lists, tuples, dictionaries) over a socket, one call at a time.
+
+`marshal` writes them: nothing else comes as near to free, it makes no object of any class, and both ends are the same interpreter.
+"""
+
+import marshal
+import socket
+from typing import Any
+
+from textlora.errors import TextloraError
+
+
+class Link:
+    """One end of a pair of connected sockets.
+
+    Messages are a length and that many bytes. An end that goes shows as EOFError or OSError at the other one.
+    """
+
+    def __init__(self, end: socket.socket):
+        self._socket, self._reading = end, end.makefile("rb")
+
+    def send(self, value: Any) -> None:
+        data = marshal.dumps(value)
+        self._socket.sendall(len(data).to_bytes(8, "big") + data)
+
+    def receive(self) -> Any:
+        return marshal.loads(self._exactly(int.from_bytes(self._exactly(8), "big")))
+
+    def close(self) -> None:
+        self._reading.close()
+        self._socket.close()
+
+    def _exactly(self, size: int) -> bytes:
+        data = self._reading.read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
+
+
+def told(error: TextloraError) -> tuple[str, str, str]:
+    """An error as plain values."""
+    return error.code, error.message, error.fix
+
+
+def error_of(code: str, message: str, fix: str) -> TextloraError:
+    """What `told` was given."""
+    return _kinds(TextloraError)[code](message, fix)
+
+
+def _kinds(parent: type[TextloraError]) -> dict[str, type[TextloraError]]:
+    found = {parent.code: parent}
+    for kind in parent.__subclasses__():
+        found |= _kinds(kind)
+    return found
