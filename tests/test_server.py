@@ -1,6 +1,7 @@
 """The server as its clients meet it: every protocol, keys and tenants, limits, faults on disk; answers equal TextClassifier.predict."""
 
 import asyncio
+import contextlib
 import errno
 import io
 import json
@@ -768,10 +769,36 @@ def test_a_client_that_stops_reading_or_sending_holds_up_nobody(listen):
 
 def test_headers_have_a_limit(listen):
     url, _ = listen(max_header_bytes=4096)
-    connection = _raw(url, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 10000)
-    assert connection.recv(1000).startswith(b"HTTP/1.1 400")
-    connection.close()
-    assert httpx2.get(f"{url}/health").status_code == 200
+    start = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+    chunked = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
+    for parts in (
+        [start + b"X-Long: " + b"a" * 10000],
+        [start + b"X-Long: ", *[b"a" * 500] * 20],
+        [start, *[b"X: " + b"a" * 40 + b"\r\n"] * 200],
+        [start + (b"X: " + b"a" * 40 + b"\r\n") * 200 + b"\r\n"],
+        [b"GET /" + b"a" * 10000 + b" HTTP/1.1\r\n"],
+        [b"GET /", *[b"a" * 500] * 20],
+        [chunked + b"0\r\nX-Trailer: ", *[b"a" * 500] * 20],
+        [chunked, *[b"0\r\n", *[b"X: " + b"a" * 40 + b"\r\n"] * 200]],
+        [chunked + b"1;", *[b"a" * 500] * 20],
+    ):
+        connection = _raw(url, parts[0])
+        with contextlib.suppress(ConnectionError):  # it closes before it has heard all
+            for part in parts[1:]:
+                time.sleep(0.0005)
+                connection.sendall(part)
+        with contextlib.suppress(ConnectionError):
+            assert connection.recv(1000).startswith(b"HTTP/1.1 400"), parts
+            assert connection.recv(1000) == b""
+        connection.close()
+    assert httpx2.get(f"{url}/health", headers={"X-Long": "a" * 3500}).status_code == 200
+    many = _raw(url, (start + b"X: " + b"a" * 3000 + b"\r\n\r\n") * 50)  # each within it
+    answered = b""
+    while answered.count(b"HTTP/1.1 200") < 50:
+        part = many.recv(100_000)
+        assert part, answered
+        answered += part
+    many.close()
 
 
 def wait_for(condition, seconds: float = 20) -> None:

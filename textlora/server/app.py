@@ -3,8 +3,9 @@
 import asyncio
 import base64
 import hashlib
+import json
 import re
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,10 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from textlora.server import schemas
@@ -52,6 +56,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 _PREDICTS = _errors(400, 401, 404, 408, 413, 422, 424, 429, 500, 503, 504)
 _MANAGES = _errors(400, 401, 403, 404, 408, 413, 422, 500, 503)
+_JSON = re.compile(r"application/(?:[\w.+-]+\+)?json\s*(?:;|$)", re.IGNORECASE)
 _bearer = HTTPBearer(auto_error=False, description="A key of --api-keys or TEXTLORA_API_KEY.")
 
 
@@ -60,35 +65,72 @@ async def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-async def _key(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> Key:
-    key = request.app.state.keys.find(given.credentials if given else None)
+async def _key(request: Request) -> Key:
+    key = request.state.key
     if key is None:
         raise unauthorized()
     request.state.facts["client"] = key.name
     return key
 
 
-Serving, Client = Annotated[Service, Depends(_service)], Annotated[Key, Depends(_key)]
+async def _documented_key(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> Key:
+    return await _key(request)
+
+
+Serving, Client = Annotated[Service, Depends(_service)], Annotated[Key, Depends(_documented_key)]
+
+
+class Quick(APIRoute):
+    """A route that FastAPI describes and does not run: its way to the same call takes longer than all else that a request needs."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        body_type = self.endpoint.__annotations__["body"]
+
+        async def handle(request: Request) -> Response:
+            key = await _key(request)
+            body = _read(body_type, await request.body(), request.headers.get("content-type", ""))
+            return await self.endpoint(service=request.app.state.service, key=key, body=body, request=request, **request.path_params)
+
+        return handle
+
+
+def _read(kind: type[BaseModel], data: bytes, content_type: str) -> BaseModel:
+    """A body. Raises Refusal and pydantic's ValidationError."""
+    if not _JSON.match(content_type):
+        raise Refusal(422, "the Content-Type is not application/json")
+    try:
+        found = json.loads(data)
+    except json.JSONDecodeError:
+        raise Refusal(422, "the body is not JSON") from None
+    except (ValueError, RecursionError):
+        raise Refusal(400, HTTP_TEXTS[400]) from None
+    return kind.model_validate(found)
+
+
 router = APIRouter()
+quick = APIRouter(route_class=Quick)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Answers]) -> Answers:
     """The result of `work`, which is cancelled when the client goes."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    task = asyncio.current_task()
+    assert task is not None
+    gone = asyncio.ensure_future(_disconnected(request, task))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ConnectionResetError
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if not gone.done():
+            raise
+        task.uncancel()
+        raise ConnectionResetError from None
     finally:
-        task.cancel()
         gone.cancel()
 
 
-async def _disconnected(request: Request) -> None:
+async def _disconnected(request: Request, task: asyncio.Task) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    task.cancel()
 
 
 def _headers(service: Service, answers: Answers) -> dict[str, str]:
@@ -103,6 +145,10 @@ def _headers(service: Service, answers: Answers) -> dict[str, str]:
     }
 
 
+def _json(value: Any, headers: dict[str, str]) -> Response:
+    return Response(to_json(value), headers=headers, media_type="application/json")
+
+
 async def _predict(service: Service, key: Key, body: schemas.PredictRequest, request: Request, name: str | None, nested: bool) -> Response:
     options = body.parameters or schemas.Parameters()
     names = service.select(key, name, body.model, options.adapter_id)
@@ -114,42 +160,42 @@ async def _predict(service: Service, key: Key, body: schemas.PredictRequest, req
     for row in answers.rows:
         scored = [label_scores(one, body.raw_scores, options.function_to_apply, options.top_k) for one in row]
         shown.append(dict(zip(names, scored, strict=True)) if several else scored[0])
-    return JSONResponse(shown if batch or nested else shown[0], headers=_headers(service, answers))
+    return _json(shown if batch or nested else shown[0], _headers(service, answers))
 
 
 _predicts: dict[str, Any] = {"response_model": schemas.PredictAnswer, "responses": _PREDICTS, "tags": ["predict"]}
 _classifies: dict[str, Any] = {"response_model": schemas.ClassifyAnswer, "responses": _PREDICTS, "tags": ["predict"]}
 
 
-@router.post("/predict", summary="Labels and scores, as text-embeddings-inference", **_predicts)
+@quick.post("/predict", summary="Labels and scores, as text-embeddings-inference", **_predicts)
 async def predict(service: Serving, key: Client, body: schemas.PredictRequest, request: Request) -> Response:
     return await _predict(service, key, body, request, None, False)
 
 
-@router.post("/", summary="For huggingface_hub's InferenceClient: a list for each text where `parameters` are sent", **_predicts)
+@quick.post("/", summary="For huggingface_hub's InferenceClient: a list for each text where `parameters` are sent", **_predicts)
 async def hub_predict(service: Serving, key: Client, body: schemas.PredictRequest, request: Request) -> Response:
     return await _predict(service, key, body, request, None, "parameters" in body.model_fields_set)
 
 
-@router.post("/adapters/{name}/predict", summary="As /predict, for one adapter", **_predicts)
+@quick.post("/adapters/{name}/predict", summary="As /predict, for one adapter", **_predicts)
 async def adapter_predict(service: Serving, key: Client, name: str, body: schemas.PredictRequest, request: Request) -> Response:
     return await _predict(service, key, body, request, name, False)
 
 
-@router.post("/adapters/{name}", summary="As /, for one adapter: the URL for an InferenceClient", **_predicts)
+@quick.post("/adapters/{name}", summary="As /, for one adapter: the URL for an InferenceClient", **_predicts)
 async def adapter_hub_predict(service: Serving, key: Client, name: str, body: schemas.PredictRequest, request: Request) -> Response:
     return await _predict(service, key, body, request, name, "parameters" in body.model_fields_set)
 
 
-@router.post("/classify", summary="Labels and probabilities in class order, as vLLM", **_classifies)
-@router.post("/v1/classify", summary="As /classify, as SGLang", **_classifies)
+@quick.post("/classify", summary="Labels and probabilities in class order, as vLLM", **_classifies)
+@quick.post("/v1/classify", summary="As /classify, as SGLang", **_classifies)
 async def classify(service: Serving, key: Client, body: schemas.ClassifyRequest, request: Request) -> Response:
     names = service.select(key, None, body.model)
     texts = [(text, None) for text in ([body.input] if isinstance(body.input, str) else body.input)]
     answers = await _while_connected(request, service.answer(texts, names))
     request.state.facts |= {"texts": len(texts), "adapters": len(names), "tokens": answers.tokens}
     shown = classified(answers, names, isinstance(body.model, list), body.use_activation is not False)
-    return JSONResponse(shown, headers=_headers(service, answers))
+    return _json(shown, _headers(service, answers))
 
 
 def _card(service: Service, name: str, details: bool = False) -> dict[str, Any] | None:
@@ -270,7 +316,7 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 
 async def _wrong_body(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
+    assert isinstance(error, RequestValidationError | ValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = "the body is not JSON" if first["type"] == "json_invalid" else f"{where}: {first['msg']}" if where else first["msg"]
@@ -296,9 +342,10 @@ def create_app(service: Service, keys: KeyRing, folders: Folders) -> FastAPI:
     app = FastAPI(
         title="textlora", version=version("textlora"), lifespan=lifespan, docs_url=None, redoc_url=None,
         summary="Thousands of text classifiers on one frozen encoder.", telemetry={"tracing": False, "metrics": False, "logs": False},
-        exception_handlers={Refusal: _refused, RequestValidationError: _wrong_body, HTTPException: _http_error},
+        exception_handlers={Refusal: _refused, RequestValidationError: _wrong_body, ValidationError: _wrong_body, HTTPException: _http_error},
     )  # fmt: skip
     app.state.service, app.state.keys, app.state.folders = service, keys, folders
+    app.include_router(quick)
     app.include_router(router)
     if service.settings.load_from:
         app.include_router(manage)

@@ -34,10 +34,14 @@ class Outer:
             await self.app(scope, receive, send)
             return
         begun = time.perf_counter()
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
         status = 499  # nobody there to take an answer
-        facts = scope.setdefault("state", {})["facts"] = {}
+        facts: dict[str, Any] = {}
+        kind, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        key = self.keys.find(token.strip() if kind.lower() == "bearer" else None)
+        scope.setdefault("state", {}).update(facts=facts, key=key)
 
         async def answer(message: Any) -> None:
             nonlocal status
@@ -48,12 +52,11 @@ class Outer:
 
         try:
             if scope["method"] == "POST":
-                kind, _, token = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
-                if self.keys.find(token.strip() if kind.lower() == "bearer" else None) is None:
+                if key is None:
                     raise unauthorized()
                 if "/v1/load" not in scope["path"] and "/v1/unload" not in scope["path"]:
                     self.check_room()
-                receive = await self._body(scope, receive)
+                receive = await self._body(headers.get(b"content-length", b"0"), receive)
             await self.app(scope, receive, answer)
         except OverloadError as error:
             self.metrics.dropped.labels("queue_full").inc()
@@ -73,9 +76,8 @@ class Outer:
             self.metrics.duration.labels(route).observe(seconds)
             log("request", request_id=request_id, method=scope["method"], route=route, status=status, ms=round(seconds * 1e3, 1), **facts)
 
-    async def _body(self, scope: Any, receive: Any) -> Any:
+    async def _body(self, length: bytes, receive: Any) -> Any:
         """The whole body, bounded in bytes and time, then a `receive` that gives it once and afterwards tells when the client goes."""
-        length = dict(scope["headers"]).get(b"content-length", b"0")
         large = Refusal(413, f"the body has more than {self.max_body} bytes", headers={"Connection": "close"})
         if not length.isdigit() or int(length) > self.max_body:
             raise large

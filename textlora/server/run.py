@@ -27,7 +27,8 @@ def serve(settings: ServeSettings) -> None:
     keys = read_keys(settings.api_keys, os.environ.get("TEXTLORA_API_KEY"))
     with _listen(settings.host, settings.port) as listener, Keeper(settings) as keeper:
         try:
-            import uvicorn  # while the other process imports torch
+            import uvicorn  # all of it while the other process imports torch
+            import uvloop  # noqa: F401
 
             from textlora.server.app import create_app
             from textlora.server.folders import Folders
@@ -54,13 +55,15 @@ def serve(settings: ServeSettings) -> None:
 
 
 def server_config(app: Any, settings: ServeSettings) -> Any:
-    """`uvicorn.Config`. h11, since it bounds the headers it keeps; httptools does not."""
+    """`uvicorn.Config`."""
     import uvicorn
 
+    from textlora.server.parser import bounded  # needs the extra `serve`
+
     return uvicorn.Config(
-        app, http="h11", loop="asyncio", ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
-        h11_max_incomplete_event_size=settings.max_header_bytes, timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)), backlog=2048,
+        app, http=bounded(settings.max_header_bytes), loop="uvloop", ws="none", lifespan="on", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        backlog=2048,
     )  # fmt: skip
 
 

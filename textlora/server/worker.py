@@ -97,13 +97,11 @@ def main(control: int) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     end = socket.socket(fileno=control)
     link = Link(end)
+    threads, options = link.receive()
+    if threads:
+        torch.set_num_threads(threads)
     try:
-        threads, options = link.receive()
-        if threads:
-            torch.set_num_threads(threads)
         worker = Worker(AdapterEngine(**options))
-    except EOFError:
-        return
     except TextloraError as error:
         link.send(told(error))
         return
