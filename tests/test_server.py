@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import marshal
+import os
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import openai
+import psutil
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
@@ -30,10 +32,11 @@ from test_engine import KINDS, make_adapter
 
 from textlora import AdapterEngine, TextClassifier
 from textlora.cli import run
-from textlora.errors import UsageError
+from textlora.errors import TextloraError, UsageError
 from textlora.server.app import create_app
 from textlora.server.folders import Folders
 from textlora.server.keys import KeyRing, read_keys
+from textlora.server.link import Link, kinds, error_of, told
 from textlora.server.registry import Registry
 from textlora.server.run import server_config
 from textlora.server.service import Service
@@ -831,18 +834,113 @@ def command(tiny_base, shelf):
         process.stderr.close()
 
 
-def test_sigterm_lets_running_requests_end_and_kill_leaves_nothing_behind(command, shelf, alone):
-    before = {path: path.read_bytes() for path in shelf.rglob("*") if path.is_file()}
+@pytest.mark.parametrize(("sign", "code", "said"), [(signal.SIGTERM, 0, '"stopped"'), (signal.SIGINT, 130, "textlora: interrupted")])
+def test_a_signal_lets_running_requests_end(command, alone, sign, code, said):
     process, url = command("--batch-wait-ms", "1500")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(httpx2.post, f"{url}/adapters/many/predict", json={"inputs": TEXT}, timeout=20)
         time.sleep(0.5)  # it waits for company, 1.5 s
-        process.send_signal(signal.SIGTERM)
+        os.kill(computing(process), sign)  # a terminal, or a supervisor, tells every process
+        process.send_signal(sign)
         assert_scores(waiting.result().json(), alone("many").scores)
-    assert process.wait(20) == 0
-    assert '"stopped"' in process.stderr.read()
+    assert process.wait(20) == code
+    assert said in process.stderr.read()
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{url}/health")
+
+
+def computing(process: subprocess.Popen) -> int:
+    """The process that computes for a server."""
+    (found,) = psutil.Process(process.pid).children()
+    return found.pid
+
+
+def test_what_computes_ends_with_its_server(command):
+    process, _ = command()
+    child = psutil.Process(computing(process))
+    process.kill()
+    process.wait()
+    child.wait(20)
+
+
+def test_when_what_computes_is_killed_another_is_started(command, shelf, tmp_path, alone):
+    root = loading(tmp_path, shelf, "many", "value")
+    process, url = command("--load-from", str(root))
+    load = lambda name, path: httpx2.post(f"{url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+    assert load("loaded", "many").status_code == load("lost", "value").status_code == 200
+    shutil.rmtree(root / "value")
+    stop, asked = threading.Event(), []
+
+    def ask() -> None:
+        with httpx2.Client(base_url=url, timeout=20) as http:
+            while not stop.is_set():
+                asked.append(http.post("/adapters/loaded/predict", json={"inputs": TEXT}))
+                time.sleep(0.01)
+
+    with ThreadPoolExecutor(2) as pool:
+        clients = [pool.submit(ask) for _ in range(2)]
+        wait_for(lambda: len(asked) > 20)
+        os.kill(computing(process), signal.SIGKILL)
+        wait_for(lambda: httpx2.get(f"{url}/ready").status_code == 503)
+        error(httpx2.get(f"{url}/health"), 503, "Unhealthy")
+        error(load("more", "many"), 503, "Unhealthy")
+        wait_for(lambda: httpx2.get(f"{url}/ready").status_code == 200)
+        before = len(asked)
+        wait_for(lambda: len(asked) > before + 20)
+        stop.set()
+        for client in clients:
+            client.result()
+    refused = [answer for answer in asked if answer.status_code != 200]
+    assert refused
+    assert {error(answer, 503, "Unhealthy") for answer in refused} == {
+        "the process that computes has ended; another is being started; come again later"
+    }
+    for answer in asked:
+        if answer.status_code == 200:
+            assert_scores(answer.json(), alone("many").scores)
+    assert asked[-1].status_code == 200
+    assert [card["id"] for card in httpx2.get(f"{url}/v1/models").json()["data"]] == sorted([*NAMES, "loaded"])
+    error(httpx2.post(f"{url}/adapters/lost/predict", json={"inputs": TEXT}), 404, "NotFound")
+    assert load("more", "many").status_code == 200
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+def test_when_no_other_can_be_started_the_server_says_so_and_ends(command, tiny_base, shelf, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base("bert"), base)
+    process, _ = command("--model", str(base))
+    shutil.rmtree(base)
+    os.kill(computing(process), signal.SIGKILL)
+    assert process.wait(20) == 2
+    assert process.stderr.read().splitlines()[-1].startswith(f"textlora: {base}: no such folder")
+
+
+def test_a_base_that_cannot_be_read_is_one_line(tmp_path, capfd):
+    assert run(["serve", "--port", "0", "--model", str(tmp_path / "none")]) == 2
+    assert capfd.readouterr().err == f"textlora: {tmp_path / 'none'}: no such folder; give the folder of a base model, or a hub id\n"
+
+
+def test_the_process_that_listens_needs_no_torch():
+    code = "import sys, textlora.server.app, textlora.server.run, textlora.server.folders; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("kind", sorted(kinds(TextloraError).values(), key=lambda kind: kind.code), ids=lambda kind: kind.code)
+def test_errors_cross_between_processes(kind):
+    ours, theirs = (Link(end) for end in socket.socketpair())
+    theirs.send(told(kind("what is wrong: \ud800 ü", "what to do")))
+    found = error_of(*ours.receive())
+    assert type(found) is kind
+    assert (found.message, found.fix) == ("what is wrong: \ud800 ü", "what to do")
+    theirs.close()
+    with pytest.raises(EOFError):
+        ours.receive()
+    ours.close()
+
+
+def test_kill_leaves_nothing_behind(command, shelf, alone):
+    before = {path: path.read_bytes() for path in shelf.rglob("*") if path.is_file()}
     process, url = command()
     stop = threading.Event()
 

@@ -44,11 +44,11 @@ def told(error: TextloraError) -> tuple[str, str, str]:
 
 def error_of(code: str, message: str, fix: str) -> TextloraError:
     """What `told` was given."""
-    return _kinds(TextloraError)[code](message, fix)
+    return kinds(TextloraError)[code](message, fix)
 
 
-def _kinds(parent: type[TextloraError]) -> dict[str, type[TextloraError]]:
+def kinds(parent: type[TextloraError]) -> dict[str, type[TextloraError]]:
     found = {parent.code: parent}
     for kind in parent.__subclasses__():
-        found |= _kinds(kind)
+        found |= kinds(kind)
     return found
