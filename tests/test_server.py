@@ -353,7 +353,11 @@ def test_bodies_that_are_no_request(start):
     ):
         message = error(client.post("/predict", content=content, headers=json_type), status, "Validation")
         assert "Traceback" not in message
-    assert client.post("/predict", content=b'{"inputs": "a"}', headers={"Content-Type": "text/plain"}).status_code == 422
+    for kind in ("text/plain", "application/jsonp", "application/x-www-form-urlencoded", ""):
+        said = error(client.post("/predict", content=b'{"inputs": "a"}', headers={"Content-Type": kind}), 422, "Validation")
+        assert said == "the Content-Type is not application/json"
+    for kind in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"):
+        assert client.post("/predict", content=b'{"inputs": "a"}', headers={"Content-Type": kind}).status_code == 200
     assert client.post("/predict", content='{"inputs": "naïve 🎬 \\u0000 text"}'.encode(), headers=json_type).status_code == 200
     error(client.get("/predict"), 405, "Validation")
     error(client.get("/nothing/here"), 404, "NotFound")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from pathlib import Path
 
 from textlora.answers import NAME
@@ -53,17 +54,16 @@ class Folders:
         """Register new folders, take up replaced ones when they are whole, forget deleted ones."""
         if self.watched is None:
             return
-        found = {folder.name: folder for folder in self.watched.iterdir() if NAME.fullmatch(folder.name) and (folder / FILES[0]).is_file()}
+        found = {name: signature for name in os.listdir(self.watched) if NAME.fullmatch(name) and (signature := _signature(f"{self.watched}/{name}"))}
         for name in [name for name in self._seen if name not in found]:
             del self._seen[name]
             if name in self._ours:
                 self._ours.discard(name)
                 self._forget(name)
-        for name, folder in sorted(found.items()):
-            signature = _signature(folder)
+        for name, signature in sorted(found.items()):
             if self._seen.get(name) == signature:
                 continue
-            self._seen[name] = signature
+            folder, self._seen[name] = self.watched / name, signature
             again = name in self._ours
             if again and name not in self.bank:  # unloaded over HTTP
                 again = False
@@ -126,13 +126,15 @@ class Folders:
         return None
 
 
-def _signature(folder: Path) -> Signature:
-    """Changes with any of an adapter's files."""
+def _signature(folder: str) -> Signature:
+    """Changes with any of an adapter's files; empty where there is no adapter."""
     found = []
     for name in FILES:
         try:
-            stat = (folder / name).stat()
+            stat = os.stat(f"{folder}/{name}")
             found.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
         except OSError:
+            if not found:
+                return ()
             found.append((0, 0, 0))
     return tuple(found)

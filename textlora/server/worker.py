@@ -1,5 +1,6 @@
 """The process that computes: an engine that answers calls of the server's process. Reads no HTTP, and ends when that process does."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -95,8 +96,12 @@ def main(control: int) -> None:
     for sign in (signal.SIGINT, signal.SIGTERM):  # the server's process gets them too, and ends this one when its requests are done
         signal.signal(sign, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_SECONDS)
-    end = socket.socket(fileno=control)
-    link = Link(end)
+    with contextlib.suppress(EOFError, ConnectionError):  # the server ended as this one started
+        _run(socket.socket(fileno=control))
+
+
+def _run(control: socket.socket) -> None:
+    link = Link(control)
     threads, options = link.receive()
     if threads:
         torch.set_num_threads(threads)
@@ -108,7 +113,7 @@ def main(control: int) -> None:
     link.send(worker.handle("facts", ()))
     with bounded_memory(worker.bank.plain.model):  # here once, since batches run side by side
         while True:
-            _, sockets, *_ = socket.recv_fds(end, 1, 1)
+            _, sockets, *_ = socket.recv_fds(control, 1, 1)
             if not sockets:
                 os._exit(0)  # threads that compute are not waited for: nobody wants their answers
             threading.Thread(target=_serve, args=(worker, Link(socket.socket(fileno=sockets[0]))), daemon=True).start()
