@@ -34,7 +34,8 @@ class Child:
         self._free: list[Link] = []
         resident = settings.adapter_memory_mb * 2**20
         options = {"base": settings.model, "device": settings.device, "resident_bytes": resident, "precision": settings.precision}
-        self._first.send((settings.threads, options))
+        with contextlib.suppress(OSError):  # it has ended: `facts` tells
+            self._first.send((settings.threads, options))
 
     def facts(self) -> dict[str, Any]:
         """What `Worker.facts` says, when the base is loaded. Raises what loading it raised, or InternalError where the process has ended."""
@@ -88,7 +89,7 @@ class Keeper:
         self._settings, self._child = settings, Child(settings)
         self._closing = False
         self.alive = False
-        self.failed: TextloraError | None = None
+        self.failed: TextloraError | OSError | None = None
 
     def __enter__(self) -> "Keeper":
         return self
@@ -129,7 +130,7 @@ class Keeper:
                 self._child = Child(self._settings)
                 self._child.facts()
                 restore(self._child.handle)
-            except TextloraError as error:
+            except (TextloraError, OSError) as error:
                 self.failed = error
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
