@@ -1,10 +1,10 @@
 """The process that computes: an engine that answers calls of the server's process. Reads no HTTP, and ends when that process does."""
 
 import contextlib
+import gc
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +19,6 @@ from textlora.errors import AdapterError, InternalError, TextloraError, UsageErr
 from textlora.hardware import bounded_memory
 from textlora.server.link import Link, told
 from textlora.server.log import log_bug
-
-SWITCH_SECONDS = 2e-4  # batches come back to Python between products, and must not wait 5 ms for each other
 
 
 class Worker:
@@ -95,7 +93,6 @@ def main(control: int) -> None:
     """
     for sign in (signal.SIGINT, signal.SIGTERM):  # the server's process gets them too, and ends this one when its requests are done
         signal.signal(sign, signal.SIG_IGN)
-    sys.setswitchinterval(SWITCH_SECONDS)
     with contextlib.suppress(EOFError, ConnectionError):  # the server ended as this one started
         _run(socket.socket(fileno=control))
 
@@ -110,6 +107,7 @@ def _run(control: socket.socket) -> None:
     except TextloraError as error:
         link.send(told(error))
         return
+    gc.freeze()  # torch stays: looking through it for garbage takes 0.1 s, in which no batch goes on
     link.send(worker.handle("facts", ()))
     with bounded_memory(worker.bank.plain.model):  # here once, since batches run side by side
         while True:
