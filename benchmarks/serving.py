@@ -6,6 +6,7 @@ python benchmarks/serving.py --texts DATA.parquet --adapters my-adapter other-ad
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from textlora.data import open_stream
 
 CONNECTIONS = 2048
 TOLERANCE = 1e-4  # of a probability
+MOST_RATE = 4000  # requests a second that may be asked
 
 
 @dataclass
@@ -35,11 +38,15 @@ class Phase:
     seconds: float = 0.0
     statuses: Counter = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)
+    answers: list[tuple[str, int, bytes]] = field(default_factory=list)
     wrong: int = 0
 
     def summary(self) -> dict[str, object]:
         spread = {f"p{q}_ms": round(float(np.percentile(self.latencies, q)) * 1e3, 1) for q in (50, 95, 99)} if self.latencies else {}
         good = round(self.statuses[200] / self.seconds, 1)
+        if self.late:  # of the generator itself, from the scheduled send to the true one; part of each latency
+            spread["sent_late_p99_ms"] = round(float(np.percentile(self.late, 99)) * 1e3, 1)
         return {"offered": round(self.offered, 1), "goodput": good, "statuses": dict(self.statuses), "wrong": self.wrong} | spread
 
 
@@ -71,30 +78,46 @@ class Load:
         self.texts, self.names, self.expected, self.draw = texts, names, expected, np.random.default_rng(seed)
         weights = 1 / np.arange(1, len(names) + 1)
         self.weights = weights / weights.sum()
+        self.drawn: Iterator[tuple[str, int, bytes]] = iter(())
+
+    def prepare(self, count: int) -> None:
+        """Draw the next requests: what is done before and after a phase takes nothing from the server meanwhile."""
+        names = self.draw.choice(len(self.names), size=count, p=self.weights).tolist()
+        texts = self.draw.integers(len(self.texts), size=count).tolist()
+        self.drawn = iter(
+            [(self.names[n], t, json.dumps({"inputs": self.texts[t], "model": self.names[n]}).encode()) for n, t in zip(names, texts, strict=True)]
+        )
 
     async def ask(self, client: Client, phase: Phase, scheduled: float) -> None:
-        name = self.names[self.draw.choice(len(self.names), p=self.weights)]
-        text = int(self.draw.integers(len(self.texts)))
-        body = json.dumps({"inputs": self.texts[text], "model": name}).encode()
+        name, text, body = next(self.drawn)
         status, answer = await client.post("/predict", body)
         phase.statuses[status] += 1
         if status == 200:
             phase.latencies.append(time.perf_counter() - scheduled)
+            phase.answers.append((name, text, answer))
+
+    def check(self, phase: Phase) -> None:
+        for name, text, answer in phase.answers:
             want = self.expected[name.rpartition("-")[0], text]
             phase.wrong += any(abs(row["score"] - want[row["label"]]) > TOLERANCE for row in json.loads(answer))
+        phase.answers.clear()
 
     async def open_loop(self, client: Client, rate: float, seconds: float) -> Phase:
+        self.prepare(int(rate * seconds * 1.2) + 100)
         phase, begun, at, running = Phase(rate), time.perf_counter(), 0.0, set()
         while (at := at + float(self.draw.exponential(1 / rate))) < seconds:
             await asyncio.sleep(max(0.0, begun + at - time.perf_counter()))
+            phase.late.append(time.perf_counter() - begun - at)
             task = asyncio.create_task(self.ask(client, phase, begun + at))
             running.add(task)
             task.add_done_callback(running.discard)
         await asyncio.gather(*running)
         phase.seconds = max(seconds, time.perf_counter() - begun)
+        self.check(phase)
         return phase
 
     async def closed_loop(self, client: Client, clients: int, seconds: float) -> Phase:
+        self.prepare(int(MOST_RATE * seconds))
         phase, until = Phase(0.0), time.perf_counter() + seconds
 
         async def one() -> None:
@@ -103,6 +126,7 @@ class Load:
 
         await asyncio.gather(*(one() for _ in range(clients)))
         phase.seconds = seconds
+        self.check(phase)
         return phase
 
 
@@ -149,6 +173,7 @@ def resident_bytes(pid: int) -> int:
 
 async def measure(load: Load, port: int, pid: int, folder: Path, seconds: float) -> dict[str, object]:
     client, stop = Client(port), asyncio.Event()
+    gc.freeze()  # the engine and its adapters are here too: looking through them for garbage would hold up the sends
     for i in range(0, len(load.names), 64):  # every adapter is read once
         await client.post("/predict", json.dumps({"inputs": "warm", "model": load.names[i : i + 64]}).encode())
     churning = asyncio.create_task(churn(client, folder, stop))

@@ -76,7 +76,7 @@ class Batcher:
         self,
         run: Run,
         *,
-        batch_tokens: int = 1024,
+        batch_tokens: int = 512,
         queue_rows: int = 1024,
         wait: float = 0.002,
         on_batch: Callable[[BatchFacts], None] = lambda _: None,

@@ -1,6 +1,5 @@
 """From settings to a server that listens until it is told to stop."""
 
-import gc
 import os
 import signal
 import socket
@@ -10,12 +9,12 @@ from typing import Any
 
 from textlora.errors import UsageError
 from textlora.server.child import Keeper
+from textlora.server.garbage import settle
 from textlora.server.keys import read_keys
 from textlora.server.log import log
 from textlora.server.settings import ServeSettings
 
 SWITCH_SECONDS = 2e-4  # threads that wait for batches must not wait 5 ms for the event loop
-GARBAGE = 20_000  # objects between two looks for circular garbage, of which requests leave next to none
 
 
 def serve(settings: ServeSettings) -> None:
@@ -49,8 +48,7 @@ def serve(settings: ServeSettings) -> None:
             seconds=round(time.perf_counter() - begun, 2), engine_pid=keeper.pid,
         )  # fmt: skip
         sys.setswitchinterval(SWITCH_SECONDS)
-        gc.freeze()  # what is there now stays, and looking through it held up requests 60 ms every few seconds
-        gc.set_threshold(GARBAGE)
+        settle()
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when all is answered; then this ends with 0
         uvicorn.Server(server_config(create_app(service, keys, folders), settings)).run([listener])
         if keeper.failed is not None:

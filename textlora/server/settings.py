@@ -28,7 +28,7 @@ class ServeSettings:
     precision: str = _option("float32", PRECISION_HELP, choices=PRECISIONS)
     threads: int | None = _option(None, "CPU threads of torch.")
     adapter_memory_mb: int = _option(1024, "Adapters held in memory; those used least recently go first.", "MB")
-    batch_tokens: int = _option(1024, "Estimated tokens of a batch.")
+    batch_tokens: int = _option(512, "Estimated tokens of a batch.")
     batch_wait_ms: float = _option(2.0, "How long an idle server waits for a second request.", "MS")
     queue_rows: int = _option(512, "Rows (text x adapter) that may wait; beyond it the answer is 429.")
     deadline_seconds: float = _option(10.0, "Time for one request; beyond it the answer is 504 and its work is dropped.", "S")

@@ -1,7 +1,6 @@
 """The process that computes: an engine that answers calls of the server's process. Reads no HTTP, and ends when that process does."""
 
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ from textlora.answers import Answer
 from textlora.engine import AdapterEngine
 from textlora.errors import AdapterError, InternalError, TextloraError, UsageError
 from textlora.hardware import bounded_memory
+from textlora.server.garbage import settle
 from textlora.server.link import Link, told
 from textlora.server.log import log_bug
 
@@ -107,7 +107,7 @@ def _run(control: socket.socket) -> None:
     except TextloraError as error:
         link.send(told(error))
         return
-    gc.freeze()  # torch stays: looking through it for garbage takes 0.1 s, in which no batch goes on
+    settle()
     link.send(worker.handle("facts", ()))
     with bounded_memory(worker.bank.plain.model):  # here once, since batches run side by side
         while True:
