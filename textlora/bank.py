@@ -26,7 +26,7 @@ from textlora.errors import AdapterError, ModelError, UnknownAdapterError, Usage
 from textlora.families import read_spec
 from textlora.files import sha256_file
 from textlora.hardware import choose_device
-from textlora.mixing import Folded
+from textlora.mixing import TOGETHER, Folded
 from textlora.model import PackedModel
 from textlora.products import require_int8
 from textlora.tokens import TextTokenizer, load_tokenizer
@@ -298,7 +298,7 @@ class AdapterBank:
             model.encoder = self.running
         elif self.running.int8:
             model.encoder = model.encoder.for_inference("int8")
-        tensors = [*model.trainable().values(), *(t for place in folded.values() for t in place if t is not None)]
+        tensors = [*model.trainable().values(), *(t for (_, slot), place in folded.items() if slot != TOGETHER for t in place if t is not None)]
         return Resident(classifier, folded, sum(t.numel() * t.element_size() for t in tensors))
 
     def _tokenizer(self, path: Path, meta: AdapterMeta, model_length: int) -> TextTokenizer:

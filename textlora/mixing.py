@@ -12,6 +12,7 @@ from torch import Tensor
 from textlora.products import Weight, activate, dense
 
 Place = tuple[int, str]
+TOGETHER = "qkv"  # place of the A of query, key and value one below another: small products cost their calls, and those three read the same x
 
 
 class Folded(NamedTuple):
@@ -22,11 +23,25 @@ class Folded(NamedTuple):
     scale: Tensor | None
 
 
+def with_joined(adapter: Mapping[Place, Folded]) -> dict[Place, Folded]:
+    """An adapter with places `TOGETHER` where more than one of query, key and value is adapted; their own A become parts of it."""
+    made = dict(adapter)
+    for layer in {layer for layer, _ in adapter}:
+        slots = [slot for slot in ("query", "key", "value") if (layer, slot) in adapter]
+        if len(slots) > 1:
+            ones = [adapter[layer, slot] for slot in slots]
+            together = torch.cat([one.A for one in ones])
+            made[layer, TOGETHER] = ones[0]._replace(A=together)
+            for slot, one, A in zip(slots, ones, together.split([one.A.shape[0] for one in ones]), strict=True):
+                made[layer, slot] = one._replace(A=A)
+    return made
+
+
 class Mix:
     """The adapters of one batch.
 
     Args:
-        adapters: each one's layers by place, (layer, slot); a place it does not adapt is absent.
+        adapters: each one's layers by place, (layer, slot), `with_joined`; a place it does not adapt is absent.
         owners: (B,) number of the adapter that owns each text, in packed order.
         lengths: (B,) tokens of each text.
     """
@@ -71,15 +86,16 @@ class Mix:
         stretches = self.texts if len(x) == len(self.owners) else self.tokens
         sizes = [size for _, size in stretches]
         count = sum(sizes)
-        for known, part in zip(places, y[:count].split(weight.shape[0] // len(slots), dim=1), strict=True):
-            if not any(known):
+        parts = [part.split(sizes) for part in y[:count].split(weight.shape[0] // len(slots), dim=1)]
+        for n, ((owner, _), rows) in enumerate(zip(stretches, x[:count].split(sizes), strict=True)):
+            ones = [(k, known[owner]) for k, known in enumerate(places) if known[owner] is not None]
+            if not ones:
                 continue
-            for (owner, _), rows, out in zip(stretches, x[:count].split(sizes), part.split(sizes), strict=True):
-                one = known[owner]
-                if one is not None:
-                    out.addmm_(rows @ one.A.T, one.B.T)
-                    if one.scale is not None:
-                        out.mul_(one.scale)
+            together = self.adapters[owner].get((layer, TOGETHER)) if len(ones) > 1 else ones[0][1]
+            for (k, one), inner in zip(ones, (rows @ together.A.T).split([one.A.shape[0] for _, one in ones], dim=1), strict=True):
+                out = parts[k][n].addmm_(inner, one.B.T)
+                if one.scale is not None:
+                    out.mul_(one.scale)
         y = activate(y.add_(bias) if scaled else y, activation)
         return y if early or residual is None else y.add_(residual)
 

@@ -19,7 +19,7 @@ from textlora.encoder import PackedEncoder
 from textlora.errors import AdapterError
 from textlora.families import MEAN_HEAD, SLOTS, EncoderSpec, HeadLayer, read_spec
 from textlora.lora import Lora, delta, dora_scale, init_lora, lora_linear, weight_norm
-from textlora.mixing import Folded, Mix
+from textlora.mixing import Folded, Mix, with_joined
 from textlora.products import activate, require_int8
 from textlora.targets import resolve_targets
 from textlora.tokens import PackedBatch
@@ -203,7 +203,7 @@ class PackedModel:
                     scale = dora_scale(self._weight(i, slot), lora)
                     tensors = (lora.A, lora.scaling * lora.B, scale)
                     made[i, slot] = Folded(*(None if t is None else t.detach().to(self.dtype) for t in tensors))
-        return made
+        return with_joined(made)
 
     def for_inference(self, precision: str) -> "PackedModel":
         """A copy that only predicts: in float32 with LoRA merged into the weights, in int8 beside them. Raises UsageError as `require_int8` does."""
