@@ -117,7 +117,10 @@ def random_texts(count: int, seed: int) -> list[str]:
     return [" ".join(draw.choice(WORDS, size=draw.integers(1, 30))) for _ in range(count)]
 
 
-def assert_as_alone(engine: AdapterEngine, base: Path, texts: list[str], names: list[str], pairs: list[str | None], folders: list[Path]) -> None:
+def assert_as_alone(
+    engine: AdapterEngine, base: Path, texts: list[str], names: list[str], pairs: list[str | None], folders: list[Path], tolerance: float = 3e-5
+) -> None:
+    """`tolerance` of 1e-5 is for real weights: tiny random ones, and LoRA of their size, magnify rounding."""
     found = engine.predict(texts, names, pairs)
     assert len(found) == len(texts)
     for folder in folders:
@@ -129,7 +132,7 @@ def assert_as_alone(engine: AdapterEngine, base: Path, texts: list[str], names: 
         for i, want in zip(rows, alone, strict=True):
             want_logits, got = np.array(want.logits), np.array(found[i].logits)
             assert got.shape == want_logits.shape
-            assert (np.abs(got - want_logits) <= 1e-5 * np.maximum(1, np.abs(want_logits))).all(), (folder.name, np.abs(got - want_logits).max())
+            assert (np.abs(got - want_logits) <= tolerance * np.maximum(1, np.abs(want_logits))).all(), (folder.name, np.abs(got - want_logits).max())
             if want.labels:
                 assert (found[i].label, found[i].labels) == (want.label, want.labels)
 
@@ -159,7 +162,7 @@ def test_ranks_1_to_64_on_a_real_base(minilm, tmp_path):
     )
     folders = [make_adapter(tmp_path / f"rank-{k}", minilm.folder, kind, seed=k) for k, kind in enumerate(kinds)]
     names = [folders[k % 4].name for k in range(24)]
-    assert_as_alone(engine_of(folders, minilm.folder), minilm.folder, random_texts(24, 6), names, [None] * 24, folders)
+    assert_as_alone(engine_of(folders, minilm.folder), minilm.folder, random_texts(24, 6), names, [None] * 24, folders, 1e-5)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

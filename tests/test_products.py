@@ -58,5 +58,5 @@ def test_what_predicts_is_what_was_trained(family, adapters, tiny_base):  # noqa
         scale = np.maximum(1, np.abs(plain))
         assert np.abs((fast - plain) / scale).max() < 3e-5  # a merged weight is rounded once more
         mixed = np.array([one.logits for one in engine.predict(texts, folder.name, pairs)])
-        assert np.abs((mixed - plain) / scale).max() < 1e-5
+        assert np.abs((mixed - plain) / scale).max() < 3e-5
         assert classifier.model.encoder.weights is None  # what was loaded is left as it was
