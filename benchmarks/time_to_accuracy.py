@@ -26,13 +26,13 @@ from textlora.training import Trainer, start_head
 PRICED_ROWS = 16
 
 
-def run(data: Path, name: str, epochs: float, eval_every: int) -> dict[str, Any]:
+def run(data: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """textlora's accuracy against its seconds, and the seconds of the recipe's rows."""
     minilm, path = str(find_base("minilm").folder), str(data / name / "train.parquet")
     price = [measure("recipe", minilm, path, PRICED_ROWS)["seconds"] for _ in range(3)]
     train = [(row["text"], str(row["label"])) for row in read_rows(path, ROWS)]
     held = [(row["text"], str(row["label"])) for row in read_rows(str(data / name / f"{SETS[name]}.parquet"), ROWS)]
-    prepared = prepare(TrainConfig(model="minilm", epochs=epochs, eval_every=eval_every), {"train": train, "validation": held})
+    prepared = prepare(TrainConfig(model="minilm", **settings), {"train": train, "validation": held})
     start_head(prepared)
     trainer, curve = Trainer(prepared), []
     for record in trainer.records():
@@ -40,7 +40,7 @@ def run(data: Path, name: str, epochs: float, eval_every: int) -> dict[str, Any]
             curve.append({"epoch": record["epoch"], "seconds": trainer.seconds, "accuracy": record["metrics"]["accuracy"]})
     price += [measure("recipe", minilm, path, PRICED_ROWS)["seconds"] for _ in range(2)]
     seconds = statistics.median(price) / PRICED_ROWS * len(train) * EPOCHS
-    return {"textlora": curve, "recipe_seconds": seconds, "priced_rows": PRICED_ROWS, "recipe_seconds_per_priced_rows": price}
+    return {"settings": settings, "textlora": curve, "recipe_seconds": seconds, "priced_rows": PRICED_ROWS, "recipe_seconds_per_priced_rows": price}
 
 
 def main() -> None:
@@ -49,10 +49,13 @@ def main() -> None:
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--epochs", type=float, default=2.0, help="of textlora's run; its rate falls to zero over them")
     parser.add_argument("--eval-every", type=int, default=25)
+    parser.add_argument("--learning-rate", type=float, default=TrainConfig().learning_rate)
+    parser.add_argument("--pooling", choices=("first", "mean"), default="first")
     parser.add_argument("--recount", action="store_true")
     options = parser.parse_args()
     file = RESULTS / f"time-to-accuracy-{options.set}.json"
-    measured = json.loads(file.read_text())["details"] if options.recount else run(options.data, options.set, options.epochs, options.eval_every)
+    settings = {name: getattr(options, name) for name in ("epochs", "eval_every", "learning_rate", "pooling")}
+    measured = json.loads(file.read_text())["details"] if options.recount else run(options.data, options.set, settings)
     recipe = RESULTS / f"recipe-{options.set}.json"
     aim = json.loads(recipe.read_text())["details"]["curve"][-1]["accuracy"] if recipe.is_file() else None
     reached = next((point for point in measured["textlora"] if aim is not None and point["accuracy"] >= aim), None)
