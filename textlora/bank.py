@@ -26,7 +26,7 @@ from textlora.errors import AdapterError, ModelError, UnknownAdapterError, Usage
 from textlora.families import read_spec
 from textlora.files import sha256_file
 from textlora.hardware import choose_device
-from textlora.mixing import TOGETHER, Folded
+from textlora.mixing import FoldedAdapter
 from textlora.model import PackedModel
 from textlora.products import require_int8
 from textlora.tokens import TextTokenizer, load_tokenizer
@@ -39,7 +39,7 @@ class Resident:
     """An adapter in memory: its classifier, and its layers ready for mixed batches."""
 
     classifier: TextClassifier
-    folded: dict[tuple[int, str], Folded]
+    folded: FoldedAdapter
     bytes: int
 
     @property
@@ -122,7 +122,7 @@ class AdapterBank:
         """The base alone, for rows that name no adapter."""
         meta = AdapterMeta((), "features", False, "first", min(512, self.weights.spec.max_length), "head", {})
         model = _PlainModel(self.running, self.device)
-        return Resident(_PlainClassifier(model, self._tokenizer(self.files.folder, meta, model.encoder.spec.max_length), meta), {}, 0)
+        return Resident(_PlainClassifier(model, self._tokenizer(self.files.folder, meta, model.encoder.spec.max_length), meta), FoldedAdapter({}), 0)
 
     def add(self, path: str | Path, name: str, *, replace: bool = False, load: bool = False) -> AdapterMeta:
         """Register a folder under a name. Reads `textlora.json` only, unless `load` asks for the whole check first.
@@ -298,7 +298,11 @@ class AdapterBank:
             model.encoder = self.running
         elif self.running.int8:
             model.encoder = model.encoder.for_inference("int8")
-        tensors = [*model.trainable().values(), *(t for (_, slot), place in folded.items() if slot != TOGETHER for t in place if t is not None)]
+        tensors = [
+            *model.trainable().values(),
+            *(t for place in folded.values() for t in place if t is not None),
+            *(one.A for one in folded.joined.values() if len(one.ranks) > 1),
+        ]
         return Resident(classifier, folded, sum(t.numel() * t.element_size() for t in tensors))
 
     def _tokenizer(self, path: Path, meta: AdapterMeta, model_length: int) -> TextTokenizer:

@@ -12,7 +12,7 @@ from torch import Tensor
 from textlora.products import Weight, activate, dense
 
 Place = tuple[int, str]
-TOGETHER = "qkv"  # place of the A of query, key and value one below another: small products cost their calls, and those three read the same x
+PRODUCTS = (("query", "key", "value"), ("query",), ("attention_output",), ("intermediate",), ("output",))  # slots of the encoder's dense layers
 
 
 class Folded(NamedTuple):
@@ -23,30 +23,50 @@ class Folded(NamedTuple):
     scale: Tensor | None
 
 
-def with_joined(adapter: Mapping[Place, Folded]) -> dict[Place, Folded]:
-    """An adapter with places `TOGETHER` where more than one of query, key and value is adapted; their own A become parts of it."""
-    made = dict(adapter)
-    for layer in {layer for layer, _ in adapter}:
-        slots = [slot for slot in ("query", "key", "value") if (layer, slot) in adapter]
-        if len(slots) > 1:
-            ones = [adapter[layer, slot] for slot in slots]
-            together = torch.cat([one.A for one in ones])
-            made[layer, TOGETHER] = ones[0]._replace(A=together)
-            for slot, one, A in zip(slots, ones, together.split([one.A.shape[0] for one in ones]), strict=True):
-                made[layer, slot] = one._replace(A=A)
-    return made
+class Joined(NamedTuple):
+    """Adapted layers that read the same x and whose outputs lie side by side: one product with every A, then each B.
+
+    Many small products cost their calls more than their arithmetic, so what a call needs is made once.
+
+    Attributes:
+        A: (in, R), R the sum of the ranks.
+        ranks: of each adapted layer.
+        uses: for each its place among the outputs, `s B` as (r, out), and DoRA's factor (out,) or None.
+    """
+
+    A: Tensor
+    ranks: tuple[int, ...]
+    uses: tuple[tuple[int, Tensor, Tensor | None], ...]
+
+
+def joined(adapter: Mapping[Place, Folded], layer: int, slots: Sequence[str]) -> Joined | None:
+    """The layers of `slots` that an adapter changes; None where there are none."""
+    ones = [(k, adapter[layer, slot]) for k, slot in enumerate(slots) if (layer, slot) in adapter]
+    if not ones:
+        return None
+    A = torch.cat([one.A for _, one in ones]) if len(ones) > 1 else ones[0][1].A
+    return Joined(A.T, tuple(one.A.shape[0] for _, one in ones), tuple((k, one.B.T, one.scale) for k, one in ones))
+
+
+class FoldedAdapter(dict[Place, Folded]):
+    """An adapter's layers by place, and `joined` for each product of the encoder."""
+
+    def __init__(self, places: Mapping[Place, Folded]):
+        super().__init__(places)
+        made = {(layer, slots): joined(self, layer, slots) for layer in {layer for layer, _ in self} for slots in PRODUCTS}
+        self.joined = {place: one for place, one in made.items() if one is not None}
 
 
 class Mix:
     """The adapters of one batch.
 
     Args:
-        adapters: each one's layers by place, (layer, slot), `with_joined`; a place it does not adapt is absent.
+        adapters: each one's layers; a place, (layer, slot), that it does not adapt is absent.
         owners: (B,) number of the adapter that owns each text, in packed order.
         lengths: (B,) tokens of each text.
     """
 
-    def __init__(self, adapters: Sequence[Mapping[Place, Folded]], owners: Sequence[int], lengths: Sequence[int]):
+    def __init__(self, adapters: Sequence[FoldedAdapter], owners: Sequence[int], lengths: Sequence[int]):
         self.adapters, self.owners = adapters, owners
         self.alone = len(adapters) == 1
         self.texts, self.tokens = _stretches(owners, [1] * len(owners)), _stretches(owners, lengths)
@@ -72,30 +92,36 @@ class Mix:
         return Folded(A[owners], B[owners], None if scale is None else scale[owners])
 
     def linear(
-        self, layer: int, slots: Sequence[str], x: Tensor, weight: Weight, bias: Tensor, activation: str | None = None, residual: Tensor | None = None
+        self,
+        layer: int,
+        slots: tuple[str, ...],
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor,
+        activation: str | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Dense layer whose output is that of `slots` side by side, and what follows it as in `products.dense`: x (T, in), or (B, in) of first
         tokens, to (T, out) or (B, out). Rows of x after the last token belong to nobody.
         """
-        places = [[adapter.get((layer, slot)) for adapter in self.adapters] for slot in slots]
-        scaled = any(one is not None and one.scale is not None for known in places for one in known)
-        if not any(one is not None for known in places for one in known):
+        adapted = [adapter.joined.get((layer, slots)) for adapter in self.adapters]
+        if not any(adapted):
             return dense(x, weight, bias, activation, residual)
+        scaled = any(scale is not None for one in adapted if one is not None for _, _, scale in one.uses)
         early = not scaled and activation is None  # else the residual waits for what comes between
         y = dense(x, weight, None if scaled else bias, residual=residual if early else None)
         stretches = self.texts if len(x) == len(self.owners) else self.tokens
-        sizes = [size for _, size in stretches]
+        sizes, width = [size for _, size in stretches], weight.shape[0] // len(slots)
         count = sum(sizes)
-        parts = [part.split(sizes) for part in y[:count].split(weight.shape[0] // len(slots), dim=1)]
-        for n, ((owner, _), rows) in enumerate(zip(stretches, x[:count].split(sizes), strict=True)):
-            ones = [(k, known[owner]) for k, known in enumerate(places) if known[owner] is not None]
-            if not ones:
+        outs = [torch.split_with_sizes(y[:count, k * width : (k + 1) * width], sizes) for k in range(len(slots))]
+        for n, ((owner, _), rows) in enumerate(zip(stretches, torch.split_with_sizes(x[:count], sizes), strict=True)):
+            one = adapted[owner]
+            if one is None:
                 continue
-            together = self.adapters[owner].get((layer, TOGETHER)) if len(ones) > 1 else ones[0][1]
-            for (k, one), inner in zip(ones, (rows @ together.A.T).split([one.A.shape[0] for _, one in ones], dim=1), strict=True):
-                out = parts[k][n].addmm_(inner, one.B.T)
-                if one.scale is not None:
-                    out.mul_(one.scale)
+            for (k, B, scale), inner in zip(one.uses, torch.split_with_sizes(rows @ one.A, one.ranks, 1), strict=True):
+                outs[k][n].addmm_(inner, B)
+                if scale is not None:
+                    outs[k][n].mul_(scale)
         y = activate(y.add_(bias) if scaled else y, activation)
         return y if early or residual is None else y.add_(residual)
 

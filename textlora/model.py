@@ -19,7 +19,7 @@ from textlora.encoder import PackedEncoder
 from textlora.errors import AdapterError
 from textlora.families import MEAN_HEAD, SLOTS, EncoderSpec, HeadLayer, read_spec
 from textlora.lora import Lora, delta, dora_scale, init_lora, lora_linear, weight_norm
-from textlora.mixing import Folded, Mix, with_joined
+from textlora.mixing import Folded, FoldedAdapter, Mix
 from textlora.products import activate, require_int8
 from textlora.targets import resolve_targets
 from textlora.tokens import PackedBatch
@@ -94,7 +94,7 @@ class PackedModel:
         inside = {name.removeprefix(PREFIX).rpartition(".")[0] for name in self._own} & set(lora.modules_to_save)
         self.modules_to_save = [*_top_modules(trained, family.prefix), *sorted(inside)]
         self.gradient_checkpointing = False
-        self._folded: dict[tuple[int, str], Folded] | None = None
+        self._folded: FoldedAdapter | None = None
         self._trainable = self._initial(trained, spec, num_labels, torch.Generator().manual_seed(seed))
 
     def _frozen(self, layer: HeadLayer) -> bool:
@@ -194,7 +194,7 @@ class PackedModel:
         """Whether the encoder is the base's own, so that other adapters can share a batch with this one."""
         return not self._own
 
-    def folded(self) -> dict[tuple[int, str], Folded]:
+    def folded(self) -> FoldedAdapter:
         """What `mixing.Mix` needs of this adapter: (layer, slot) -> A, `s B` and DoRA's factor, without gradients."""
         made = {}
         with torch.no_grad():
@@ -203,7 +203,7 @@ class PackedModel:
                     scale = dora_scale(self._weight(i, slot), lora)
                     tensors = (lora.A, lora.scaling * lora.B, scale)
                     made[i, slot] = Folded(*(None if t is None else t.detach().to(self.dtype) for t in tensors))
-        return with_joined(made)
+        return FoldedAdapter(made)
 
     def for_inference(self, precision: str) -> "PackedModel":
         """A copy that only predicts: in float32 with LoRA merged into the weights, in int8 beside them. Raises UsageError as `require_int8` does."""
@@ -212,7 +212,7 @@ class PackedModel:
             require_int8(self.device)
             made.encoder, made._folded = self.encoder.for_inference("int8"), self.folded()
         else:
-            made.encoder, made._folded = PackedEncoder(replace(self.base, tensors=self._merged())).for_inference(), {}
+            made.encoder, made._folded = PackedEncoder(replace(self.base, tensors=self._merged())).for_inference(), FoldedAdapter({})
         return made
 
     def _merged(self) -> dict[str, Tensor]:
