@@ -13,7 +13,16 @@ from textlora.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-HEADLINES = {"training": 5, "time-to-accuracy-imdb": 1, "imdb": 1, "prefix": 3, "inference": 2, "mixed": 3, "serving": 3, "startup": 2}  # result file -> its first rows
+HEADLINES = {
+    "training": 5,
+    "time-to-accuracy-imdb": 1,
+    "imdb": 1,
+    "prefix": 3,
+    "inference": 2,
+    "mixed": 3,
+    "serving": 3,
+    "startup": 2,
+}  # result file -> its first rows
 
 
 def cli_reference() -> str:
