@@ -44,7 +44,8 @@ def evaluate_table(classifier: TextClassifier, table: Table, rows_output: Path |
     labels = schema.encode_all(table.rows, table.columns.label or "label")
     pairs = [row.text_pair for row in table.rows]
     texts = [row.text for row in table.rows]
-    logits = classifier.logits(texts, pairs)
+    # in float32 by the forward of training, so that a score is the one that training reported, to the last digit
+    logits = (classifier.plain_logits if classifier.precision == "float32" else classifier.logits)(texts, pairs)
     thresholds = None if meta.thresholds is None else np.array(meta.thresholds)
     calibration: dict[str, Any] = {"temperature": meta.temperature, "thresholds": thresholds}
     metrics = evaluate(meta.problem_type, labels, logits, meta.labels, **calibration)
