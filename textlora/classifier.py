@@ -60,7 +60,7 @@ class TextClassifier:
             base: folder or hub id of the base model; default: the one the adapter names.
             labels: label names in class order, only for a folder without `textlora.json`.
             problem_type: task of such a folder; default single-label, or regression for one label.
-            precision: "int8" runs the base's dense layers in 8 bits (docs/decisions/int8.md), after the check: on CPUs only, about twice as fast,
+            precision: "int8" runs the base's dense layers in 8 bits (docs/decisions/int8.md), after the check: on CPUs only, about 1.7 times as fast,
                 logits differ in the second digit.
             verify: recompute the golden examples in float32; a logit may differ by 1e-3 x max(|logit|, s), s the largest of them, at most 1.
 

@@ -20,7 +20,7 @@ from textlora.errors import UsageError
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = {"single-label": SINGLE_LABEL, "multi-label": MULTI_LABEL, "regression": REGRESSION}  # ours -> transformers'
 PRECISIONS = ("float32", "int8")  # of inference
-PRECISION_HELP = "Arithmetic of the base's dense layers; int8 is about twice as fast on a CPU and a little less exact."
+PRECISION_HELP = "Arithmetic of the base's dense layers; int8 is about 1.7 times as fast on a CPU and a little less exact."
 TRUNCATIONS = ("head", "tail", "head-tail")
 
 
