@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from textlora.encoder import attend
+from textlora.attention import attend
 from textlora.families import EncoderSpec
 from textlora.hardware import Workers, side_by_side
+from textlora.tokens import Encoded, PackedBatch, pack
 
 REPEAT_SECONDS = 0.15
 
@@ -89,13 +91,18 @@ def floor_seconds(spec: EncoderSpec, work: Work, piece_tokens: int) -> tuple[flo
     return seconds, rates
 
 
+def zeros(lengths: Sequence[int], device: str = "cpu") -> PackedBatch:
+    """A batch of texts of these lengths."""
+    return pack([Encoded(np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.int8), n) for n in lengths], device=device)
+
+
 def _attention(spec: EncoderSpec, length: int, grad: bool = False) -> Callable[[], object]:
     projected = torch.randn(length, 3 * spec.hidden, requires_grad=grad)
     cotangent = torch.randn(length, spec.hidden)
-    runs = [(0, 1, 0, length)]
+    layout = zeros([length]).layout
 
     def call() -> None:
-        out = attend(projected, None, runs, spec.heads)
+        out = attend(projected, None, layout, spec.heads)
         if grad:
             torch.autograd.grad(out, projected, cotangent)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import FAST, both_ways, make_tiny, random_adapter, random_batch
 
+from textlora.attention import attend, attend_first, attend_plain
 from textlora.base import find_base, read_weights
 from textlora.config import LoraConfig
-from textlora.encoder import activate, attend, attend_first, attend_plain
+from textlora.encoder import activate
 from textlora.errors import UsageError
 from textlora.families import read_spec
 from textlora.lora import Lora, dora_scale, lora_linear
@@ -231,7 +232,7 @@ def test_cpu_attention_is_plain_attention(first_only, dtype):
     projected = draw(batch.tokens, 64 if first_only else 96)
     inputs = [projected, *([draw(batch.size, 32)] if first_only else [])]
     queries = inputs[1] if first_only else None
-    results = [way(projected, queries, batch.runs(), 4) for way in (attend, attend_plain)]
+    results = [way(projected, queries, batch.layout, 4) for way in (attend, attend_plain)]
     cotangent = torch.randn(results[0].shape, generator=generator, dtype=dtype)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
@@ -242,7 +243,7 @@ def test_cpu_attention_is_plain_attention(first_only, dtype):
 def test_cpu_attention_takes_a_strided_gradient():
     batch = random_batch([3, 3, 4])
     projected = torch.randn(10, 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    grads = [torch.autograd.grad(way(projected, None, batch.runs(), 4).sum(), projected)[0] for way in (attend, attend_plain)]
+    grads = [torch.autograd.grad(way(projected, None, batch.layout, 4).sum(), projected)[0] for way in (attend, attend_plain)]
     torch.testing.assert_close(*grads)
 
 
@@ -259,12 +260,12 @@ def test_first_token_attention_needs_no_keys_and_values(kind):
         loras = [Lora(draw(4, 32), draw(32, 4), 0.3, draw(32).abs() if kind == "dora" else None) for _ in range(2)]
         leaves += [t.requires_grad_() for lora in loras for t in (lora.A, lora.B, lora.magnitude) if t is not None]
     adapted = [(32 * k, lora) for k, lora in enumerate(loras) if lora is not None]
-    slow = attend_plain(lora_linear(x, weight, bias, adapted), queries, batch.runs(), 4)
+    slow = attend_plain(lora_linear(x, weight, bias, adapted), queries, batch.layout, 4)
     folded = [
         None if lora is None else Folded(lora.A, lora.scaling * lora.B, dora_scale(part, lora))
         for part, lora in zip(weight.split(32), loras, strict=True)
     ]
-    fast = attend_first(x, queries, batch.runs(), 4, weight, bias[32:], *folded)
+    fast = attend_first(x, queries, batch.layout, 4, weight, bias[32:], *folded)
     torch.testing.assert_close(fast, slow, rtol=1e-11, atol=1e-11)
     cotangent = draw(*slow.shape)
     for mine, theirs in zip(*(torch.autograd.grad((y * cotangent).sum(), leaves) for y in (fast, slow)), strict=True):

@@ -54,7 +54,7 @@ class _PlainModel:
 
     def __init__(self, encoder: PackedEncoder, device: str):
         self.encoder, self.depth = encoder, max(0, encoder.spec.layers - 1)
-        self.device, self.dtype, self.int8 = torch.device(device), torch.float32, encoder.int8
+        self.device, self.dtype, self.int8 = torch.device(device), encoder.dtype, encoder.int8
 
     def head(self, x: Tensor) -> Tensor:
         return x.float()
@@ -85,7 +85,7 @@ class AdapterBank:
     Args:
         base: folder, hub id, or minilm.
         resident_bytes: budget of adapters in memory; those in use count, and are never put out.
-        precision: "int8" runs the base's dense layers in 8 bits, on CPUs; golden examples are recomputed in float32 all the same.
+        precision: of the base, one of `config.PRECISIONS`; golden examples are recomputed in float32 all the same.
         verify: recompute golden examples when an adapter is made resident.
 
     Raises:
@@ -108,7 +108,7 @@ class AdapterBank:
         self.running = self.encoder.for_inference(precision)
         # an adapter with mean pooling was trained without the base's pooler, and its hash is without it
         self._hashes = {"first": weights.hash, "mean": read_weights(self.files.folder, spec, pooler=False).hash}
-        self.resident_bytes, self.verify = resident_bytes, verify
+        self.resident_bytes, self.verify, self.precision = resident_bytes, verify, precision
         self._entries: dict[str, _Entry] = {}
         self._resident: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._held = 0
@@ -293,11 +293,11 @@ class AdapterBank:
             self._proved.add(proof)
         for tensor in model.trainable().values():
             tensor.requires_grad_(False)
-        folded = model.folded()
+        folded = model.folded(self.running.dtype)
         if model.mixes:
             model.encoder = self.running
-        elif self.running.int8:
-            model.encoder = model.encoder.for_inference("int8")
+        elif self.precision != "float32":
+            model.encoder = model.encoder.for_inference(self.precision)
         tensors = [
             *model.trainable().values(),
             *(t for place in folded.values() for t in place if t is not None),

@@ -22,7 +22,7 @@ from textlora.hub import adapter_folder
 from textlora.model import Model, open_model
 from textlora.tokens import Encoded, TextTokenizer, even_batches, load_tokenizer, pack
 
-EVAL_TOKENS = 1024  # tokens per forward when predicting: larger is slower on a CPU, and holds more memory (docs/log.md)
+EVAL_TOKENS = {"cpu": 1024, "cuda": 16384}  # of a forward when predicting: more is slower on a CPU, and holds more memory (docs/log.md)
 MIN_SHARE = 32  # tokens below which a second thread gains nothing
 GOLDEN_TOLERANCE = 1e-3
 GOLDEN_FLOOR = 0.01  # a smaller scale of logits counts as this
@@ -60,8 +60,8 @@ class TextClassifier:
             base: folder or hub id of the base model; default: the one the adapter names.
             labels: label names in class order, only for a folder without `textlora.json`.
             problem_type: task of such a folder; default single-label, or regression for one label.
-            precision: "int8" runs the base's dense layers in 8 bits (docs/decisions/int8.md), after the check: on CPUs only, about 1.7 times as fast,
-                logits differ in the second digit.
+            precision: of predictions, after the check. "bfloat16" is for GPUs; "int8" runs the base's dense layers in 8 bits (docs/decisions/int8.md):
+                on CPUs only, about 1.7 times as fast. Logits differ in the second digit.
             verify: recompute the golden examples in float32; a logit may differ by 1e-3 x max(|logit|, s), s the largest of them, at most 1.
 
         Raises:
@@ -183,7 +183,7 @@ class TextClassifier:
 
 
 def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | None = None, states: Any = None) -> np.ndarray:
-    """Logits (N, C) of encoded texts in the order given; computed by length in batches of about `EVAL_TOKENS` tokens.
+    """Logits (N, C) of encoded texts in the order given; computed by length in batches of about `eval_tokens` tokens.
 
     Args:
         workers: who computes the batches; default: `side_by_side`.
@@ -198,20 +198,25 @@ def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | 
     order = np.argsort(lengths, kind="stable")
     device = getattr(model, "device", "cpu")
 
-    def compute(rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def compute(rows: list[int]) -> tuple[np.ndarray, torch.Tensor]:
         with torch.inference_mode():
             batch = pack([encoded[i] for i in rows], device=device)
             batch = batch if states is None else states.attach(batch, rows)
-            return np.asarray(rows)[batch.rows.numpy()], model.forward(batch).float().cpu().numpy()
+            return np.asarray(rows)[batch.rows.numpy()], model.forward(batch).float()
 
     with contextlib.ExitStack() as stack:
         workers = workers or stack.enter_context(side_by_side(device, model.path == "packed"))
         stack.enter_context(bounded_memory(model))
-        parts = workers.map(compute, even_batches(lengths, order, EVAL_TOKENS, workers.count, MIN_SHARE))
+        parts = workers.map(compute, even_batches(lengths, order, eval_tokens(device), workers.count, MIN_SHARE))
     result = np.empty((len(encoded), parts[0][1].shape[1]), dtype=np.float32)
-    for rows, logits in parts:
-        result[rows] = logits
+    for rows, logits in parts:  # only now are they waited for: a GPU works while the next batch is packed
+        result[rows] = logits.cpu().numpy()
     return result
+
+
+def eval_tokens(device: str | torch.device) -> int:
+    """Tokens of one forward when predicting on a device."""
+    return EVAL_TOKENS[torch.device(device).type]
 
 
 @contextlib.contextmanager

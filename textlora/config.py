@@ -19,8 +19,8 @@ from textlora.errors import UsageError
 
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = {"single-label": SINGLE_LABEL, "multi-label": MULTI_LABEL, "regression": REGRESSION}  # ours -> transformers'
-PRECISIONS = ("float32", "int8")  # of inference
-PRECISION_HELP = "Arithmetic of the base's dense layers; int8 is about 1.7 times as fast on a CPU and a little less exact."
+PRECISIONS = ("float32", "bfloat16", "int8")  # of inference
+PRECISION_HELP = "Arithmetic of the base; bfloat16 for GPUs and int8 for CPUs (about 1.7 times as fast) are a little less exact."
 TRUNCATIONS = ("head", "tail", "head-tail")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from textlora.adapter import AdapterMeta
 from textlora.answers import Answer, Prediction
 from textlora.bank import RESIDENT_BYTES, AdapterBank, Resident
-from textlora.classifier import EVAL_TOKENS, MIN_SHARE
+from textlora.classifier import MIN_SHARE, eval_tokens
 from textlora.errors import AdapterError, TextloraError, UsageError
 from textlora.hardware import bounded_memory, side_by_side
 from textlora.mixing import Mix
@@ -154,7 +154,7 @@ class AdapterEngine:
     def _jobs(
         self, texts: Sequence[str], pairs: Sequence[str | None], chosen: list[int], owners: list[int], residents: list[Resident], workers: int
     ) -> list[tuple[_Job, list[int]]]:
-        """Batches of the chosen rows by length, about `EVAL_TOKENS` tokens each."""
+        """Batches of the chosen rows by length, about `eval_tokens` tokens each."""
         asked: dict[tuple[int, str, str | None], list[int]] = {}
         for i in chosen:
             asked.setdefault((id(residents[owners[i]].classifier.tokenizer), texts[i], pairs[i]), []).append(i)
@@ -171,7 +171,7 @@ class AdapterEngine:
         lengths = [len(one.ids) for one in encoded if one is not None]
         loads = [(length + 1) * len(rows) for length, rows in zip(lengths, groups, strict=True)]  # a row costs about a token more
         jobs = []
-        for members in even_batches(loads, np.argsort(lengths, kind="stable"), EVAL_TOKENS, workers, MIN_SHARE):
+        for members in even_batches(loads, np.argsort(lengths, kind="stable"), eval_tokens(self.bank.device), workers, MIN_SHARE):
             asking = [(t, i) for t, g in enumerate(members) for i in groups[g]]
             asking.sort(key=lambda one: owners[one[1]])  # an adapter's rows side by side
             jobs.append((_Job([encoded[g] for g in members], [(t, owners[i]) for t, i in asking]), [i for _, i in asking]))

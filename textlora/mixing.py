@@ -12,7 +12,14 @@ from torch import Tensor
 from textlora.products import Weight, activate, dense
 
 Place = tuple[int, str]
-PRODUCTS = (("query", "key", "value"), ("query",), ("attention_output",), ("intermediate",), ("output",))  # slots of the encoder's dense layers
+PRODUCTS = (
+    ("query", "key", "value"),
+    ("query",),
+    ("key", "value"),
+    ("attention_output",),
+    ("intermediate",),
+    ("output",),
+)  # slots of the encoder's dense layers
 
 
 class Folded(NamedTuple):

@@ -46,7 +46,7 @@ class Model(Protocol):
     def load_trainable(self, tensors: Mapping[str, Tensor]) -> None: ...
 
     def for_inference(self, precision: str) -> "Model":
-        """The same classifier as it predicts fastest, for good: "float32", or the base in "int8". Raises UsageError where that cannot be had."""
+        """The same classifier as it predicts fastest, for good; `precision` is one of `config.PRECISIONS`. Raises UsageError where that cannot be had."""
 
     def base_hash(self) -> str: ...
 
@@ -194,25 +194,26 @@ class PackedModel:
         """Whether the encoder is the base's own, so that other adapters can share a batch with this one."""
         return not self._own
 
-    def folded(self) -> FoldedAdapter:
-        """What `mixing.Mix` needs of this adapter: (layer, slot) -> A, `s B` and DoRA's factor, without gradients."""
+    def folded(self, dtype: torch.dtype | None = None) -> FoldedAdapter:
+        """What `mixing.Mix` needs of this adapter: (layer, slot) -> A, `s B` and DoRA's factor, without gradients, in the base's type or `dtype`."""
         made = {}
         with torch.no_grad():
             for (i, slot), lora in self.loras().items():
                 if slot != "pooler":
                     scale = dora_scale(self._weight(i, slot), lora)
                     tensors = (lora.A, lora.scaling * lora.B, scale)
-                    made[i, slot] = Folded(*(None if t is None else t.detach().to(self.dtype) for t in tensors))
+                    made[i, slot] = Folded(*(None if t is None else t.detach().to(dtype or self.dtype) for t in tensors))
         return FoldedAdapter(made)
 
     def for_inference(self, precision: str) -> "PackedModel":
-        """A copy that only predicts: in float32 with LoRA merged into the weights, in int8 beside them. Raises UsageError as `require_int8` does."""
+        """A copy that only predicts: with LoRA merged into the weights, in int8 beside them. Raises UsageError as `require_int8` does."""
         made = copy.copy(self)
         if precision == "int8":
             require_int8(self.device)
             made.encoder, made._folded = self.encoder.for_inference("int8"), self.folded()
         else:
-            made.encoder, made._folded = PackedEncoder(replace(self.base, tensors=self._merged())).for_inference(), FoldedAdapter({})
+            made.encoder, made._folded = PackedEncoder(replace(self.base, tensors=self._merged())).for_inference(precision), FoldedAdapter({})
+            made.dtype = made.encoder.dtype
         return made
 
     def _merged(self) -> dict[str, Tensor]:

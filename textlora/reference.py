@@ -228,7 +228,7 @@ class ReferenceModel:
     def for_inference(self, precision: str) -> "ReferenceModel":
         if precision == "float32":
             return self
-        raise UsageError("--precision int8: only on the packed path", "leave it out")
+        raise UsageError(f"--precision {precision}: only on the packed path", "leave it out")
 
     def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors in place. Raises AdapterError where a name or shape differs, or a head is missing."""

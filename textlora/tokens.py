@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,29 @@ class Encoded:
     full: int
 
 
+Runs = list[tuple[int, int, int, int]]
+
+
+class Layout:
+    """Where the texts of a packed batch lie, as attention needs it.
+
+    Args:
+        batch: read for what is not given.
+        cu_seqlens: (B+1,) int32 on the batch's device; text b is `cu_seqlens[b]:cu_seqlens[b+1]`.
+        longest: no text has more tokens.
+    """
+
+    def __init__(self, batch: "PackedBatch", cu_seqlens: Tensor | None = None, longest: int | None = None):
+        self._batch = batch
+        self.cu_seqlens = batch.cu_seqlens.to(batch.ids.device, torch.int32) if cu_seqlens is None else cu_seqlens
+        self.longest = int(batch.cu_seqlens.diff().max()) if longest is None else longest
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Of `PackedBatch.runs`."""
+        return self._batch.runs()
+
+
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """B texts of T tokens in all, shortest first, so that texts of one length lie side by side.
@@ -35,6 +59,7 @@ class PackedBatch:
         rows: (B,) int64 on the CPU; where text b stood in the list that was packed.
         labels: class ids (B,) int64, indicators (B, C) float32, or targets (B,) float32; None when predicting.
         hidden: (T, H) hidden states at the input of block `depth`, where somebody has computed them before; None from the start.
+        given_layout: instead of `cu_seqlens`, where lengths change under a batch that stays (recorded.py).
     """
 
     ids: Tensor
@@ -45,6 +70,11 @@ class PackedBatch:
     labels: Tensor | None = None
     hidden: Tensor | None = None
     depth: int = 0
+    given_layout: Layout | None = None
+
+    @property
+    def layout(self) -> Layout:
+        return self.given_layout or Layout(self)
 
     @property
     def tokens(self) -> int:
@@ -54,10 +84,10 @@ class PackedBatch:
     def size(self) -> int:
         return self.rows.numel()
 
-    def runs(self) -> list[tuple[int, int, int, int]]:
+    def runs(self) -> Runs:
         """Stretches of texts of one length: (first text, texts, first token, length)."""
         bounds = self.cu_seqlens.tolist()
-        found: list[tuple[int, int, int, int]] = []
+        found: Runs = []
         for b in range(self.size):
             length = bounds[b + 1] - bounds[b]
             if found and found[-1][3] == length:

@@ -7,7 +7,7 @@ from (seed, epoch) or (seed, step, piece), and the pieces' gradients are summed 
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,14 @@ from textlora.hardware import Workers, bounded_memory, peak_memory, side_by_side
 from textlora.metrics import METRICS, evaluate, standard_error
 from textlora.prefix import HiddenStates
 from textlora.prepare import EncodedSet, Prepared
-from textlora.tokens import pack, token_batches
+from textlora.recorded import Recordings, fill_up
+from textlora.tokens import PackedBatch, pack, token_batches
 
 PIECE_TOKENS = {"cpu": 768, "cuda": 16384}  # on a CPU as fast as 2,048 and less memory (docs/log.md); what fills a GPU
 
 
 class Loss:
-    """Loss of each row, and its weight; their weighted mean over a step is what is minimised.
+    """Weighted loss of each row, and its weight; the sum of the one over the sum of the other is what a step minimises.
 
     Cross-entropy with class weights and label smoothing, binary cross-entropy with a weight on positives, or squared error.
     """
@@ -36,19 +37,23 @@ class Loss:
     def __init__(self, prepared: Prepared):
         self.kind = prepared.schema.problem_type
         self.smoothing = prepared.config.label_smoothing
-        weights = class_weights(prepared.config.class_weights, prepared.schema.labels, self.kind, prepared.sets["train"].labels)
-        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32, device=prepared.device)
+        self.class_weights = class_weights(prepared.config.class_weights, prepared.schema.labels, self.kind, prepared.sets["train"].labels)
+        self.weights = None if self.class_weights is None else torch.tensor(self.class_weights, dtype=torch.float32, device=prepared.device)
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of weighted losses and sum of weights, both scalars, for logits (B, C)."""
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Weighted loss of each row (B,) for logits (B, C)."""
         if self.kind == REGRESSION:
-            return F.mse_loss(logits[:, 0], labels, reduction="sum"), logits.new_tensor(float(len(labels)))
+            return F.mse_loss(logits[:, 0], labels, reduction="none")
         if self.kind == MULTI_LABEL:
             smooth = labels * (1 - self.smoothing) + 0.5 * self.smoothing
-            loss = F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=self.weights, reduction="none")
-            return loss.mean(1).sum(), logits.new_tensor(float(len(labels)))
-        loss = F.cross_entropy(logits, labels, weight=self.weights, label_smoothing=self.smoothing, reduction="sum")
-        return loss, logits.new_tensor(float(len(labels))) if self.weights is None else self.weights[labels].sum()
+            return F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=self.weights, reduction="none").mean(1)
+        return F.cross_entropy(logits, labels, weight=self.weights, label_smoothing=self.smoothing, reduction="none")
+
+    def weight(self, labels: np.ndarray) -> float:
+        """Sum of the weights of rows with these labels."""
+        if self.kind in (REGRESSION, MULTI_LABEL) or self.class_weights is None:
+            return float(len(labels))
+        return float(self.class_weights[labels].sum())
 
 
 def class_weights(spec: str | None, names: tuple[str, ...], kind: str, labels: np.ndarray) -> np.ndarray | None:
@@ -147,6 +152,15 @@ class Trainer:
         self.best_score: float | None = None
         self.kept_score: float | None = None
         self.best = {name: t.detach().clone() for name, t in self.parameters.items()}
+        self.recordings = self._recordings()
+
+    def _recordings(self) -> Recordings | None:
+        """On a GPU, where a step draws no random numbers and keeps all it computes."""
+        plain = self.model.path == "packed" and not self.config.lora_dropout and not self.config.gradient_checkpointing
+        if not plain or torch.device(self.prepared.device).type != "cuda" or self.model.dtype == torch.float32:
+            return None
+        zeros = [torch.zeros((), device=self.prepared.device), *(torch.zeros_like(t, requires_grad=False) for t in self.parameters.values())]
+        return Recordings(self._sums, zeros)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW; no decay on biases and norms; B's rate times `loraplus_ratio` (LoRA+, arXiv 2402.12354)."""
@@ -188,38 +202,58 @@ class Trainer:
             return self.step % self.config.eval_every == 0
         return math.floor(self.steps[self.step][0] - 1e-9) > math.floor(self.steps[self.step - 1][0] - 1e-9)
 
-    def _piece(self, item: tuple[int, list[int]]) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
-        """Sum of losses, sum of weights and gradients of some of a step's rows."""
+    def _batch(self, rows: list[int], device: str) -> PackedBatch:
+        batch = pack([self.train_set.encoded[i] for i in rows], self.train_set.labels[rows], device)
+        return self.prefix["train"].attach(batch, rows) if "train" in self.prefix else batch
+
+    def _sums(self, batch: PackedBatch, counted: Tensor | None = None, seed: int | None = None) -> list[Tensor | None]:
+        """Sum of the losses of a batch, or of the rows that count, and its gradients."""
+        losses = self.loss(self.model.forward(batch, seed), batch.labels)
+        loss = (losses if counted is None else losses * counted).sum()
+        return [loss.detach(), *torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)]
+
+    def _piece(self, item: tuple[int, list[int]]) -> list[Tensor | None]:
+        """`_sums` of some of a step's rows."""
         number, rows = item
         seed = int(np.random.SeedSequence([self.config.seed, self.step, number]).generate_state(1, np.uint64)[0] >> 1)
-        batch = pack([self.train_set.encoded[i] for i in rows], self.train_set.labels[rows], self.prepared.device)
-        if "train" in self.prefix:
-            batch = self.prefix["train"].attach(batch, rows)
-        loss, weight = self.loss(self.model.forward(batch, seed), batch.labels)
-        return loss.detach(), weight, torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        return self._sums(self._batch(rows, self.prepared.device), seed=seed)
+
+    def _step_sums(self, rows: list[int], workers: Workers) -> list[Tensor | None]:
+        """`_sums` of all rows of a step."""
+        pieces = divide(self.lengths, rows, workers.count, self.piece_tokens)
+        if self.recordings is not None:
+            self.recordings.clear()
+            for piece in pieces:
+                self.recordings.add(fill_up(self._batch(piece, "cpu")))
+            return self.recordings.sums
+        found = []
+        for parts in zip(*workers.map(self._piece, list(enumerate(pieces))), strict=True):
+            known = [part for part in parts if part is not None]
+            found.append(sum(known[1:], known[0]) if known else None)
+        return found
 
     def _train_step(self, workers: Workers) -> dict[str, Any]:
         start = time.perf_counter()
         epoch, rows = self.steps[self.step]
         rate = self.config.learning_rate * rate_at(self.config, self.step, len(self.steps))
         tokens = int(self.lengths[rows].sum())
-        pieces = workers.map(self._piece, list(enumerate(divide(self.lengths, rows, workers.count, self.piece_tokens))))
-        total, weight = sum(piece[0] for piece in pieces), sum(piece[1] for piece in pieces)
-        for tensor, *gradients in zip(self.parameters.values(), *(piece[2] for piece in pieces), strict=True):
-            known = [gradient for gradient in gradients if gradient is not None]
-            tensor.grad = sum(known[1:], known[0]) if known else None
-        mean = float(total / weight) if float(weight) else 0.0
-        if not math.isfinite(mean):
-            raise TrainingError(f"the loss is {mean} at step {self.step + 1}", "lower --learning-rate")
-        gradients = [t.grad for t in self.parameters.values() if t.grad is not None]
-        torch._foreach_mul_(gradients, 1 / max(float(weight), 1e-12))  # type: ignore[attr-defined]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        weight = self.loss.weight(self.train_set.labels[rows])
+        total, *gradients = self._step_sums(rows, workers)
+        for tensor, gradient in zip(self.parameters.values(), gradients, strict=True):
+            tensor.grad = gradient
+        known = [gradient for gradient in gradients if gradient is not None]
+        torch._foreach_mul_(known, 1 / max(weight, 1e-12))  # type: ignore[attr-defined]
+        length = torch.nn.utils.get_total_norm(known)
         if self.config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.max_grad_norm, torch.tensor(norm))
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.max_grad_norm, length)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        loss, norm = torch.stack([total.float(), length.float()]).tolist()  # the one place where a step waits for the device
+        mean = loss / weight if weight else 0.0
+        if not math.isfinite(mean):
+            raise TrainingError(f"the loss is {mean} at step {self.step + 1}", "lower --learning-rate")
         self.step += 1
         self.tokens += tokens
         taken = time.perf_counter() - start
@@ -285,16 +319,19 @@ class Trainer:
 def score(
     prepared: Prepared,
     data: EncodedSet,
-    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    loss: Loss,
     workers: Workers | None = None,
     states: HiddenStates | None = None,
     **calibration: Any,
 ) -> tuple[float, dict[str, float], np.ndarray]:
     """Mean loss, metrics and logits (N, C) of a model on a set."""
     logits = encoded_logits(prepared.model, data.encoded, workers, states)
-    total, weight = loss(torch.from_numpy(logits).to(prepared.device), torch.from_numpy(data.labels).to(prepared.device))
+    total, weight = (
+        loss(torch.from_numpy(logits).to(prepared.device), torch.from_numpy(data.labels).to(prepared.device)).sum(),
+        loss.weight(data.labels),
+    )
     metrics = evaluate(prepared.schema.problem_type, data.labels, logits, prepared.schema.labels, **calibration)
-    return float(total / weight) if float(weight) else 0.0, metrics, logits
+    return float(total) / weight if weight else 0.0, metrics, logits
 
 
 def start_head(prepared: Prepared) -> None:
