@@ -1,5 +1,6 @@
 """What a CUDA device does differently: attention in one call, bfloat16, larger batches. Run with `pytest -m gpu`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,12 @@ from support import log_of, settings, single_rows, trained
 
 from textlora import AdapterEngine, TextClassifier
 from textlora.attention import attend, attend_plain, in_one_call
+from textlora.prefix import build_prefix
+from textlora.prepare import prepare
 from textlora.run import run_training
 from textlora.tokens import Encoded, pack
+from textlora.training import Trainer
+from textlora.whole import WholeModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 LENGTHS = [1, 1, 2, 3, 3, 7, 16, 17, 40, 300]
@@ -73,6 +78,24 @@ def test_mixed_batch_on_a_gpu_is_each_adapter_alone(tiny_base, tmp_path_factory,
         for k in range(len(texts)):
             if names[k] == name:
                 np.testing.assert_allclose(found[k].logits, alone[k].logits, rtol=0, atol=tolerance * max(1, max(map(abs, alone[k].logits))))
+
+
+@pytest.mark.parametrize("part", ["all", "biases", "lora", "frozen below"])
+def test_recorded_steps_are_steps(tiny_base, tmp_path, part):
+    """The same losses as without recordings, for LoRA, the base itself, and hidden states that were computed before."""
+    changes = {"layers": "last:1"} if part == "frozen below" else {}
+    losses = []
+    for on in (True, False):
+        prepared = prepare(settings(tmp_path / str(on), tiny_base("bert"), device="cuda", epochs=6.0, **changes))
+        if part in ("all", "biases"):
+            prepared = replace(prepared, model=WholeModel(prepared.model.base, part, 2, device="cuda"))
+        trainer = Trainer(prepared, build_prefix(prepared))
+        assert bool(trainer.prefix) == (part == "frozen below")
+        if not on:
+            trainer.recordings = None
+        losses.append([record["loss"] for record in trainer.records() if record["kind"] == "step"])
+        assert not on or trainer.recordings._kept
+    np.testing.assert_allclose(*losses, rtol=0, atol=3e-2)
 
 
 def test_gradient_checkpointing_on_a_gpu(tiny_base, tmp_path):

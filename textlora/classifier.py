@@ -22,7 +22,7 @@ from textlora.hub import adapter_folder
 from textlora.model import Model, open_model
 from textlora.tokens import Encoded, TextTokenizer, even_batches, load_tokenizer, pack
 
-EVAL_TOKENS = {"cpu": 1024, "cuda": 16384}  # of a forward when predicting: more is slower on a CPU, and holds more memory (docs/log.md)
+EVAL_TOKENS = {"cpu": 1024, "cuda": 65536}  # of a forward when predicting: more is slower on a CPU, and holds more memory (docs/log.md)
 MIN_SHARE = 32  # tokens below which a second thread gains nothing
 GOLDEN_TOLERANCE = 1e-3
 GOLDEN_FLOOR = 0.01  # a smaller scale of logits counts as this

@@ -102,41 +102,50 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor, loras: Sequence[tuple[i
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Fused forward and backward: keeps x and the small u = x A^T only, writes into slices, no gradient for W."""
+    """Fused forward and backward: keeps x and the small u = x A^T only, writes into slices, no gradient for W.
+
+    Adapters that see the same x share one product with all their A, side by side: x and its gradient are read and written once.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, starts, scalings, keeps, masks, *pairs):
         y = F.linear(x, weight, bias)
-        saved = []
-        for k, start in enumerate(starts):
-            A, B = pairs[2 * k].to(x.dtype), pairs[2 * k + 1].to(x.dtype)
-            inner = x if masks[k] is None else x * masks[k] / keeps[k]
-            u = inner @ A.T
-            y[:, start : start + B.shape[0]].addmm_(u, B.T, alpha=scalings[k])
-            saved.append(u)
-        ctx.save_for_backward(x, weight, *pairs, *saved, *(mask for mask in masks if mask is not None))
-        ctx.starts, ctx.scalings, ctx.keeps, ctx.masked = starts, scalings, keeps, [mask is not None for mask in masks]
+        dropped = any(mask is not None for mask in masks)
+        groups = [[k] for k in range(len(starts))] if dropped else [list(range(len(starts)))]
+        scaled = [(scaling * B).to(x.dtype) for scaling, B in zip(scalings, pairs[1::2], strict=True)]
+        joined = [torch.cat([pairs[2 * k] for k in group]).to(x.dtype) for group in groups]
+        us = []
+        for group, A in zip(groups, joined, strict=True):
+            us.append(_masked(x, masks[group[0]], keeps[group[0]]) @ A.T)
+            for k, u in zip(group, us[-1].split([scaled[k].shape[1] for k in group], 1), strict=True):
+                y[:, starts[k] : starts[k] + len(scaled[k])].addmm_(u, scaled[k].T)
+        ctx.save_for_backward(x, weight, *scaled, *joined, *us, *(mask for mask in masks if mask is not None))
+        ctx.groups, ctx.starts, ctx.scalings, ctx.keeps = groups, starts, scalings, keeps
+        ctx.masked, ctx.dtype = [mask is not None for mask in masks], pairs[0].dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        n = len(ctx.starts)
+        n, m = len(ctx.starts), len(ctx.groups)
         x, weight, *rest = ctx.saved_tensors
-        pairs, us, masks = rest[: 2 * n], rest[2 * n : 3 * n], iter(rest[3 * n :])
+        scaled, joined, us, given = rest[:n], rest[n : n + m], rest[n + m : n + 2 * m], iter(rest[n + 2 * m :])
+        masks = [next(given) if masked else None for masked in ctx.masked]
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        grads = []
-        for k, start in enumerate(ctx.starts):
-            A, B = pairs[2 * k].to(x.dtype), pairs[2 * k + 1].to(x.dtype)
-            part = dy[:, start : start + B.shape[0]]
-            du = (part @ B).mul_(ctx.scalings[k])
-            if ctx.masked[k]:
-                mask = next(masks)
-                dA = du.T @ (x * mask / ctx.keeps[k])
-                if dx is not None:
-                    dx += (du @ A) * mask / ctx.keeps[k]
-            else:
-                dA = du.T @ x
-                if dx is not None:
-                    dx.addmm_(du, A)
-            grads += [dA.to(pairs[2 * k].dtype), (part.T @ us[k]).mul_(ctx.scalings[k]).to(pairs[2 * k + 1].dtype)]
+        grads: list[torch.Tensor] = []
+        for group, A, u in zip(ctx.groups, joined, us, strict=True):
+            ranks = [scaled[k].shape[1] for k in group]
+            parts = [dy[:, ctx.starts[k] : ctx.starts[k] + len(scaled[k])] for k in group]
+            du = torch.cat([part @ scaled[k] for k, part in zip(group, parts, strict=True)], 1)
+            mask, keep = masks[group[0]], ctx.keeps[group[0]]
+            dA = (du.T @ _masked(x, mask, keep)).to(ctx.dtype).split(ranks)
+            if dx is not None and mask is None:
+                dx.addmm_(du, A)
+            elif dx is not None:
+                dx += _masked(du @ A, mask, keep)
+            for k, part, one, inner in zip(group, parts, dA, u.split(ranks, 1), strict=True):
+                grads += [one, (part.T @ inner).to(ctx.dtype).mul_(ctx.scalings[k])]
         return dx, None, None, None, None, None, None, *grads
+
+
+def _masked(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
+    return x if mask is None else x * mask / keep

@@ -1,7 +1,7 @@
 """The training loop: a generator of step and evaluation records over any `Model`. Knows no files and prints nothing.
 
 Only A, B, DoRA's magnitudes and the head carry gradients. A step takes `batch_size x gradient_accumulation_steps` rows, computed in
-pieces of at most 768 tokens or so (16,384 on a GPU), on a CPU side by side, each by one core; memory does not grow with the batch. Every random draw comes
+pieces of at most 768 tokens or so (32,768 on a GPU), on a CPU side by side, each by one core; memory does not grow with the batch. Every random draw comes
 from (seed, epoch) or (seed, step, piece), and the pieces' gradients are summed in order.
 """
 
@@ -22,10 +22,11 @@ from textlora.hardware import Workers, bounded_memory, peak_memory, side_by_side
 from textlora.metrics import METRICS, evaluate, standard_error
 from textlora.prefix import HiddenStates
 from textlora.prepare import EncodedSet, Prepared
-from textlora.recorded import Recordings, fill_up
+from textlora.recorded import Filled, Recordings, fill_up
 from textlora.tokens import PackedBatch, pack, token_batches
 
-PIECE_TOKENS = {"cpu": 768, "cuda": 16384}  # on a CPU as fast as 2,048 and less memory (docs/log.md); what fills a GPU
+PIECE_TOKENS = {"cpu": 768, "cuda": 32768}  # on a CPU as fast as 2,048 and less memory (docs/log.md); what fills a GPU, where it fits
+KEPT_BYTES = 20  # of a token per layer and width for the backward pass in half precision, as measured (docs/log.md)
 
 
 class Loss:
@@ -125,6 +126,17 @@ def divide(lengths: np.ndarray, rows: Sequence[int], workers: int, piece_tokens:
     return pieces
 
 
+def piece_tokens(prepared: Prepared) -> int:
+    """Tokens of a piece; on a GPU so many that a piece keeps no more than a third of its free memory."""
+    most, model = PIECE_TOKENS[torch.device(prepared.device).type], prepared.model
+    if torch.device(prepared.device).type == "cpu" or model.path != "packed":
+        return most
+    free, _ = torch.cuda.mem_get_info(prepared.device)
+    spec = model.base.spec
+    kept = KEPT_BYTES * (2 if model.dtype == torch.float32 else 1) * spec.layers * spec.hidden
+    return min(most, max(512, free // (3 * kept)))
+
+
 def rate_at(config: TrainConfig, step: int, total: int) -> float:
     """Share of the peak learning rate at a step counted from 0: linear warm-up, then linear, cosine or constant."""
     warmup = int(config.warmup * total) if config.warmup < 1 else int(config.warmup)
@@ -141,7 +153,7 @@ class Trainer:
         self.prepared, self.config, self.model, self.prefix = prepared, prepared.config, prepared.model, prefix or {}
         self.train_set = prepared.sets["train"]
         self.lengths = self.train_set.lengths
-        self.piece_tokens = PIECE_TOKENS[torch.device(prepared.device).type]
+        self.piece_tokens = piece_tokens(prepared)
         self.steps = plan(self.config, self.lengths)
         self.loss = Loss(prepared)
         self.parameters = self.model.trainable()
@@ -153,6 +165,7 @@ class Trainer:
         self.kept_score: float | None = None
         self.best = {name: t.detach().clone() for name, t in self.parameters.items()}
         self.recordings = self._recordings()
+        self._filled: dict[int, list[Filled]] = {}  # batches of the next step
 
     def _recordings(self) -> Recordings | None:
         """On a GPU, where a step draws no random numbers and keeps all it computes."""
@@ -218,14 +231,18 @@ class Trainer:
         seed = int(np.random.SeedSequence([self.config.seed, self.step, number]).generate_state(1, np.uint64)[0] >> 1)
         return self._sums(self._batch(rows, self.prepared.device), seed=seed)
 
+    def _fill(self, step: int) -> list[Filled]:
+        pieces = divide(self.lengths, self.steps[step][1], 1, self.piece_tokens)
+        return [fill_up(self._batch(piece, "cpu")) for piece in pieces]
+
     def _step_sums(self, rows: list[int], workers: Workers) -> list[Tensor | None]:
         """`_sums` of all rows of a step."""
-        pieces = divide(self.lengths, rows, workers.count, self.piece_tokens)
         if self.recordings is not None:
             self.recordings.clear()
-            for piece in pieces:
-                self.recordings.add(fill_up(self._batch(piece, "cpu")))
+            for filled in self._filled.pop(self.step, None) or self._fill(self.step):
+                self.recordings.add(filled)
             return self.recordings.sums
+        pieces = divide(self.lengths, rows, workers.count, self.piece_tokens)
         found = []
         for parts in zip(*workers.map(self._piece, list(enumerate(pieces))), strict=True):
             known = [part for part in parts if part is not None]
@@ -250,6 +267,8 @@ class Trainer:
             group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.recordings is not None and self.step + 1 < len(self.steps):
+            self._filled[self.step + 1] = self._fill(self.step + 1)  # while the device works
         loss, norm = torch.stack([total.float(), length.float()]).tolist()  # the one place where a step waits for the device
         mean = loss / weight if weight else 0.0
         if not math.isfinite(mean):
