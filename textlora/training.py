@@ -345,12 +345,10 @@ def score(
 ) -> tuple[float, dict[str, float], np.ndarray]:
     """Mean loss, metrics and logits (N, C) of a model on a set."""
     logits = encoded_logits(prepared.model, data.encoded, workers, states)
-    total, weight = (
-        loss(torch.from_numpy(logits).to(prepared.device), torch.from_numpy(data.labels).to(prepared.device)).sum(),
-        loss.weight(data.labels),
-    )
+    rows = loss(torch.from_numpy(logits).to(prepared.device), torch.from_numpy(data.labels).to(prepared.device))
+    weight = loss.weight(data.labels)
     metrics = evaluate(prepared.schema.problem_type, data.labels, logits, prepared.schema.labels, **calibration)
-    return float(total) / weight if weight else 0.0, metrics, logits
+    return float(rows.sum()) / weight if weight else 0.0, metrics, logits
 
 
 def start_head(prepared: Prepared) -> None:
