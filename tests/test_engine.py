@@ -137,32 +137,51 @@ def assert_as_alone(
                 assert (found[i].label, found[i].labels) == (want.label, want.labels)
 
 
-@pytest.mark.parametrize("mixture", ["identical", "distinct", "uniform", "zipf"])
+def drawn(mixture: str, count: int, kinds: int) -> list[int]:
+    """Which kind of adapter each of `count` texts goes to."""
+    draw = np.random.default_rng(1)
+    return {
+        "identical": [2] * count,
+        "distinct": [k % kinds for k in range(count)],
+        "uniform": draw.integers(0, kinds, count).tolist(),
+        "zipf": np.minimum(draw.zipf(1.5, count) - 1, kinds - 1).tolist(),
+    }[mixture]
+
+
+MIXTURES = ("identical", "distinct", "uniform", "zipf")
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("family", FAST)
 def test_a_mixed_batch_is_each_adapter_alone(family, mixture, adapters, tiny_base):
-    folders, draw = adapters(family), np.random.default_rng(1)
-    count = 40
-    picked = {
-        "identical": [2] * count,
-        "distinct": [k % len(KINDS) for k in range(count)],
-        "uniform": draw.integers(0, len(KINDS), count).tolist(),
-        "zipf": np.minimum(draw.zipf(1.5, count) - 1, len(KINDS) - 1).tolist(),
-    }[mixture]
+    folders, count = adapters(family), 40
+    picked = drawn(mixture, count, len(KINDS))
     texts, seconds = random_texts(count, 2), random_texts(count, 3)
     pairs = [seconds[i] if KINDS[k].pairs else None for i, k in enumerate(picked)]
     assert_as_alone(engine_of(folders, tiny_base(family)), tiny_base(family), texts, [folders[k].name for k in picked], pairs, folders)
 
 
-def test_ranks_1_to_64_on_a_real_base(minilm, tmp_path):
+@pytest.fixture(scope="module")
+def real_adapters(minilm, tmp_path_factory):
+    """Ranks 1 to 64, 1 to 77 labels and all problem types, on real weights."""
     kinds = (
         Kind(LoraConfig(r=1)),
         Kind(LoraConfig(r=64, target_modules=("all-linear",)), 77),
         Kind(LoraConfig(r=16, use_dora=True), 5, MULTI_LABEL),
         Kind(LoraConfig(r=64, use_rslora=True, layers="last:1"), 1, REGRESSION),
+        Kind(LoraConfig(r=8), 3, pooling="mean"),
+        Kind(LoraConfig(r=8), 4, pairs=True),
     )
-    folders = [make_adapter(tmp_path / f"rank-{k}", minilm.folder, kind, seed=k) for k, kind in enumerate(kinds)]
-    names = [folders[k % 4].name for k in range(24)]
-    assert_as_alone(engine_of(folders, minilm.folder), minilm.folder, random_texts(24, 6), names, [None] * 24, folders, 1e-5)
+    root = tmp_path_factory.mktemp("real")
+    return kinds, [make_adapter(root / f"real-{k}", minilm.folder, kind, seed=k) for k, kind in enumerate(kinds)]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_200_texts_on_a_real_base_are_each_adapter_alone(mixture, real_adapters, minilm):
+    kinds, folders = real_adapters
+    picked, texts, seconds = drawn(mixture, 200, len(kinds)), random_texts(200, 6), random_texts(200, 7)
+    pairs = [seconds[i] if kinds[k].pairs else None for i, k in enumerate(picked)]
+    assert_as_alone(engine_of(folders, minilm.folder), minilm.folder, texts, [folders[k].name for k in picked], pairs, folders, 1e-5)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
