@@ -9,6 +9,7 @@ Two more sets, which no default was chosen on, meet full fine-tuning and the def
 """
 
 import argparse
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from common import RESULTS, write_result
 
 from textlora.compare import Comparison, compare, read_comparison
-from textlora.config import TrainConfig
+from textlora.config import TrainConfig, default_rate
 from textlora.methods import DEFAULT_METHODS
 from textlora.report.comparison import render_many
 from textlora.report.comparison.across import across
@@ -26,7 +27,7 @@ SETS = ("trec6", "banking77", "sst2", "tweet_emotion", "mr", "glue_rte")
 ASIDE = ("ag_news", "sms_spam")
 TRAIN, SCORED = 256, 256
 KEPT = RESULTS / "comparison"
-DEFAULT, RECIPE = TrainConfig().learning_rate, 5e-5
+DEFAULT, RECIPE = default_rate(math.ceil(TRAIN / TrainConfig().batch_size * TrainConfig().epochs)), 5e-5
 REPORT = Path(__file__).parent.parent / "docs" / "comparison"
 
 

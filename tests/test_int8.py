@@ -11,12 +11,12 @@ from test_engine import KINDS, adapters, engine_of, random_texts  # noqa: F401
 from textlora import AdapterEngine, TextClassifier
 from textlora.config import MULTI_LABEL
 from textlora.errors import UsageError
-from textlora.products import Int8Weight, require_int8
+from textlora.products import Int8Weight, exact_levels, lays_out, require_int8
 
 
-def rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rounded(x: np.ndarray, levels: int = 127) -> tuple[np.ndarray, np.ndarray]:
     """Whole numbers and scales of the rows of x, float64."""
-    scale = np.abs(x).max(1, keepdims=True) / 127
+    scale = np.abs(x).max(1, keepdims=True) / levels
     return np.rint(x / scale), scale
 
 
@@ -27,15 +27,19 @@ def drawn(rows: int, inner: int, outer: int, seed: int = 0) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize("shape", [(1, 32, 96), (7, 48, 32), (65, 384, 1152), (64, 384, 1152), (3, 20, 7), (32, 20, 7)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_product_is_the_formula(shape, with_bias):
+@pytest.mark.parametrize("levels", [127, 63, None])  # on x86 as this processor has it, with 7 bits, without oneDNN
+def test_product_is_the_formula(shape, with_bias, levels, monkeypatch):
+    best = exact_levels()
+    monkeypatch.setattr("textlora.products.exact_levels", lambda: levels and min(levels, best or 0))
     x, weight, bias = drawn(*shape)
-    (qx, sx), (qw, sw) = rounded(x.double().numpy()), rounded(weight.double().numpy())
+    used = min(levels, best or 127) if levels and lays_out(weight) else 127
+    (qx, sx), (qw, sw) = rounded(x.double().numpy()), rounded(weight.double().numpy(), used)
     expected = (qx @ qw.T) * sx * sw.T + (bias.double().numpy() if with_bias else 0)
     found = Int8Weight.of(weight).product(x, bias if with_bias else None).numpy()
     edge = 1.01 * (np.abs(qx).max() + np.abs(qw).max()) * sx * sw.T  # a value half way between two levels may go either way in float32
     assert (np.abs(found - expected) <= np.maximum(1e-4, edge)).all()
     assert np.median(np.abs(found - expected)) < 1e-5
-    assert np.abs(found - (x @ weight.T + (bias if with_bias else 0)).numpy()).max() < 0.03 * np.abs(expected).max() + 0.05
+    assert np.abs(found - (x @ weight.T + (bias if with_bias else 0)).numpy()).max() < 0.03 * 127 / used * np.abs(expected).max() + 0.05
 
 
 def test_a_row_does_not_depend_on_the_others():
@@ -89,6 +93,7 @@ def test_texts_that_adapters_share_in_int8(adapters, tiny_base):  # noqa: F811
 def test_where_it_cannot_be_had(adapters, tiny_base, monkeypatch):  # noqa: F811
     with pytest.raises(UsageError, match="only on CPUs"):
         require_int8("cuda:0")
+    monkeypatch.setattr("textlora.products.exact_levels", lambda: None)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "_int_mm", lambda a, b: torch.full((a.shape[0], b.shape[1]), 32767, dtype=torch.int32))
         with pytest.raises(UsageError, match="overflow on this processor"):

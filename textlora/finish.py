@@ -120,7 +120,7 @@ def _save(
             training={
                 "data_sha256": prepared.data_sha256,
                 "rows": {split: len(data.rows) for split, data in prepared.sets.items()},
-                "settings": {name: getattr(config, name) for name in _CARD_SETTINGS},
+                "settings": {name: getattr(config, name) for name in _CARD_SETTINGS} | {"learning_rate": trainer.peak_rate},
                 "best_step": trainer.best_step,
                 "path": model.path,
                 "train_seconds": trainer.seconds,

@@ -38,7 +38,7 @@ class Method:
 
 # Three rates each, about three times the last.
 _LORA, _WIDER, _LOWER = (7e-4, 2e-3, 6e-3), (3e-4, 1e-3, 3e-3), (2e-4, 6e-4, 2e-3)
-_FULL, _SMALL, _HEAD = (3e-5, 1e-4, 3e-4), (3e-3, 1e-2, 3e-2), (3e-2, 1e-1, 3e-1)
+_FULL, _SMALL, _LARGE, _HEAD = (3e-5, 1e-4, 3e-4), (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1), (3e-2, 1e-1, 3e-1)
 _AB, _ADAPTER = "A and B of rank r, head", "A, B, head"
 
 
@@ -75,7 +75,7 @@ METHODS: dict[str, Method] = {
             "r",
             (8,),
         ),
-        Method("ia3", "IA3: learned scales on keys, values and inner activations (arXiv 2205.05638)", "scales, head", "scales, head", "peft", _SMALL),
+        Method("ia3", "IA3: learned scales on keys, values and inner activations (arXiv 2205.05638)", "scales, head", "scales, head", "peft", _LARGE),
         _soft("prefix", "prefix tuning: learned keys and values in every block (arXiv 2101.00190)"),
         _soft("prompt", "prompt tuning: learned embeddings before the text (arXiv 2104.08691)"),
         Method(

@@ -55,37 +55,46 @@ class LaidOutWeight:
         return activate(torch.ops.mkldnn._linear_pointwise(x, self.laid_out, bias, "none", [], ""), activation)
 
 
-@dataclass(frozen=True)
 class Int8Weight:
-    """Weight of a dense layer: q (out, in) int8 and scale (out,) float32, `W = scale q`; q in oneDNN's own order where it has one."""
+    """Weight of a dense layer: q (out, in) int8 and scale (out,) float32, `W = scale q`.
 
-    q: Tensor
-    scale: Tensor
-    laid_out: Tensor | None = None
+    On x86 q is in oneDNN's own order too, and has 7 bits where this processor's products overflow with 8.
+    """
+
+    def __init__(self, q: Tensor, scale: Tensor, laid_out: Tensor | None):
+        self.q, self.scale, self.laid_out = q, scale, laid_out
+        self._parts: dict[tuple[int | None, int | None], Int8Weight] = {}
 
     @classmethod
     def of(cls, weight: Tensor) -> "Int8Weight":
-        scale = weight.abs().amax(1).clamp_min(1e-12).div(LEVELS)
+        on_x86 = lays_out(weight)
+        levels = (exact_levels() or LEVELS) if on_x86 else LEVELS
+        scale = weight.abs().amax(1).clamp_min(1e-12).div(levels)
         q = (weight / scale.unsqueeze(1)).round_().to(torch.int8).contiguous()
-        return cls(q, scale, torch.ops.onednn.qlinear_prepack(q, None) if lays_out(weight) and _exact_unsigned() else None)
+        return cls(q, scale, torch.ops.onednn.qlinear_prepack(q, None) if on_x86 and exact_levels() else None)
 
     @property
     def shape(self) -> torch.Size:
         return self.q.shape
 
     def __getitem__(self, rows: slice) -> "Int8Weight":
-        return self if rows == slice(None) else Int8Weight(self.q[rows], self.scale[rows])
+        if rows == slice(None):
+            return self
+        key = rows.start, rows.stop
+        if key not in self._parts:
+            q = self.q[rows].contiguous()
+            laid_out = None if self.laid_out is None else torch.ops.onednn.qlinear_prepack(q, None)
+            self._parts[key] = Int8Weight(q, self.scale[rows], laid_out)
+        return self._parts[key]
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b`: (T, in) to (T, out)."""
         scale = x.abs().amax(1, keepdim=True).clamp_min_(1e-12).div_(LEVELS)
         rounded = (x / scale).round_()
-        if self.laid_out is None or len(x) % STEP:
-            return self._finish(torch._int_mm(rounded.to(torch.int8), self.q.t()) * self.scale, scale, bias)
-        return self._finish(_unsigned_product(rounded, self.laid_out, self.scale), scale, bias)
-
-    @staticmethod
-    def _finish(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        if self.laid_out is None:
+            y = torch._int_mm(rounded.to(torch.int8), self.q.t()) * self.scale
+        else:
+            y = _unsigned_product(F.pad(rounded, (0, 0, 0, filled_up(len(x)) - len(x))), self.laid_out, self.scale)[: len(x)]
         return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
 
 
@@ -99,14 +108,18 @@ def _unsigned_product(x: Tensor, laid_out: Tensor, scale: Tensor) -> Tensor:
 
 
 @cache
-def _exact_unsigned() -> bool:
-    """Whether such products are exact on this processor: older ones saturate at 16 bits."""
-    q = torch.full((64, 64), LEVELS, dtype=torch.int8)
-    try:
-        y = _unsigned_product(torch.full((STEP, 64), float(LEVELS)), torch.ops.onednn.qlinear_prepack(q, None), torch.ones(64))
-    except RuntimeError:  # no such product here
-        return False
-    return bool((y == 64 * LEVELS**2).all())
+def exact_levels() -> int | None:
+    """The largest weight with which such products are exact on this processor, 8 bits or 7: without VNNI pairs are added in 16 bits, which
+    overflow with 8. None where neither is."""
+    for levels in (LEVELS, LEVELS // 2):
+        q = torch.full((64, 64), levels, dtype=torch.int8)
+        try:
+            y = _unsigned_product(torch.full((STEP, 64), float(LEVELS)), torch.ops.onednn.qlinear_prepack(q, None), torch.ones(64))
+        except (RuntimeError, AttributeError):  # no such product here
+            return None
+        if bool((y == 64 * LEVELS * levels).all()):
+            return levels
+    return None
 
 
 Weight = Tensor | Int8Weight | LaidOutWeight
@@ -150,7 +163,9 @@ def require_int8(device: torch.device | str) -> None:
         UsageError: no integer products on this device, or wrong ones.
     """
     if torch.device(device).type != "cpu":
-        raise UsageError("--precision int8: only on CPUs", "leave it out, or use --device cpu")
+        raise UsageError("--precision int8: only on CPUs", "leave it out, or use --precision bfloat16")
+    if lays_out(torch.empty(0)) and exact_levels():
+        return
     x = torch.full((64, 64), LEVELS, dtype=torch.int8)
     try:
         right = bool((torch._int_mm(x, x.t()) == 64 * LEVELS**2).all())

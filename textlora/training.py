@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from textlora.classifier import MIN_SHARE, encoded_logits
-from textlora.config import MULTI_LABEL, REGRESSION, TrainConfig
+from textlora.config import MULTI_LABEL, REGRESSION, TrainConfig, default_rate
 from textlora.errors import TrainingError, UsageError
 from textlora.hardware import Workers, bounded_memory, peak_memory, side_by_side
 from textlora.metrics import METRICS, evaluate, standard_error
@@ -155,6 +155,7 @@ class Trainer:
         self.lengths = self.train_set.lengths
         self.piece_tokens = piece_tokens(prepared)
         self.steps = plan(self.config, self.lengths)
+        self.peak_rate = self.config.learning_rate or default_rate(len(self.steps))
         self.loss = Loss(prepared)
         self.parameters = self.model.trainable()
         self.optimizer = self._optimizer()
@@ -252,7 +253,7 @@ class Trainer:
     def _train_step(self, workers: Workers) -> dict[str, Any]:
         start = time.perf_counter()
         epoch, rows = self.steps[self.step]
-        rate = self.config.learning_rate * rate_at(self.config, self.step, len(self.steps))
+        rate = self.peak_rate * rate_at(self.config, self.step, len(self.steps))
         tokens = int(self.lengths[rows].sum())
         weight = self.loss.weight(self.train_set.labels[rows])
         total, *gradients = self._step_sums(rows, workers)
