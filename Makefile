@@ -64,7 +64,7 @@ bench: setup demo
 	$(BIN)/python benchmarks/mixed.py $(DATA)
 	$(BIN)/python benchmarks/serving.py --texts $(DATA)/banking77/test.parquet --adapters demo/bench/banking77 demo/bench/imdb --write
 	$(BIN)/python benchmarks/growth.py
-	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python benchmarks/cuda.py $(DATA); fi
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python benchmarks/gpu.py $(DATA); fi
 	$(BIN)/python benchmarks/startup.py demo/film-reviews
 	$(BIN)/python benchmarks/accuracy.py $(DATA) imdb
 	$(BIN)/python benchmarks/accuracy.py $(DATA) sets

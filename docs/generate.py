@@ -22,7 +22,7 @@ HEADLINES = {
     "mixed": 3,
     "serving": 3,
     "startup": 2,
-    "cuda": 7,
+    "gpu": 7,
 }  # result file -> its first rows
 
 
