@@ -23,6 +23,7 @@ HEADLINES = {
     "serving": 3,
     "startup": 2,
     "gpu": 7,
+    "comparison": 2,
 }  # result file -> its first rows
 
 
