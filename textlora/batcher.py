@@ -78,7 +78,7 @@ class Batcher:
         run: Run,
         *,
         batch_tokens: int = 512,
-        batch_seconds: float = 0.12,
+        batch_seconds: float = 0.08,
         queue_rows: int = 1024,
         wait: float = 0.002,
         on_batch: Callable[[BatchFacts], None] = lambda _: None,
