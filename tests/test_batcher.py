@@ -1,10 +1,8 @@
 """The queue that makes batches: budget, company, order, bounds, deadlines, and that one bad text fails alone."""
 
 import asyncio
-import math
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -37,7 +35,7 @@ class Recorder:
 def with_batcher(body, **settings):
     async def main():
         run, facts = Recorder(), []
-        batcher = Batcher(run, on_batch=facts.append, **({"batch_seconds": math.inf} | settings))
+        batcher = Batcher(run, on_batch=facts.append, **settings)
         try:
             return await body(batcher, run, facts)
         finally:
@@ -82,24 +80,6 @@ def test_what_waits_is_the_next_batch_up_to_the_budget():
         assert [fact.tokens for fact in facts] == [10, 30, 30, 10, 1000]
 
     with_batcher(body, batch_tokens=30, wait=0)
-
-
-def test_a_batch_takes_no_longer_than_it_may(monkeypatch):
-    """A clock that 10 tokens move by 0.1 s, and a quarter of a second a batch: two texts of 10 tokens."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("textlora.batcher.time", SimpleNamespace(monotonic=lambda: clock.now))
-
-    async def body(batcher, run, facts):
-        def timed(texts, adapters, pairs, plain=batcher._run):
-            clock.now += 0.1 * len(texts)
-            return plain(texts, adapters, pairs)
-
-        batcher._run = timed
-        await batcher.submit([task(str(i)) for i in range(3)], 10)
-        await batcher.submit([task(str(i)) for i in range(5)], 10)
-        assert run.batches == [["0", "1", "2"], ["0", "1"], ["2", "3"], ["4"]]  # before the first nothing is known
-
-    with_batcher(body, batch_tokens=1000, batch_seconds=0.25, wait=0)
 
 
 def test_an_idle_thread_waits_for_company():

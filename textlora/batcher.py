@@ -66,7 +66,6 @@ class Batcher:
     Args:
         run: texts, adapters and pairs of equal length to one answer or `TextloraError` for each, as `AdapterEngine.answers`.
         batch_tokens: estimated tokens of a batch; a larger task is a batch of its own.
-        batch_seconds: a batch holds no more tokens than this takes at the pace of those before: whoever comes next waits for it.
         queue_rows: rows (text x adapter) that may wait; one request larger than this is taken by an empty queue.
         wait: seconds an idle thread waits for more work after the first.
         on_batch: told of each batch, from its thread.
@@ -78,19 +77,17 @@ class Batcher:
         run: Run,
         *,
         batch_tokens: int = 512,
-        batch_seconds: float = 0.08,
         queue_rows: int = 1024,
         wait: float = 0.002,
         on_batch: Callable[[BatchFacts], None] = lambda _: None,
         threads: int = 1,
     ):
         self._run, self._on_batch = run, on_batch
-        self.batch_tokens, self.batch_seconds, self.queue_rows, self.wait = batch_tokens, batch_seconds, queue_rows, wait
+        self.batch_tokens, self.queue_rows, self.wait = batch_tokens, queue_rows, wait
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting] = deque()
         self._rows = 0
         self._rate = 100.0  # rows a second, of the batches before
-        self._pace = math.inf  # tokens a second of one thread
         self._changed = threading.Condition()
         self._closed = False
         self._threads = [threading.Thread(target=self._work, name=f"textlora-batches-{k}", daemon=True) for k in range(threads)]
@@ -157,11 +154,6 @@ class Batcher:
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
 
-    @property
-    def _budget(self) -> float:
-        """Tokens of the next batch."""
-        return min(self.batch_tokens, self._pace * self.batch_seconds)
-
     def _take(self) -> list[_Waiting]:
         """The next batch, oldest first; empty when closed and done."""
         with self._changed:
@@ -169,7 +161,7 @@ class Batcher:
             self._changed.wait_for(lambda: self._queue or self._closed)
             if idle and self.wait and not self._closed:
                 until = time.monotonic() + self.wait
-                enough = lambda: self._closed or sum(one.task.tokens * len(one.task.adapters) for one in self._queue) >= self._budget
+                enough = lambda: self._closed or sum(one.task.tokens * len(one.task.adapters) for one in self._queue) >= self.batch_tokens
                 self._changed.wait_for(enough, until - time.monotonic())
             taken: list[_Waiting] = []
             tokens = 0
@@ -177,7 +169,7 @@ class Batcher:
                 one = self._queue[0]
                 cost = one.task.tokens * len(one.task.adapters)
                 if not one.dropped:
-                    if taken and tokens + cost > self._budget:
+                    if taken and tokens + cost > self.batch_tokens:
                         break
                     taken.append(one)
                     tokens += cost
@@ -204,10 +196,7 @@ class Batcher:
             rows = sum(len(one.task.adapters) for one in batch)
             self._rate += 0.2 * (rows / max(seconds, 1e-4) - self._rate)
             results = [Result(answer, waited, seconds) for answer, waited in zip(answers, queued, strict=True)]
-            tokens = sum(one.task.tokens * len(one.task.adapters) for one in batch)
-            pace = tokens / max(seconds, 1e-4)
-            self._pace = pace if self._pace == math.inf else self._pace + 0.2 * (pace - self._pace)
-            self._on_batch(BatchFacts(rows, tokens, seconds, queued))
+            self._on_batch(BatchFacts(rows, sum(one.task.tokens * len(one.task.adapters) for one in batch), seconds, queued))
             self._loop.call_soon_threadsafe(_deliver, batch, results)  # last: who has an answer finds its batch counted
 
     def _answers(self, batch: list[_Waiting]) -> list[list[Any]]:
