@@ -62,7 +62,7 @@ def test_filled_batch_gives_the_same_sums(tiny_base, tmp_path, monkeypatch, fami
     trainer = Trainer(prepared)
     rows = list(range(11))
     plain = trainer._sums(trainer._batch(rows, "cpu"))
-    monkeypatch.setattr(textlora.attention, "varlen_attn", one_call)
+    monkeypatch.setattr(textlora.attention, "flash", lambda: one_call)
     for module in ("attention", "encoder"):
         monkeypatch.setattr(f"textlora.{module}.in_one_call", lambda x: True)
     filled = fill_up(trainer._batch(rows, "cpu"))

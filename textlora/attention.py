@@ -3,6 +3,9 @@
 Shapes: T tokens, B texts, H width, h heads, d = H / h.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,18 +13,23 @@ from torch import Tensor
 from textlora.mixing import Folded
 from textlora.tokens import Layout
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
-
 # torch's attention takes twice as long for 15 keys as for 16 (docs/log.md): a few keys that nobody looks at are added where that gains
 KEYS, ODD_BELOW = 16, 80
 
 
+@cache
+def flash() -> Callable[..., Tensor] | None:
+    """torch's attention over texts of any lengths. Imported when a GPU asks for it: torch's compiler comes along, two seconds of a start."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None
+    return varlen_attn
+
+
 def in_one_call(x: Tensor) -> bool:
     """Whether texts of all lengths go through one call of flash attention (arXiv 2307.08691): on a GPU, in half precision."""
-    return varlen_attn is not None and x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and flash() is not None
 
 
 def attend(projected: Tensor, queries: Tensor | None, layout: Layout, heads: int) -> Tensor:
@@ -45,9 +53,9 @@ def attend(projected: Tensor, queries: Tensor | None, layout: Layout, heads: int
 def _attend_varlen(projected: Tensor, queries: Tensor | None, layout: Layout, heads: int) -> Tensor:
     *q, k, v = projected.unflatten(1, (3 if queries is None else 2, heads, -1)).unbind(1)
     if queries is None:
-        return varlen_attn(q[0], k, v, layout.cu_seqlens, layout.cu_seqlens, layout.longest, layout.longest).flatten(1)
+        return flash()(q[0], k, v, layout.cu_seqlens, layout.cu_seqlens, layout.longest, layout.longest).flatten(1)
     firsts = torch.arange(len(queries) + 1, dtype=torch.int32, device=queries.device)
-    return varlen_attn(queries.unflatten(1, (heads, -1)), k, v, firsts, layout.cu_seqlens, 1, layout.longest).flatten(1)
+    return flash()(queries.unflatten(1, (heads, -1)), k, v, firsts, layout.cu_seqlens, 1, layout.longest).flatten(1)
 
 
 def attend_plain(projected: Tensor, queries: Tensor | None, layout: Layout, heads: int) -> Tensor:
