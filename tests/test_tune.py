@@ -16,7 +16,7 @@ from support import log_of, single_rows, snapshot, task_files, write_csv
 
 import textlora.tune
 from textlora.classifier import TextClassifier
-from textlora.config import TrainConfig, read_config
+from textlora.config import TrainConfig, default_rate, read_config
 from textlora.errors import StorageError, TrainingError, UsageError
 from textlora.prepare import prepare
 from textlora.report.tuning import last_value, render_study
@@ -440,14 +440,16 @@ def test_what_is_searched():
 
 def test_the_first_trial_is_what_train_does():
     config = TrainConfig(learning_rate=2e-3, epochs=3.0, layers="last:4", target_modules=("all-linear",), r=8)
-    start = start_parameters(config, distributions(SEARCHED, 6, 384), 6)
+    start = start_parameters(config, distributions(SEARCHED, 6, 384), 6, 40)
     assert start == {
         "learning_rate": 2e-3, "r": 8, "target_modules": "all-linear", "layers": 4, "lora_dropout": config.lora_dropout, "epochs": 3,
         "batch_size": config.batch_size,
     }  # fmt: skip
     assert trial_settings(config, (), start, 6) == config
     outside = TrainConfig(learning_rate=1.0, epochs=2.5, layers="0,1", target_modules=("query",), r=64, lora_dropout=0.12, batch_size=9)
-    assert start_parameters(outside, distributions(SEARCHED, 6, 384), 6) == {}
+    assert start_parameters(outside, distributions(SEARCHED, 6, 384), 6, 40) == {}
+    unnamed = start_parameters(TrainConfig(), {"learning_rate": distributions(SEARCHED, 6, 384)["learning_rate"]}, 6, 512)
+    assert unnamed == {"learning_rate": default_rate(512)}
 
 
 def test_parameters_become_settings():

@@ -25,7 +25,7 @@ from textlora.prefix import LIMIT_BYTES, HiddenStates, build_prefix
 from textlora.prepare import Prepared, prepare
 from textlora.report.tuning import render_study
 from textlora.run import run_training
-from textlora.training import Trainer, start_head
+from textlora.training import Trainer, plan, start_head
 from textlora.tune.shared import FINISH, SharedStudy, check_storage, is_url
 from textlora.tune.space import count_blocks, distributions, free_settings, start_parameters, trial_settings
 
@@ -194,7 +194,8 @@ class Search:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=COMPLETE_TRIALS, n_warmup_steps=FIRST_EPOCH, n_min_trials=COMPLETE_TRIALS)
         self.shared.study.pruner = pruner
         self.emit({"kind": "study", "trials": trials, "done": self._done(), "metric": self.prepared.metric, "searched": list(self.free)})
-        start, waiting = start_parameters(self.config, self.ranges, self.blocks), False
+        steps = len(plan(self.config, self.prepared.sets["train"].lengths))
+        start, waiting = start_parameters(self.config, self.ranges, self.blocks, steps), False
         while True:
             late = end is not None and time.monotonic() >= end
             trial = None if late else self.shared.claim(trials, self.ranges, start, self.config.seed)
