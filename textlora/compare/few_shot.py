@@ -39,14 +39,20 @@ class Embedder(WholeModel):
         return F.normalize(self.features(batch).float(), dim=1)
 
 
-def contrast(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the rows' supervised contrastive losses, and how many rows have another of their class; features (B, H) of length 1."""
-    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    alike = (labels[:, None] == labels[None, :]) & ~itself
-    shares = torch.log_softmax((features @ features.T / TEMPERATURE).masked_fill(itself, -torch.inf), dim=1)
-    counts = alike.sum(1)
-    losses = -shares.masked_fill(~alike, 0.0).sum(1) / counts.clamp(min=1)
-    return losses.sum(), (counts > 0).sum().to(features.dtype)
+class Contrast:
+    """The supervised contrastive loss, in the place of `training.Loss`."""
+
+    def __call__(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Loss of each row (B,), 0 where no other is of its class; features (B, H) of length 1."""
+        itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        alike = (labels[:, None] == labels[None, :]) & ~itself
+        shares = torch.log_softmax((features @ features.T / TEMPERATURE).masked_fill(itself, -torch.inf), dim=1)
+        return -shares.masked_fill(~alike, 0.0).sum(1) / alike.sum(1).clamp(min=1)
+
+    def weight(self, labels: np.ndarray) -> float:
+        """How many rows have another of their class."""
+        counts = np.unique(labels, return_counts=True)[1]
+        return float(counts[counts > 1].sum())
 
 
 def draw_steps(labels: np.ndarray, epochs: float, seed: int) -> list[tuple[float, list[int]]]:
@@ -74,7 +80,7 @@ def train_embedder(prepared: Prepared, base: BaseWeights, encoder: PackedEncoder
     model = Embedder(base, prepared.device, encoder)
     train = prepared.sets["train"]
     trainer = Trainer(replace(prepared, model=model, sets={"train": train}))
-    trainer.steps, trainer.loss = draw_steps(train.labels, prepared.config.epochs, prepared.config.seed), contrast  # type: ignore[assignment]
+    trainer.steps, trainer.loss = draw_steps(train.labels, prepared.config.epochs, prepared.config.seed), Contrast()  # type: ignore[assignment]
     trainer.piece_tokens = sys.maxsize  # long texts too stay together
     for _ in trainer.records():
         pass
