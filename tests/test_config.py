@@ -10,7 +10,7 @@ import click
 import pytest
 
 from textlora.cli.train import train
-from textlora.config import LoraConfig, TrainConfig, field_type, read_config, write_config
+from textlora.config import LoraConfig, TrainConfig, default_rate, field_type, read_config, write_config
 from textlora.errors import UsageError
 from textlora.options import merge_settings
 from textlora.resume import resume_config
@@ -118,3 +118,10 @@ def test_resume_takes_the_settings_of_the_run(tmp_path):
         assert str(caught.value) == (
             f"--{name} {value}: the run in {tmp_path} was started with {getattr(saved, name)}; leave it out to resume, or use another --output"
         )
+
+
+def test_default_rate_follows_the_number_of_steps():
+    assert [default_rate(steps) for steps in (0, 1, 128)] == [4e-3] * 3
+    assert default_rate(512) == pytest.approx(2e-3)
+    assert [default_rate(steps) for steps in (2048, 10**6)] == [1e-3] * 2
+    assert TrainConfig().learning_rate is None

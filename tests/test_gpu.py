@@ -1,4 +1,5 @@
-"""What a CUDA device does differently: attention in one call, bfloat16, larger batches. Run with `pytest -m gpu`."""
+"""What a CUDA device does differently: attention in one call, recorded steps, bfloat16. `pytest -m gpu` runs it there; what a CPU can do too runs on
+both, and test_recorded.py has the rest by stand-ins."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,9 @@ from textlora.tokens import Encoded, pack
 from textlora.training import Trainer
 from textlora.whole import WholeModel
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+on_a_gpu = lambda test: CUDA[0](CUDA[1](test))
+DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 LENGTHS = [1, 1, 2, 3, 3, 7, 16, 17, 40, 300]
 
 
@@ -30,6 +33,7 @@ def losses_of(config):
     return [record["loss"] for record in log_of(Path(config.output)) if record["kind"] == "step"]
 
 
+@on_a_gpu
 @pytest.mark.parametrize("width", [32, 384, 768])
 @pytest.mark.parametrize("first_only", [False, True])
 def test_attention_in_one_call_is_plain_attention(width, first_only):
@@ -50,9 +54,10 @@ def test_attention_in_one_call_is_plain_attention(width, first_only):
 
 @pytest.mark.parametrize("task", ["single", "multi", "regression", "pairs"])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_trained_on_a_gpu_and_read_on_a_cpu(tiny_base, tmp_path, task, pooling):
+@pytest.mark.parametrize("device", DEVICES)
+def test_trained_in_bfloat16_and_read_on_a_cpu(tiny_base, tmp_path, task, pooling, device):
     """bfloat16 training learns, and the folder gives the same logits on both devices in float32, nearly so in bfloat16."""
-    config = settings(tmp_path, tiny_base("bert"), task, device="cuda", pooling=pooling, epochs=6.0, lora_dropout=0.1)
+    config = settings(tmp_path, tiny_base("bert"), task, device=device, precision="bfloat16", pooling=pooling, epochs=6.0, lora_dropout=0.1)
     run_training(config)
     losses = losses_of(config)
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -60,14 +65,15 @@ def test_trained_on_a_gpu_and_read_on_a_cpu(tiny_base, tmp_path, task, pooling):
     pairs = texts[::-1] if task == "pairs" else None
     here = TextClassifier.load(config.output, device="cpu").logits(texts, pairs)
     for precision, tolerance in (("float32", 1e-4), ("bfloat16", 5e-2)):
-        there = TextClassifier.load(config.output, device="cuda", precision=precision).logits(texts, pairs)
+        there = TextClassifier.load(config.output, device=device, precision=precision).logits(texts, pairs)
         np.testing.assert_allclose(there, here, rtol=0, atol=tolerance * max(1, np.abs(here).max()))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_mixed_batch_on_a_gpu_is_each_adapter_alone(tiny_base, tmp_path_factory, precision):
+@pytest.mark.parametrize("device", DEVICES)
+def test_mixed_batch_in_bfloat16_is_each_adapter_alone(tiny_base, tmp_path_factory, precision, device):
     first, second = (trained(tiny_base, tmp_path_factory, **changes) for changes in ({}, {"use_dora": True}))
-    engine = AdapterEngine(str(tiny_base("bert")), device="cuda", precision=precision)
+    engine = AdapterEngine(str(tiny_base("bert")), device=device, precision=precision)
     for name, one in (("first", first), ("second", second)):
         engine.add(one.folder, name)
     texts, names = [text for text, _ in single_rows(24)], ["first", "second"] * 12
@@ -80,6 +86,7 @@ def test_mixed_batch_on_a_gpu_is_each_adapter_alone(tiny_base, tmp_path_factory,
                 np.testing.assert_allclose(found[k].logits, alone[k].logits, rtol=0, atol=tolerance * max(1, max(map(abs, alone[k].logits))))
 
 
+@on_a_gpu
 @pytest.mark.parametrize("part", ["all", "biases", "lora", "frozen below"])
 def test_recorded_steps_are_steps(tiny_base, tmp_path, part):
     """The same losses as without recordings, for LoRA, the base itself, and hidden states that were computed before."""
@@ -98,6 +105,7 @@ def test_recorded_steps_are_steps(tiny_base, tmp_path, part):
     np.testing.assert_allclose(*losses, rtol=0, atol=3e-2)
 
 
+@on_a_gpu
 def test_gradient_checkpointing_on_a_gpu(tiny_base, tmp_path):
     """The same losses with blocks computed again."""
     runs = [settings(tmp_path / str(on), tiny_base("bert"), device="cuda", lora_dropout=0.1, gradient_checkpointing=on) for on in (False, True)]

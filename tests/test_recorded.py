@@ -1,5 +1,7 @@
 """Batches filled up to a few shapes, for recording on a GPU: the same losses and gradients. The device itself is tried in test_gpu.py."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from support import settings
 
 import textlora.attention
 from textlora.prepare import prepare
-from textlora.recorded import fill_up, step_of, up_to
+from textlora.recorded import Recordings, fill_up, step_of, up_to
 from textlora.tokens import Encoded, pack
 from textlora.training import Trainer
 
@@ -71,3 +73,44 @@ def test_filled_batch_gives_the_same_sums(tiny_base, tmp_path, monkeypatch, fami
         assert (mine is None) == (theirs is None)
         if mine is not None:
             torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-5)
+
+
+def test_recordings_add_what_they_are_given(tiny_base, tmp_path, monkeypatch):
+    """A stand-in for CUDA graphs: what is recorded does not run, a replay runs it on what lies where it was recorded."""
+
+    class Graph:
+        def replay(self):
+            self.job()
+
+    @contextlib.contextmanager
+    def recording(graph, pool):
+        before, plain = [total.clone() for total in recordings._sums], recordings._add
+        monkeypatch.setattr(recordings, "_add", lambda filled: setattr(graph, "job", lambda: plain(filled)))
+        yield
+        monkeypatch.setattr(recordings, "_add", plain)
+        assert all(map(torch.equal, before, recordings._sums))
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    trainer = Trainer(prepare(settings(tmp_path, tiny_base("bert"))))
+    parts = [list(range(at, at + 4)) for at in range(0, 36, 4)]
+    expected = [trainer._sums(trainer._batch(rows, "cpu")) for rows in parts]
+    monkeypatch.setattr(textlora.attention, "flash", lambda: one_call)
+    for module in ("attention", "encoder"):
+        monkeypatch.setattr(f"textlora.{module}.in_one_call", lambda x: True)
+    recordings = Recordings(trainer._sums, [torch.zeros(()), *(torch.zeros_like(t) for t in trainer.parameters.values())])
+    fresh = lambda: [fill_up(trainer._batch(rows, "cpu")) for rows in parts]  # a recording keeps and overwrites its own
+    filled = fresh()
+    assert len({one.shape for one in filled}) < len(parts) // 2  # some shapes come three times: run, recorded, replayed
+    for one, want in zip(filled, expected, strict=True):
+        recordings.clear()
+        recordings.add(one)
+        for mine, theirs in zip(recordings.sums, want, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-5)
+    assert recordings._kept
+    recordings.clear()
+    for one in fresh():
+        recordings.add(one)
+    for mine, *theirs in zip(recordings.sums, *expected, strict=True):
+        torch.testing.assert_close(mine, sum(theirs), rtol=2e-4, atol=5e-5)
