@@ -808,34 +808,41 @@ def test_headers_have_a_limit(listen):
     many.close()
 
 
-def wait_for(condition, seconds: float = 20) -> None:
+def wait_for(condition, *threads, seconds: float = 60) -> None:
+    """Wait until `condition()`; raises what a future of `threads` raised meanwhile."""
     until = time.monotonic() + seconds
     while not condition():
+        for thread in threads:
+            if thread.done():
+                thread.result()
         assert time.monotonic() < until
         time.sleep(0.005)
 
 
 @pytest.fixture
-def command(tiny_base, shelf):
-    """`command(*flags)` runs `textlora serve` and gives (process, URL)."""
+def command(tiny_base, shelf, tmp_path):
+    """`command(*flags)` runs `textlora serve` and gives (process, URL); its log is the file `process.log`.
+
+    Not a pipe: nobody reads it while requests run, and a full one stops the server.
+    """
     processes = []
 
     def run(*flags: str):
         given = ["--model", str(tiny_base("bert")), "--adapter-dir", str(shelf), "--port", "0", "--device", "cpu", "--threads", "1", *flags]
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from textlora.cli import main; main()", "serve", *given], stderr=subprocess.PIPE, text=True, cwd=shelf
-        )
+        log = tmp_path / f"server-{len(processes)}.log"
+        with open(log, "w") as stream:
+            process = subprocess.Popen([sys.executable, "-c", "from textlora.cli import main; main()", "serve", *given], stderr=stream, cwd=shelf)
+        process.log = log
         processes.append(process)
-        for line in process.stderr:
-            if '"listening"' in line:
-                return process, json.loads(line)["url"]
-        raise AssertionError(f"ended with {process.wait()}")
+        begun = lambda: [line for line in log.read_text().splitlines(keepends=True) if '"listening"' in line and line.endswith("\n")]
+        wait_for(lambda: begun() or process.poll() is not None)
+        assert begun(), log.read_text()
+        return process, json.loads(begun()[0])["url"]
 
     yield run
     for process in processes:
         process.kill()
         process.wait()
-        process.stderr.close()
 
 
 @pytest.mark.parametrize(
@@ -853,7 +860,7 @@ def test_a_signal_lets_running_requests_end(command, alone, sign, ends):
         os.kill(computing(process), sign)  # a terminal, or a supervisor, tells every process
         process.send_signal(sign)
         assert_scores(waiting.result().json(), alone("many").scores)
-    assert ends[process.wait(20)] in process.stderr.read()
+    assert ends[process.wait(20)] in process.log.read_text()
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{url}/health")
 
@@ -881,21 +888,21 @@ def test_when_what_computes_is_killed_another_is_started(command, shelf, tmp_pat
     stop, asked = threading.Event(), []
 
     def ask() -> None:
-        with httpx2.Client(base_url=url, timeout=20) as http:
+        with httpx2.Client(base_url=url, timeout=40) as http:
             while not stop.is_set():
                 asked.append(http.post("/adapters/loaded/predict", json={"inputs": TEXT}))
                 time.sleep(0.01)
 
     with ThreadPoolExecutor(2) as pool:
         clients = [pool.submit(ask) for _ in range(2)]
-        wait_for(lambda: len(asked) > 20)
+        wait_for(lambda: len(asked) > 20, *clients)
         os.kill(computing(process), signal.SIGKILL)
         wait_for(lambda: httpx2.get(f"{url}/ready").status_code == 503)
         error(httpx2.get(f"{url}/health"), 503, "Unhealthy")
         error(load("more", "many"), 503, "Unhealthy")
         wait_for(lambda: httpx2.get(f"{url}/ready").status_code == 200)
         before = len(asked)
-        wait_for(lambda: len(asked) > before + 20)
+        wait_for(lambda: len(asked) > before + 20, *clients)
         stop.set()
         for client in clients:
             client.result()
@@ -922,7 +929,7 @@ def test_when_no_other_can_be_started_the_server_says_so_and_ends(command, tiny_
     shutil.rmtree(base)
     os.kill(computing(process), signal.SIGKILL)
     assert process.wait(20) == 2
-    assert process.stderr.read().splitlines()[-1].startswith(f"textlora: {base}: no such folder")
+    assert process.log.read_text().splitlines()[-1].startswith(f"textlora: {base}: no such folder")
 
 
 def test_a_base_that_cannot_be_read_is_one_line(tmp_path, capfd):
