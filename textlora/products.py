@@ -89,21 +89,22 @@ class Int8Weight:
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b`: (T, in) to (T, out)."""
-        scale = x.abs().amax(1, keepdim=True).clamp_min_(1e-12).div_(LEVELS)
-        rounded = (x / scale).round_()
+        scale = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_()).clamp_min_(1e-12).div_(LEVELS)
+        rounded = (x / scale).round_().to(torch.int8)
         if self.laid_out is None:
-            y = torch._int_mm(rounded.to(torch.int8), self.q.t()) * self.scale
+            y = torch._int_mm(rounded, self.q.t()) * self.scale
         else:
-            y = _unsigned_product(F.pad(rounded, (0, 0, 0, filled_up(len(x)) - len(x))), self.laid_out, self.scale)[: len(x)]
-        return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
+            more = filled_up(len(x)) - len(x)
+            y = _unsigned_product(F.pad(rounded, (0, 0, 0, more)) if more else rounded, self.laid_out, self.scale)[: len(x)]
+        return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
 
 
 def _unsigned_product(x: Tensor, laid_out: Tensor, scale: Tensor) -> Tensor:
-    """Whole numbers x (T, in), -127 to 127, times an int8 weight and its scales. Overwrites x.
+    """x (T, in) int8, -127 to 127, times an int8 weight and its scales. Overwrites x.
 
     oneDNN is fast with unsigned activations only (a thousand times); it takes the offset off again, in integers.
     """
-    unsigned, none = x.add_(LEVELS + 1).to(torch.uint8), torch.zeros_like(scale, dtype=torch.int64)
+    unsigned, none = x.view(torch.uint8).bitwise_xor_(LEVELS + 1), torch.zeros_like(scale, dtype=torch.int64)  # plus 128
     return torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, LEVELS + 1, laid_out, scale, none, None, 1.0, 0, torch.float32, "none", [], "")
 
 
@@ -114,7 +115,7 @@ def exact_levels() -> int | None:
     for levels in (LEVELS, LEVELS // 2):
         q = torch.full((64, 64), levels, dtype=torch.int8)
         try:
-            y = _unsigned_product(torch.full((STEP, 64), float(LEVELS)), torch.ops.onednn.qlinear_prepack(q, None), torch.ones(64))
+            y = _unsigned_product(torch.full((STEP, 64), LEVELS, dtype=torch.int8), torch.ops.onednn.qlinear_prepack(q, None), torch.ones(64))
         except (RuntimeError, AttributeError):  # no such product here
             return None
         if bool((y == 64 * LEVELS * levels).all()):
@@ -140,8 +141,11 @@ def dense(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None
     """A frozen dense layer and what follows it, `f(x W^T + b) + residual`: x (T, in) to (T, out)."""
     if isinstance(weight, LaidOutWeight):
         return weight.product(x, bias, activation, residual)
-    y = activate(F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.product(x, bias), activation)
-    return y if residual is None else residual + y
+    if isinstance(weight, Tensor):
+        y = activate(F.linear(x, weight, bias), activation)
+        return y if residual is None else residual + y
+    y = activate(weight.product(x, bias), activation)
+    return y if residual is None else y.add_(residual)
 
 
 def lays_out(weight: Tensor) -> bool:
