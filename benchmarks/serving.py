@@ -29,7 +29,7 @@ from textlora.data import open_stream
 CONNECTIONS = 2048
 TOLERANCE = 1e-4  # of a probability
 MOST_RATE = 4000  # requests a second that may be asked
-PAIRS = 5  # of saturation and 80% of it
+PAIRS = 7  # of saturation and 80% of it
 
 
 @dataclass

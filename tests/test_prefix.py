@@ -11,14 +11,13 @@ import torch
 from support import settings
 
 from textlora import prefix
-from textlora.classifier import MIN_SHARE
 from textlora.config import TrainConfig
 from textlora.errors import UsageError
 from textlora.prefix import build_prefix
 from textlora.prepare import Prepared, prepare
 from textlora.run import run_training
 from textlora.tokens import pack
-from textlora.training import Trainer, divide, start_head
+from textlora.training import MIN_PIECE, Trainer, divide, start_head
 
 
 def prepared_run(folder: Path, base: Path, **changes) -> Prepared:
@@ -89,7 +88,7 @@ def test_a_step_is_divided_evenly_and_wholly(threads):
         pieces = divide(lengths, rows, threads, 2048)
         assert sorted(i for piece in pieces for i in piece) == sorted(rows)
         tokens = int(lengths[rows].sum())
-        wanted = min(threads, tokens // MIN_SHARE)
+        wanted = min(threads, tokens // MIN_PIECE)
         assert len(pieces) == min(len(rows), wanted * -(-tokens // (wanted * 2048)))
         if len(rows) > 2 * len(pieces):
             work = [sum(lengths[i] * (1 + lengths[i] / 512) for i in piece) for piece in pieces]

@@ -23,7 +23,7 @@ from textlora.model import Model, open_model
 from textlora.tokens import Encoded, TextTokenizer, even_batches, load_tokenizer, pack
 
 EVAL_TOKENS = {"cpu": 1024, "cuda": 65536}  # of a forward when predicting: more is slower on a CPU, and holds more memory (docs/log.md)
-MIN_SHARE = 32  # tokens below which a second thread gains nothing
+MIN_SHARE = 192  # tokens of a thread below which one batch on all cores is faster (docs/log.md)
 GOLDEN_TOLERANCE = 1e-3
 GOLDEN_FLOOR = 0.01  # a smaller scale of logits counts as this
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textlora.classifier import MIN_SHARE, encoded_logits
+from textlora.classifier import encoded_logits
 from textlora.config import MULTI_LABEL, REGRESSION, TrainConfig, default_rate
 from textlora.errors import TrainingError, UsageError
 from textlora.hardware import Workers, bounded_memory, peak_memory, side_by_side
@@ -26,6 +26,7 @@ from textlora.recorded import Filled, Recordings, fill_up
 from textlora.tokens import PackedBatch, pack, token_batches
 
 PIECE_TOKENS = {"cpu": 768, "cuda": 32768}  # on a CPU as fast as 2,048 and less memory (docs/log.md); what fills a GPU, where it fits
+MIN_PIECE = 96  # tokens of a thread below which one piece on all cores is faster
 KEPT_BYTES = 20  # of a token per layer and width for the backward pass in half precision, as measured (docs/log.md)
 
 
@@ -115,7 +116,7 @@ def divide(lengths: np.ndarray, rows: Sequence[int], workers: int, piece_tokens:
     A text's work is taken as `L (1 + L / 512)`: attention costs about as much as the rest at 512 tokens (384 wide).
     """
     tokens = int(lengths[rows].sum())
-    wanted = min(workers, max(1, tokens // MIN_SHARE))
+    wanted = min(workers, max(1, tokens // MIN_PIECE))
     count = min(len(rows), wanted * math.ceil(tokens / (wanted * piece_tokens)))
     pieces: list[list[int]] = [[] for _ in range(count)]
     loads = [0.0] * count
