@@ -169,10 +169,10 @@ class AdapterEngine:
             for g, one in zip(members, tokenizer.encode([texts[i] for i in firsts], [pairs[i] for i in firsts]), strict=True):
                 encoded[g] = one
         lengths = [len(one.ids) for one in encoded if one is not None]
+        loads = [(length + 1) * len(rows) for length, rows in zip(lengths, groups, strict=True)]  # a row costs about a token more
         above = 1 - min(residents[owners[i]].model.depth for i in chosen) / max(1, self.bank.weights.spec.layers)
-        loads = [  # the blocks that a text's rows share count once; a row costs about a token more
-            round(length * (1 + (len(rows) - 1) * above)) + len(rows) for length, rows in zip(lengths, groups, strict=True)
-        ]
+        work = sum(length * (1 + (len(rows) - 1) * above) for length, rows in zip(lengths, groups, strict=True))  # what rows share counts once
+        workers = min(workers, max(1, int(work) // MIN_SHARE))
         jobs = []
         for members in even_batches(loads, np.argsort(lengths, kind="stable"), eval_tokens(self.bank.device), workers, MIN_SHARE):
             asking = [(t, i) for t, g in enumerate(members) for i in groups[g]]
