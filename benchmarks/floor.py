@@ -1,8 +1,9 @@
 """The arithmetic of a job, counted, and the time it would take if nothing else took any: sum of FLOP_i / rate_i.
 
 Rates are measured in the same process, at the encoder's own shapes, on as many single-threaded workers as the engine uses: matrix
-products by (inner, outer) width at the mean number of tokens of a piece, attention by text length, forward and backward apart.
-Norms, activations, residual sums, the optimizer and Python are not counted: they are what the share leaves open.
+products by (inner, outer) width at the mean number of tokens of a piece; attention by text length, as many texts at once as a piece
+has, forward and backward apart. Norms, activations, residual sums, the optimizer and Python are not
+counted: they are what the share leaves open.
 """
 
 import time
@@ -16,9 +17,10 @@ import torch
 from textlora.attention import attend
 from textlora.families import EncoderSpec
 from textlora.hardware import Workers, side_by_side
+from textlora.products import dense, fastest_kind, lays_out
 from textlora.tokens import Encoded, PackedBatch, pack
 
-REPEAT_SECONDS = 0.15
+REPEAT_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -72,22 +74,25 @@ def count(spec: EncoderSpec, lengths: Sequence[int], *, train: str | None, r: in
     return Work(products, attention, back)
 
 
-def floor_seconds(spec: EncoderSpec, work: Work, piece_tokens: int) -> tuple[float, dict[str, float]]:
-    """Seconds the work takes at measured rates, and the rates in GFLOP/s."""
+def floor_seconds(spec: EncoderSpec, work: Work, piece_tokens: int, *, predicting: bool = False) -> tuple[float, dict[str, float]]:
+    """Seconds the work takes at measured rates, and the rates in GFLOP/s; `predicting` as the engine prepares weights for it."""
     seconds, rates = 0.0, {}
-    with side_by_side("cpu") as workers, torch.no_grad():
+    with side_by_side("cpu") as workers, torch.inference_mode(predicting), torch.no_grad():
         for (inner, outer), rows in sorted(work.products.items()):
             tokens = min(piece_tokens, rows)
             x, weight = torch.randn(tokens, inner), torch.randn(outer, inner)
-            rate = 2 * tokens * inner * outer * _calls_per_second(workers, lambda x=x, weight=weight: torch.nn.functional.linear(x, weight))
+            made = fastest_kind().of(weight) if predicting and lays_out(weight) else weight
+            rate = 2 * tokens * inner * outer * _calls_per_second(workers, lambda x=x, made=made: dense(x, made, None))
             rates[f"product {inner} to {outer}"] = rate / 1e9
             seconds += 2 * rows * inner * outer / rate
         for length, texts in sorted(work.attention.items()):
-            seconds += texts / _calls_per_second(workers, _attention(spec, length))
+            at_once = max(1, min(round(texts / spec.layers), piece_tokens // length))
+            seconds += texts / at_once / _calls_per_second(workers, _attention(spec, length, at_once))
     for length, texts in sorted(work.attention_backward.items()):
+        at_once = max(1, min(round(texts / spec.layers), piece_tokens // length))
         with side_by_side("cpu") as workers:
-            both, forward = (_calls_per_second(workers, _attention(spec, length, grad)) for grad in (True, False))
-        seconds += texts * (1 / both - 1 / forward)
+            both, forward = (_calls_per_second(workers, _attention(spec, length, at_once, grad)) for grad in (True, False))
+        seconds += texts / at_once * (1 / both - 1 / forward)
     return seconds, rates
 
 
@@ -96,10 +101,10 @@ def zeros(lengths: Sequence[int], device: str = "cpu") -> PackedBatch:
     return pack([Encoded(np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.int8), n) for n in lengths], device=device)
 
 
-def _attention(spec: EncoderSpec, length: int, grad: bool = False) -> Callable[[], object]:
-    projected = torch.randn(length, 3 * spec.hidden, requires_grad=grad)
-    cotangent = torch.randn(length, spec.hidden)
-    layout = zeros([length]).layout
+def _attention(spec: EncoderSpec, length: int, texts: int, grad: bool = False) -> Callable[[], object]:
+    projected = torch.randn(texts * length, 3 * spec.hidden, requires_grad=grad)
+    cotangent = torch.randn(texts * length, spec.hidden)
+    layout = zeros([length] * texts).layout
 
     def call() -> None:
         out = attend(projected, None, layout, spec.heads)

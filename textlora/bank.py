@@ -54,7 +54,7 @@ class _PlainModel:
 
     def __init__(self, encoder: PackedEncoder, device: str):
         self.encoder, self.depth = encoder, max(0, encoder.spec.layers - 1)
-        self.device, self.dtype, self.int8 = torch.device(device), encoder.dtype, encoder.int8
+        self.device, self.dtype = torch.device(device), encoder.dtype
 
     def head(self, x: Tensor) -> Tensor:
         return x.float()

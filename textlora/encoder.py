@@ -18,7 +18,7 @@ from textlora.base import BaseWeights
 from textlora.errors import UsageError
 from textlora.lora import Lora, dora_scale, lora_linear
 from textlora.mixing import Folded, Mix
-from textlora.products import Int8Weight, LaidOutWeight, activate, dense, filled_up, lays_out
+from textlora.products import Int8Weight, LaidOutWeight, TurnedWeight, activate, dense, fastest_kind, filled_up, lays_out
 from textlora.tokens import Layout, PackedBatch
 
 Loras = Mapping[tuple[int, str], Lora]
@@ -37,7 +37,7 @@ class PackedEncoder:
             for part in ("weight", "bias"):
                 block[f"qkv.{part}"] = torch.cat([block.pop(f"{slot}.{part}") for slot in ("query", "key", "value")])
             self.blocks.append(block)
-        self.weights: list[dict[str, Int8Weight]] | list[dict[str, LaidOutWeight]] | None = None
+        self.weights: list[dict[str, Int8Weight | LaidOutWeight | TurnedWeight]] | None = None
 
     def for_inference(self, precision: str = "float32") -> "PackedEncoder":
         """The same encoder in bfloat16, with its dense layers in 8 bits, or laid out for this processor: no gradients, adapters as a `Mix`."""
@@ -47,7 +47,7 @@ class PackedEncoder:
             return made
         if precision != "int8" and not lays_out(self.embeddings["word"]):
             return self
-        kind = Int8Weight if precision == "int8" else LaidOutWeight
+        kind = Int8Weight if precision == "int8" else fastest_kind()
         names = ("qkv", "attention_output", "intermediate", "output")
         made.weights = [{name: kind.of(block[f"{name}.weight"]) for name in names} for block in self.blocks]
         return made
@@ -56,10 +56,6 @@ class PackedEncoder:
     def dtype(self) -> torch.dtype:
         """Of hidden states."""
         return self.embeddings["word"].dtype
-
-    @property
-    def int8(self) -> bool:
-        return bool(self.weights) and isinstance(self.weights[0]["qkv"], Int8Weight)
 
     def forward(
         self, batch: PackedBatch, loras: Loras | Mix, *, pooling: str = "first", dropout_seed: int | None = None, checkpointing: bool = False

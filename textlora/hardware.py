@@ -72,12 +72,12 @@ def side_by_side(device: str | torch.device, parallel: bool = True) -> Iterator[
 
 @contextmanager
 def bounded_memory(model: Any) -> Iterator[None]:
-    """Float32 products on a CPU without oneDNN while this lasts.
+    """Training in float32 on a CPU without oneDNN while this lasts.
 
-    Packed batches hardly repeat a shape, and memory grows over a long stream with oneDNN, probably by its cache per shape; without it
-    memory is flat at the same speed (docs/log.md). bfloat16 and int8 need oneDNN.
+    For each shape of GELU's backward pass oneDNN keeps a buffer of that shape, and packed batches hardly repeat one: 9 GiB after 2,000
+    (docs/log.md). bfloat16 needs oneDNN.
     """
-    plain = str(getattr(model, "device", "")) == "cpu" and getattr(model, "dtype", None) == torch.float32 and not getattr(model, "int8", False)
+    plain = str(getattr(model, "device", "")) == "cpu" and getattr(model, "dtype", None) == torch.float32
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and not plain
     try:

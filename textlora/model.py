@@ -34,7 +34,6 @@ class Model(Protocol):
     depth: int  # blocks below the lowest adapted one, always the same for a text
     max_length: int
     gradient_checkpointing: bool
-    int8: bool
     target_modules: list[str]
     modules_to_save: list[str]
 
@@ -226,10 +225,6 @@ class PackedModel:
                     weight = tensors[f"{i}.{slot}.weight"].double()
                     tensors[f"{i}.{slot}.weight"] = (weight + delta(weight, wide)).to(self.dtype)
         return tensors
-
-    @property
-    def int8(self) -> bool:
-        return self.encoder.int8
 
     def _base_tensor(self, ours: str) -> Tensor:
         name = next((name for name, own in self._own.items() if own == ours), None)

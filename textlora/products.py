@@ -1,7 +1,8 @@
 """Products of the frozen base, for inference: weights laid out once for the processor, in float32 or in 8-bit integers.
 
-oneDNN runs float32 products 8 to 12% faster on weights laid out for it, and bias, GELU and residual in the same pass (docs/log.md). It keeps
-up to a mebibyte for each shape it has seen, and packed batches hardly repeat one: so rows come in steps, and products of more rows are cut.
+With AVX-512 oneDNN runs float32 products 8 to 12% faster on weights laid out for it, and bias, GELU and residual in the same pass. Without,
+its GELU in that pass costs five times one of its own, and MKL on turned weights is a fifth faster (docs/log.md). oneDNN keeps up to a mebibyte
+for each shape it has seen, and packed batches hardly repeat one: so rows come in steps, and products of more rows are cut.
 
 In integers weights are rounded once, with a scale per output, and activations as they come, with a scale per token. So a token's result
 depends on no other token of the batch, and integer sums are exact. Symmetric, `q = round(x / s)`, `s = max|x| / 127`, as vector-wise
@@ -53,6 +54,31 @@ class LaidOutWeight:
         if activation == "gelu":
             return torch.ops.mkldnn._linear_pointwise(x, self.laid_out, bias, "gelu", [], "none")
         return activate(torch.ops.mkldnn._linear_pointwise(x, self.laid_out, bias, "none", [], ""), activation)
+
+
+@dataclass(frozen=True)
+class TurnedWeight:
+    """Weight of a dense layer, float32, turned to (in, out), as MKL multiplies it fastest."""
+
+    turned: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "TurnedWeight":
+        return cls(weight.t().contiguous())
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.turned.t().shape
+
+    def __getitem__(self, rows: slice) -> "TurnedWeight":
+        return TurnedWeight(self.turned[:, rows])
+
+    def product(self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+        """`f(x W^T + b) + residual`."""
+        if residual is not None and activation is None:
+            return torch.addmm(residual, x, self.turned) if bias is None else torch.add(residual, bias).addmm_(x, self.turned)
+        y = activate(x @ self.turned if bias is None else torch.addmm(bias, x, self.turned), activation)
+        return y if residual is None else y.add_(residual)
 
 
 class Int8Weight:
@@ -123,7 +149,7 @@ def exact_levels() -> int | None:
     return None
 
 
-Weight = Tensor | Int8Weight | LaidOutWeight
+Weight = Tensor | Int8Weight | LaidOutWeight | TurnedWeight
 
 
 def activate(x: Tensor, name: str | None) -> Tensor:
@@ -139,7 +165,7 @@ def activate(x: Tensor, name: str | None) -> Tensor:
 
 def dense(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
     """A frozen dense layer and what follows it, `f(x W^T + b) + residual`: x (T, in) to (T, out)."""
-    if isinstance(weight, LaidOutWeight):
+    if isinstance(weight, LaidOutWeight | TurnedWeight):
         return weight.product(x, bias, activation, residual)
     if isinstance(weight, Tensor):
         y = activate(F.linear(x, weight, bias), activation)
@@ -153,6 +179,11 @@ def lays_out(weight: Tensor) -> bool:
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and platform.machine().lower() in ("x86_64", "amd64")
     inner = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.onednn, "qlinear_pointwise")
     return fits and torch.backends.mkldnn.is_available() and inner
+
+
+def fastest_kind() -> type[LaidOutWeight | TurnedWeight]:
+    """How this processor wants a float32 weight where `lays_out` holds."""
+    return LaidOutWeight if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else TurnedWeight
 
 
 def filled_up(tokens: int) -> int:

@@ -76,7 +76,6 @@ class ReferenceModel:
     path = "reference"
     depth = 0
     gradient_checkpointing = False
-    int8 = False
 
     def __init__(
         self, base: _Base, net: nn.Module, lora: LoraConfig, targets: list[str], own: list[str], pooling: str, device: str, dtype: torch.dtype

@@ -15,7 +15,6 @@ from textlora.adapter import AdapterMeta
 from textlora.answers import Answer
 from textlora.engine import AdapterEngine
 from textlora.errors import AdapterError, InternalError, TextloraError, UsageError
-from textlora.hardware import bounded_memory
 from textlora.server.garbage import settle
 from textlora.server.link import Link, told
 from textlora.server.log import log_bug
@@ -109,12 +108,11 @@ def _run(control: socket.socket) -> None:
         return
     settle()
     link.send(worker.handle("facts", ()))
-    with bounded_memory(worker.bank.plain.model):  # here once, since batches run side by side
-        while True:
-            _, sockets, *_ = socket.recv_fds(control, 1, 1)
-            if not sockets:
-                os._exit(0)  # threads that compute are not waited for: nobody wants their answers
-            threading.Thread(target=_serve, args=(worker, Link(socket.socket(fileno=sockets[0]))), daemon=True).start()
+    while True:
+        _, sockets, *_ = socket.recv_fds(control, 1, 1)
+        if not sockets:
+            os._exit(0)  # threads that compute are not waited for: nobody wants their answers
+        threading.Thread(target=_serve, args=(worker, Link(socket.socket(fileno=sockets[0]))), daemon=True).start()
 
 
 def _serve(worker: Worker, link: Link) -> None:
