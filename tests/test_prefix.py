@@ -90,8 +90,9 @@ def test_a_step_is_divided_evenly_and_wholly(threads):
         tokens = int(lengths[rows].sum())
         wanted = min(threads, tokens // MIN_PIECE)
         assert len(pieces) == min(len(rows), wanted * -(-tokens // (wanted * 2048)))
+        work = [sum(lengths[i] * (1 + lengths[i] / 512) for i in piece) for piece in pieces]
+        assert work == sorted(work, reverse=True)  # a worker that takes the last piece takes the smallest
         if len(rows) > 2 * len(pieces):
-            work = [sum(lengths[i] * (1 + lengths[i] / 512) for i in piece) for piece in pieces]
             assert max(work) < 1.5 * min(work)
     assert divide(np.array([5, 6, 7]), [0, 1, 2], threads, 2048) == [[2, 1, 0]]  # too little to share
 

@@ -111,7 +111,8 @@ def plan(config: TrainConfig, lengths: np.ndarray) -> list[tuple[float, list[int
 
 
 def divide(lengths: np.ndarray, rows: Sequence[int], workers: int, piece_tokens: int) -> list[list[int]]:
-    """Rows of a step as pieces of nearly equal work, one per worker, or more where a piece would pass `piece_tokens`.
+    """Rows of a step as pieces of nearly equal work, one per worker, or more where a piece would pass `piece_tokens`; the longest work first, so
+    that workers end together.
 
     A text's work is taken as `L (1 + L / 512)`: attention costs about as much as the rest at 512 tokens (384 wide).
     """
@@ -124,7 +125,7 @@ def divide(lengths: np.ndarray, rows: Sequence[int], workers: int, piece_tokens:
         lightest = loads.index(min(loads))
         pieces[lightest].append(i)
         loads[lightest] += lengths[i] * (1 + lengths[i] / 512)
-    return pieces
+    return [pieces[k] for k in sorted(range(count), key=lambda k: -loads[k])]
 
 
 def piece_tokens(prepared: Prepared) -> int:
