@@ -72,7 +72,7 @@ def side_by_side(device: str | torch.device, parallel: bool = True) -> Iterator[
 
 @contextmanager
 def bounded_memory(model: Any) -> Iterator[None]:
-    """Training in float32 on a CPU without oneDNN while this lasts.
+    """Training in float32 on a CPU without oneDNN while this lasts; a switch of the whole process, so not for what serves.
 
     For each shape of GELU's backward pass oneDNN keeps a buffer of that shape, and packed batches hardly repeat one: 9 GiB after 2,000
     (docs/log.md). bfloat16 needs oneDNN.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from textlora.hardware import side_by_side
+from textlora.hardware import bounded_memory, side_by_side
 from textlora.prepare import Prepared
 from textlora.tokens import Encoded, PackedBatch, pack, token_batches
 
@@ -83,5 +83,5 @@ def _write(model: Any, encoded: Sequence[Encoded], bounds: np.ndarray, descripto
                 done = os.pwrite(descriptor, data, at)
                 data, at = data[done:], at + done
 
-    with side_by_side(model.device) as workers:
+    with bounded_memory(model), side_by_side(model.device) as workers:  # the same GELU as in the steps
         workers.map(compute, list(token_batches(lengths, np.argsort(lengths, kind="stable"), BATCH_TOKENS)))
