@@ -61,7 +61,7 @@ class TextClassifier:
             labels: label names in class order, only for a folder without `textlora.json`.
             problem_type: task of such a folder; default single-label, or regression for one label.
             precision: of predictions, after the check. "bfloat16" is for GPUs; "int8" runs the base's dense layers in 8 bits (docs/decisions/int8.md):
-                on CPUs only, 1.6 to 2.1 times as fast. Logits differ in the second digit.
+                on CPUs only, 1.3 to 2.1 times as fast. Logits differ in the second digit.
             verify: recompute the golden examples in float32; a logit may differ by 1e-3 x max(|logit|, s), s the largest of them, at most 1.
 
         Raises:

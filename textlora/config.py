@@ -20,7 +20,7 @@ from textlora.errors import UsageError
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = {"single-label": SINGLE_LABEL, "multi-label": MULTI_LABEL, "regression": REGRESSION}  # ours -> transformers'
 PRECISIONS = ("float32", "bfloat16", "int8")  # of inference
-PRECISION_HELP = "Arithmetic of the base; bfloat16 for GPUs and int8 for CPUs (1.6 to 2.1 times as fast) are a little less exact."
+PRECISION_HELP = "Arithmetic of the base; bfloat16 for GPUs and int8 for CPUs (1.3 to 2.1 times as fast) are a little less exact."
 TRUNCATIONS = ("head", "tail", "head-tail")
 
 
