@@ -2,8 +2,8 @@
 
 Rates are measured in the same process, at the encoder's own shapes, on as many single-threaded workers as the engine uses: matrix
 products by (inner, outer) width at the mean number of tokens of a piece; attention by text length, as many texts at once as a piece
-has, forward and backward apart. Norms, activations, residual sums, the optimizer and Python are not
-counted: they are what the share leaves open.
+has, forward and backward apart. Norms, activations, residual sums, the optimizer and Python are not counted: they are what the share
+leaves open.
 """
 
 import time

@@ -1,6 +1,6 @@
 """Texts per second of one merged classifier beside its peers, in three orders: as the texts arrive (textlora takes 64 at a time), sorted in
 windows of 256, sorted over the set. Every system gets the same merged weights and as many threads as torch; a peer takes its best batch size
-of each order. "textlora int8" is the adapter itself on a base in 8 bits, not merged.
+of each order. "textlora int8" is the adapter itself on a base in 8 bits, not merged. The floor (floor.py) is measured beside each pair.
 
     python benchmarks/inference.py path/to/data demo/bench      # a folder of adapters named as the sets, from adapters.py
 """

@@ -1,5 +1,7 @@
 """Products on weights laid out for the processor: against float64, at every number of rows, and through the encoder and the engine."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import FAST
 from test_engine import KINDS, adapters, engine_of, random_texts  # noqa: F401
 
 from textlora import TextClassifier, encoder
+from textlora.hardware import bounded_memory
 from textlora.products import MOST, STEP, LaidOutWeight, TurnedWeight, activate, dense, fastest_kind, filled_up, lays_out
 
 needs_layout = pytest.mark.skipif(not lays_out(torch.zeros(1)), reason="weights are laid out on x86 processors with oneDNN only")
@@ -53,6 +56,21 @@ def test_kind_for_this_processor(monkeypatch):
     for capability, kind in (("AVX512", LaidOutWeight), ("AVX2", TurnedWeight), ("DEFAULT", TurnedWeight)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         assert fastest_kind() is kind
+
+
+def test_onednn_is_back_when_the_last_one_leaves():
+    """Two that come and go as threads do, neither inside the other; what fills its batches up asks for nothing."""
+    plain = SimpleNamespace(device="cpu", dtype=torch.float32)
+    before = torch.backends.mkldnn.enabled
+    first, second = bounded_memory(plain), bounded_memory(plain)
+    with bounded_memory(SimpleNamespace(device="cpu", dtype=torch.float32, in_steps=True)):
+        assert torch.backends.mkldnn.enabled == before
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mkldnn.enabled
+    second.__exit__(None, None, None)
+    assert torch.backends.mkldnn.enabled == before
 
 
 def test_filled_up():

@@ -17,7 +17,7 @@ from textlora.calibration import decide, probabilities
 from textlora.config import MULTI_LABEL, REGRESSION
 from textlora.errors import AdapterError, UsageError
 from textlora.foreign.facts import find_facts, find_length
-from textlora.hardware import Workers, choose_device, side_by_side
+from textlora.hardware import Workers, bounded_memory, choose_device, side_by_side
 from textlora.hub import adapter_folder
 from textlora.model import Model, open_model
 from textlora.tokens import Encoded, TextTokenizer, even_batches, load_tokenizer, pack
@@ -204,7 +204,7 @@ def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | 
             batch = batch if states is None else states.attach(batch, rows)
             return np.asarray(rows)[batch.rows.numpy()], model.forward(batch).float()
 
-    with contextlib.nullcontext(workers) if workers else side_by_side(device, model.path == "packed") as workers:
+    with bounded_memory(model), contextlib.nullcontext(workers) if workers else side_by_side(device, model.path == "packed") as workers:
         parts = workers.map(compute, even_batches(lengths, order, eval_tokens(device), workers.count, MIN_SHARE))
     result = np.empty((len(encoded), parts[0][1].shape[1]), dtype=np.float32)
     for rows, logits in parts:  # only now are they waited for: a GPU works while the next batch is packed

@@ -57,6 +57,15 @@ class PackedEncoder:
         """Of hidden states."""
         return self.embeddings["word"].dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings["word"].device
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether batches are filled up to whole steps, so that shapes repeat."""
+        return self.weights is not None
+
     def forward(
         self, batch: PackedBatch, loras: Loras | Mix, *, pooling: str = "first", dropout_seed: int | None = None, checkpointing: bool = False
     ) -> Tensor:

@@ -18,7 +18,7 @@ from textlora.answers import Answer, Prediction
 from textlora.bank import RESIDENT_BYTES, AdapterBank, Resident
 from textlora.classifier import MIN_SHARE, eval_tokens
 from textlora.errors import AdapterError, TextloraError, UsageError
-from textlora.hardware import side_by_side
+from textlora.hardware import bounded_memory, side_by_side
 from textlora.mixing import Mix
 from textlora.tokens import Encoded, PackedBatch, even_batches, pack
 
@@ -135,7 +135,7 @@ class AdapterEngine:
         if not texts:
             return []
         jobs: list[tuple[_Job, list[int]]] = []
-        with side_by_side(self.bank.device) as workers:
+        with bounded_memory(self.bank.running), side_by_side(self.bank.device) as workers:
             for group in self._groups(residents):
                 jobs += self._jobs(texts, pairs, [i for i, k in enumerate(owners) if k in group], owners, residents, workers.count)
             for (job, rows), answers in zip(jobs, workers.map(lambda job: self._run(job[0], residents), jobs), strict=True):

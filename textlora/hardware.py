@@ -2,9 +2,10 @@
 
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -70,17 +71,33 @@ def side_by_side(device: str | torch.device, parallel: bool = True) -> Iterator[
             torch.set_num_threads(count)
 
 
-@contextmanager
-def bounded_memory(model: Any) -> Iterator[None]:
-    """Training in float32 on a CPU without oneDNN while this lasts; a switch of the whole process, so not for what serves.
+class _WithoutOneDNN:
+    """torch's switch for oneDNN, off while anybody asks for that: it belongs to the whole process, and threads come and go in any order."""
 
-    For each shape of GELU's backward pass oneDNN keeps a buffer of that shape, and packed batches hardly repeat one: 9 GiB after 2,000
-    (docs/log.md). bfloat16 needs oneDNN.
+    def __init__(self) -> None:
+        self._lock, self._asking, self._before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._asking:
+                self._before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+            self._asking += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._asking -= 1
+            if not self._asking:
+                torch.backends.mkldnn.enabled = self._before
+
+
+_without_onednn = _WithoutOneDNN()
+
+
+def bounded_memory(model: Any) -> AbstractContextManager[None]:
+    """Float32 on a CPU without oneDNN while this lasts, unless the model fills its batches up to whole steps (`in_steps`).
+
+    oneDNN keeps something for each shape it has seen, a buffer of that size for GELU's backward pass, and packed batches hardly repeat one
+    (docs/log.md). bfloat16 and int8 need oneDNN.
     """
-    plain = str(getattr(model, "device", "")) == "cpu" and getattr(model, "dtype", None) == torch.float32
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and not plain
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
+    plain = str(getattr(model, "device", "")) == "cpu" and getattr(model, "dtype", None) == torch.float32 and not getattr(model, "in_steps", False)
+    return _without_onednn if plain else nullcontext()

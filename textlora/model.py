@@ -226,6 +226,10 @@ class PackedModel:
                     tensors[f"{i}.{slot}.weight"] = (weight + delta(weight, wide)).to(self.dtype)
         return tensors
 
+    @property
+    def in_steps(self) -> bool:
+        return self.encoder.in_steps
+
     def _base_tensor(self, ours: str) -> Tensor:
         name = next((name for name, own in self._own.items() if own == ours), None)
         return self.base.tensors[ours] if name is None else self._trainable[name]

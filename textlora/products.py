@@ -1,7 +1,7 @@
 """Products of the frozen base, for inference: weights laid out once for the processor, in float32 or in 8-bit integers.
 
 With AVX-512 oneDNN runs float32 products 8 to 12% faster on weights laid out for it, and bias, GELU and residual in the same pass. Without,
-its GELU in that pass costs five times one of its own, and MKL on turned weights is a fifth faster (docs/log.md). oneDNN keeps up to a mebibyte
+its GELU in that pass costs four times one of its own, and MKL on turned weights is a fifth faster (docs/log.md). oneDNN keeps up to a mebibyte
 for each shape it has seen, and packed batches hardly repeat one: so rows come in steps, and products of more rows are cut.
 
 In integers weights are rounded once, with a scale per output, and activations as they come, with a scale per token. So a token's result
