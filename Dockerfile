@@ -3,10 +3,13 @@
 FROM python:3.13-slim AS build
 ARG BASE=demo
 WORKDIR /src
+# textlora/native is compiled where there is a compiler; none goes into the image
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu torch==2.13.0
-COPY pyproject.toml constraints.txt README.md LICENSE CHANGELOG.md ./
+COPY pyproject.toml hatch_build.py constraints.txt README.md LICENSE CHANGELOG.md ./
 COPY textlora textlora
 RUN if [ "$BASE" = none ]; then extras=serve; else extras=serve,$BASE; fi \
     && pip install --no-cache-dir --constraint constraints.txt ".[$extras]"

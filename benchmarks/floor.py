@@ -17,7 +17,7 @@ import torch
 from textlora.attention import attend
 from textlora.families import EncoderSpec
 from textlora.hardware import Workers, side_by_side
-from textlora.products import dense, fastest_kind, lays_out
+from textlora.products import dense, lays_out, prepare
 from textlora.tokens import Encoded, PackedBatch, pack
 
 REPEAT_SECONDS = 0.05
@@ -81,7 +81,7 @@ def floor_seconds(spec: EncoderSpec, work: Work, piece_tokens: int, *, predictin
         for (inner, outer), rows in sorted(work.products.items()):
             tokens = min(piece_tokens, rows)
             x, weight = torch.randn(tokens, inner), torch.randn(outer, inner)
-            made = fastest_kind().of(weight) if predicting and lays_out(weight) else weight
+            made = prepare(weight, "float32") if predicting and lays_out(weight) else weight
             rate = 2 * tokens * inner * outer * _calls_per_second(workers, lambda x=x, made=made: dense(x, made, None))
             rates[f"product {inner} to {outer}"] = rate / 1e9
             seconds += 2 * rows * inner * outer / rate

@@ -1,6 +1,7 @@
 """Texts per second of one merged classifier beside its peers, in three orders: as the texts arrive (textlora takes 64 at a time), sorted in
 windows of 256, sorted over the set. Every system gets the same merged weights and as many threads as torch; a peer takes its best batch size
-of each order. "textlora int8" is the adapter itself on a base in 8 bits, not merged. The floor (floor.py) is measured beside each pair.
+of each order. "textlora high" has products of halves on AMX, where there is one; "textlora int8" is the adapter itself on a base in 8 bits, not
+merged. The floor (floor.py) is measured beside each pair.
 
     python benchmarks/inference.py path/to/data demo/bench      # a folder of adapters named as the sets, from adapters.py
 """
@@ -28,6 +29,7 @@ from textlora.classifier import encoded_logits, eval_tokens, find_adapter_base
 from textlora.export import export_classifier
 from textlora.export.session import open_session, padded
 from textlora.merge import merge
+from textlora.native import has_amx
 from textlora.tokens import Encoded
 
 ORDERS = {"arrival": 64, "windows": 256, "sorted": None}  # texts that textlora gets at a time
@@ -94,7 +96,9 @@ def measure(name: str, data: Path, adapter: Path, rows: int, pairs: int) -> dict
     texts, labels = table.column("text").to_pylist(), [str(label) for label in table.column("label").to_pylist()]
     classifier, files = TextClassifier.load(adapter, device="cpu"), find_adapter_base(read_adapter(adapter))
     encoded, spec = classifier.tokenizer.encode(texts), classifier.model.base.spec
-    merged, eight = classifier.running, classifier.model.for_inference("int8")
+    own = {"textlora": classifier.running, "textlora int8": classifier.model.for_inference("int8")}
+    if has_amx():
+        own["textlora high"] = classifier.model.for_inference("high")
     found: dict[str, Any] = {"set": name, "rows": rows, "tokens": sum(len(e.ids) for e in encoded), "seconds": {}, "ratio": {}}
     found |= {"floor_seconds": {}, "floor_share": {}, "floor_ratio": {}}
     work = count(spec, [len(e.ids) for e in encoded], train=None)
@@ -110,17 +114,16 @@ def measure(name: str, data: Path, adapter: Path, rows: int, pairs: int) -> dict
         tokenizer = AutoTokenizer.from_pretrained(folder)
         pipe = pipeline("text-classification", model=str(folder), tokenizer=tokenizer, device="cpu", batch_size=32, truncation=True)
         scale = np.maximum(1, np.abs(expected))
-        found["difference"] = {"textlora": float((np.abs(packed(encoded, None, merged) - expected) / scale).max())}
+        found["difference"], found["accuracy"] = {}, {}
         right = lambda logits: float(np.mean([classifier.meta.labels[k] == label for k, label in zip(logits.argmax(1), labels, strict=True)]))
-        found["accuracy"] = {"textlora": right(packed(encoded, None, merged)), "textlora int8": right(packed(encoded, None, eight))}
-        for peer, forward in others.items():
-            logits = in_order(encoded, "sorted", best[peer, "sorted"], forward)
-            found["difference"][peer] = float((np.abs(logits - expected) / scale).max())
-            found["accuracy"][peer] = right(logits)
+        answers = {system: packed(encoded, None, model) for system, model in own.items()}
+        answers |= {peer: in_order(encoded, "sorted", best[peer, "sorted"], forward) for peer, forward in others.items()}
+        for system, logits in answers.items():
+            found["difference"][system] = float((np.abs(logits - expected) / scale).max())
+            found["accuracy"][system] = right(logits)
         for order, window in ORDERS.items():
             systems: dict[str, Callable[[], Any]] = {
-                "textlora": lambda window=window: packed(encoded, window, merged),
-                "textlora int8": lambda window=window: packed(encoded, window, eight),
+                system: lambda window=window, model=model: packed(encoded, window, model) for system, model in own.items()
             }
             for peer, forward in others.items():
                 systems[peer] = lambda order=order, peer=peer, forward=forward: in_order(encoded, order, best[peer, order], forward)
@@ -138,6 +141,10 @@ def measure(name: str, data: Path, adapter: Path, rows: int, pairs: int) -> dict
             found["floor_seconds"][order] = floors
             found["floor_share"][order] = median_ratio(floors, taken["textlora"])
             found["floor_ratio"][order] = median_ratio(taken["ONNX Runtime"], floors)  # what nothing but products and attention would give
+            for system in own:
+                found.setdefault("against", {}).setdefault(system, {})[order] = {
+                    peer: median_ratio(taken[peer], taken[system]) for peer in ("ONNX Runtime", "ONNX Runtime int8")
+                }
     return found
 
 
@@ -161,10 +168,16 @@ def main() -> None:
             rows.append((what, f"{speed['textlora']:,.0f}; {shown}"))
             share = f"{table['floor_share'][order]:.0%}; {table['floor_ratio'][order]:.2f}x"
             rows.append(("... share of the floor; what the floor itself would be times ONNX Runtime", share))
-        rows.append((f"... {table['set']}: largest logit difference from transformers", f"{table['difference']['textlora']:.1e}"))
-        right = table["accuracy"]
-        shown = f"{right['textlora']:.4f}, {right['textlora int8']:.4f}, {right['ONNX Runtime int8']:.4f}"
-        rows.append((f"... {table['set']}: accuracy of textlora, textlora int8, ONNX Runtime int8 on these rows", shown))
+            if "textlora high" in speed:
+                against = table["against"]["textlora high"][order]
+                what = "... textlora high against ONNX Runtime, against ONNX Runtime int8"
+                rows.append((what, f"{against['ONNX Runtime']:.2f}x, {against['ONNX Runtime int8']:.2f}x"))
+        for what, values, style in (
+            ("largest logit difference from transformers", table["difference"], ".1e"),
+            ("accuracy", table["accuracy"], ".4f"),
+        ):
+            shown = ", ".join(f"{system} {values[system]:{style}}" for system in (*table["against"], "ONNX Runtime int8"))
+            rows.append((f"... {table['set']}: {what} on these rows", shown))
     write_result(f"inference-{capability.lower()}", f"one merged classifier beside its peers, {capability}", rows, {"tables": tables})
 
 

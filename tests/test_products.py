@@ -10,7 +10,7 @@ from test_engine import KINDS, adapters, engine_of, random_texts  # noqa: F401
 
 from textlora import TextClassifier, encoder
 from textlora.hardware import bounded_memory
-from textlora.products import MOST, STEP, LaidOutWeight, TurnedWeight, activate, dense, fastest_kind, filled_up, lays_out
+from textlora.products import MOST, STEP, LaidOutWeight, TurnedWeight, activate, dense, filled_up, lays_out, prepare
 
 needs_layout = pytest.mark.skipif(not lays_out(torch.zeros(1)), reason="weights are laid out on x86 processors with oneDNN only")
 kinds = pytest.mark.parametrize("kind", [pytest.param(LaidOutWeight, marks=needs_layout), TurnedWeight])
@@ -52,10 +52,9 @@ def test_rows_do_not_depend_on_what_fills_a_batch_up(kind):
 
 @needs_layout
 def test_kind_for_this_processor(monkeypatch):
-    assert fastest_kind() in (LaidOutWeight, TurnedWeight)
     for capability, kind in (("AVX512", LaidOutWeight), ("AVX2", TurnedWeight), ("DEFAULT", TurnedWeight)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        assert fastest_kind() is kind
+        assert isinstance(prepare(torch.zeros(8, 8), "float32"), kind)
 
 
 def test_onednn_is_back_when_the_last_one_leaves():
@@ -81,7 +80,7 @@ def test_filled_up():
 @pytest.mark.parametrize("family", FAST)
 def test_what_predicts_is_what_was_trained(family, kind, adapters, tiny_base, monkeypatch):  # noqa: F811
     """Merged, laid out and filled up against the adapter beside the plain base, for every kind of adapter; the engine against both."""
-    monkeypatch.setattr(encoder, "fastest_kind", lambda: kind)
+    monkeypatch.setattr(encoder, "prepare", lambda weight, _: kind.of(weight))
     folders, base = adapters(family), tiny_base(family)
     engine = engine_of(folders, base)
     for folder, made in zip(folders, KINDS, strict=True):

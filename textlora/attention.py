@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textlora import native
 from textlora.mixing import Folded
 from textlora.tokens import Layout
 
@@ -46,7 +47,7 @@ def attend(projected: Tensor, queries: Tensor | None, layout: Layout, heads: int
     if in_one_call(projected):
         return _attend_varlen(projected, queries, layout, heads)
     if projected.device.type == "cpu":
-        return _RunAttention.apply(projected, queries, layout.runs, heads)
+        return _RunAttention.apply(projected, queries, layout, heads)
     return attend_plain(projected, queries, layout, heads)
 
 
@@ -116,8 +117,13 @@ def _by_head(B: Tensor, heads: int) -> Tensor:
     return B.unflatten(-2, (heads, -1))
 
 
+def _native(width: int, heads: int) -> bool:
+    return width % heads == 0 and width // heads in native.HEADS and native.has_vectors()
+
+
 class _RunAttention(torch.autograd.Function):
-    """torch's CPU flash attention, one call per stretch of equal lengths, gradients written into one buffer.
+    """torch's CPU flash attention, one call per stretch of equal lengths, gradients written into one buffer; without gradients short texts
+    of all lengths go through one call of `native.attention`, where there is one.
 
     Plain autograd would make a zero-filled (T, 3H) gradient for every slice.
     """
@@ -132,11 +138,15 @@ class _RunAttention(torch.autograd.Function):
         return views
 
     @staticmethod
-    def forward(ctx, projected, queries, runs, heads):
-        width = projected.shape[1] // (3 if queries is None else 2)
+    def forward(ctx, projected, queries, layout, heads):
+        width, runs = projected.shape[1] // (3 if queries is None else 2), layout.runs
         out = projected.new_empty((projected if queries is None else queries).shape[0], width)
-        sums = []
-        for run in runs:
+        sums, left = [], runs
+        if queries is None and not ctx.needs_input_grad[0] and projected.dtype == torch.float32 and _native(width, heads):
+            short, left = [run for run in runs if run[3] <= native.LONGEST], [run for run in runs if run[3] > native.LONGEST]
+            if short:  # texts lie shortest first
+                native.attention(projected.contiguous(), out, layout.cu_seqlens, sum(count for _, count, _, _ in short), heads)
+        for run in left:
             q, k, v = _RunAttention._views(projected, queries, run, heads)
             mask = None
             if not ctx.needs_input_grad[0] and run[3] < ODD_BELOW and run[3] % KEYS >= KEYS // 2:

@@ -23,7 +23,7 @@ from textlora.model import Model, open_model
 from textlora.tokens import Encoded, TextTokenizer, even_batches, load_tokenizer, pack
 
 EVAL_TOKENS = {"cpu": 1024, "cuda": 65536}  # of a forward when predicting: more is slower on a CPU, and holds more memory (docs/log.md)
-MIN_SHARE = 192  # tokens of a thread below which one batch on all cores is faster (docs/log.md)
+MIN_SHARE, MIN_SHARE_ONE_CORE = 192, 32  # tokens of a thread below which one batch on all cores is faster (docs/log.md)
 GOLDEN_TOLERANCE = 1e-3
 GOLDEN_FLOOR = 0.01  # a smaller scale of logits counts as this
 
@@ -60,7 +60,8 @@ class TextClassifier:
             base: folder or hub id of the base model; default: the one the adapter names.
             labels: label names in class order, only for a folder without `textlora.json`.
             problem_type: task of such a folder; default single-label, or regression for one label.
-            precision: of predictions, after the check. "bfloat16" is for GPUs; "int8" runs the base's dense layers in 8 bits (docs/decisions/int8.md):
+            precision: of predictions, after the check. "high" has faster products on CPUs with AMX, logits within 1e-4, and is float32 on others
+                (docs/decisions/native.md); "bfloat16" is for GPUs; "int8" runs the base's dense layers in 8 bits (docs/decisions/int8.md):
                 on CPUs only, 1.3 to 2.1 times as fast. Logits differ in the second digit.
             verify: recompute the golden examples in float32; a logit may differ by 1e-3 x max(|logit|, s), s the largest of them, at most 1.
 
@@ -205,11 +206,16 @@ def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | 
             return np.asarray(rows)[batch.rows.numpy()], model.forward(batch).float()
 
     with bounded_memory(model), contextlib.nullcontext(workers) if workers else side_by_side(device, model.path == "packed") as workers:
-        parts = workers.map(compute, even_batches(lengths, order, eval_tokens(device), workers.count, MIN_SHARE))
+        parts = workers.map(compute, even_batches(lengths, order, eval_tokens(device), workers.count, min_share(model)))
     result = np.empty((len(encoded), parts[0][1].shape[1]), dtype=np.float32)
     for rows, logits in parts:  # only now are they waited for: a GPU works while the next batch is packed
         result[rows] = logits.cpu().numpy()
     return result
+
+
+def min_share(model: Any) -> int:
+    """Tokens that a thread should get at least when predicting with a model or an encoder."""
+    return MIN_SHARE_ONE_CORE if getattr(model, "one_core", False) else MIN_SHARE
 
 
 def eval_tokens(device: str | torch.device) -> int:

@@ -18,7 +18,7 @@ from textlora.base import BaseWeights
 from textlora.errors import UsageError
 from textlora.lora import Lora, dora_scale, lora_linear
 from textlora.mixing import Folded, Mix
-from textlora.products import Int8Weight, LaidOutWeight, TurnedWeight, activate, dense, fastest_kind, filled_up, lays_out
+from textlora.products import SplitWeight, Weight, activate, dense, filled_up, lays_out, prepare
 from textlora.tokens import Layout, PackedBatch
 
 Loras = Mapping[tuple[int, str], Lora]
@@ -37,7 +37,7 @@ class PackedEncoder:
             for part in ("weight", "bias"):
                 block[f"qkv.{part}"] = torch.cat([block.pop(f"{slot}.{part}") for slot in ("query", "key", "value")])
             self.blocks.append(block)
-        self.weights: list[dict[str, Int8Weight | LaidOutWeight | TurnedWeight]] | None = None
+        self.weights: list[dict[str, Weight]] | None = None
 
     def for_inference(self, precision: str = "float32") -> "PackedEncoder":
         """The same encoder in bfloat16, with its dense layers in 8 bits, or laid out for this processor: no gradients, adapters as a `Mix`."""
@@ -47,9 +47,8 @@ class PackedEncoder:
             return made
         if precision != "int8" and not lays_out(self.embeddings["word"]):
             return self
-        kind = Int8Weight if precision == "int8" else fastest_kind()
         names = ("qkv", "attention_output", "intermediate", "output")
-        made.weights = [{name: kind.of(block[f"{name}.weight"]) for name in names} for block in self.blocks]
+        made.weights = [{name: prepare(block[f"{name}.weight"], precision) for name in names} for block in self.blocks]
         return made
 
     @property
@@ -65,6 +64,11 @@ class PackedEncoder:
     def in_steps(self) -> bool:
         """Whether batches are filled up to whole steps, so that shapes repeat."""
         return self.weights is not None
+
+    @property
+    def one_core(self) -> bool:
+        """Whether a product takes one core whatever torch is told: little work is then worth sharing out, too."""
+        return self.weights is not None and any(isinstance(weight, SplitWeight) for block in self.weights for weight in block.values())
 
     def forward(
         self, batch: PackedBatch, loras: Loras | Mix, *, pooling: str = "first", dropout_seed: int | None = None, checkpointing: bool = False

@@ -16,7 +16,7 @@ from torch import Tensor
 from textlora.adapter import AdapterMeta
 from textlora.answers import Answer, Prediction
 from textlora.bank import RESIDENT_BYTES, AdapterBank, Resident
-from textlora.classifier import MIN_SHARE, eval_tokens
+from textlora.classifier import eval_tokens, min_share
 from textlora.errors import AdapterError, TextloraError, UsageError
 from textlora.hardware import bounded_memory, side_by_side
 from textlora.mixing import Mix
@@ -39,7 +39,7 @@ class AdapterEngine:
     Args:
         base: folder, hub id, or minilm.
         resident_bytes: budget of adapters in memory.
-        precision: "int8" runs the base's dense layers in 8 bits, on CPUs (docs/decisions/int8.md).
+        precision: "high" has faster products on CPUs with AMX (docs/decisions/native.md); "int8" runs the base's dense layers in 8 bits, on CPUs (docs/decisions/int8.md).
 
     Raises:
         ModelError: the base cannot be read, or its architecture has no packed path.
@@ -172,9 +172,10 @@ class AdapterEngine:
         loads = [(length + 1) * len(rows) for length, rows in zip(lengths, groups, strict=True)]  # a row costs about a token more
         above = 1 - min(residents[owners[i]].model.depth for i in chosen) / max(1, self.bank.weights.spec.layers)
         work = sum(length * (1 + (len(rows) - 1) * above) for length, rows in zip(lengths, groups, strict=True))  # what rows share counts once
-        workers = min(workers, max(1, int(work) // MIN_SHARE))
+        least = min_share(self.bank.running)
+        workers = min(workers, max(1, int(work) // least))
         jobs = []
-        for members in even_batches(loads, np.argsort(lengths, kind="stable"), eval_tokens(self.bank.device), workers, MIN_SHARE):
+        for members in even_batches(loads, np.argsort(lengths, kind="stable"), eval_tokens(self.bank.device), workers, least):
             asking = [(t, i) for t, g in enumerate(members) for i in groups[g]]
             asking.sort(key=lambda one: owners[one[1]])  # an adapter's rows side by side
             jobs.append((_Job([encoded[g] for g in members], [(t, owners[i]) for t, i in asking]), [i for _, i in asking]))

@@ -230,6 +230,10 @@ class PackedModel:
     def in_steps(self) -> bool:
         return self.encoder.in_steps
 
+    @property
+    def one_core(self) -> bool:
+        return self.encoder.one_core
+
     def _base_tensor(self, ours: str) -> Tensor:
         name = next((name for name, own in self._own.items() if own == ours), None)
         return self.base.tensors[ours] if name is None else self._trainable[name]

@@ -4,6 +4,8 @@ With AVX-512 oneDNN runs float32 products 8 to 12% faster on weights laid out fo
 its GELU in that pass costs four times one of its own, and MKL on turned weights is a fifth faster (docs/log.md). oneDNN keeps up to a mebibyte
 for each shape it has seen, and packed batches hardly repeat one: so rows come in steps, and products of more rows are cut.
 
+"high", as torch names it, is float32 with products from two bfloat16 numbers for each, on processors with AMX (native/amx.c); on others it is float32.
+
 In integers weights are rounded once, with a scale per output, and activations as they come, with a scale per token. So a token's result
 depends on no other token of the batch, and integer sums are exact. Symmetric, `q = round(x / s)`, `s = max|x| / 127`, as vector-wise
 quantisation in Dettmers et al. 2022 (arXiv 2208.07339, section 2.1), without its outlier part.
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from textlora.errors import UsageError
+from textlora.native import Panels, has_amx
 
 STEP = 32  # tokens; a batch is filled up to a whole number of steps ...
 MOST = 1024  # rows of one product
@@ -78,6 +81,32 @@ class TurnedWeight:
         if residual is not None and activation is None:
             return torch.addmm(residual, x, self.turned) if bias is None else torch.add(residual, bias).addmm_(x, self.turned)
         y = activate(x @ self.turned if bias is None else torch.addmm(bias, x, self.turned), activation)
+        return y if residual is None else y.add_(residual)
+
+
+@dataclass(frozen=True)
+class SplitWeight:
+    """Weight (out, in) of a dense layer, float32, each number as two of bfloat16, beside the plain one. One core computes a product."""
+
+    plain: Tensor
+    panels: Panels
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "SplitWeight":
+        return cls(weight, Panels(weight))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.plain.shape
+
+    def __getitem__(self, rows: slice) -> "SplitWeight | Tensor":
+        return self if rows == slice(None) else self.plain[rows]
+
+    def product(self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+        """`f(x W^T + b) + residual`."""
+        if activation in (None, "gelu"):
+            return self.panels.product(x, bias, residual, activation == "gelu")
+        y = activate(self.panels.product(x, bias, None, False), activation)
         return y if residual is None else y.add_(residual)
 
 
@@ -149,7 +178,7 @@ def exact_levels() -> int | None:
     return None
 
 
-Weight = Tensor | Int8Weight | LaidOutWeight | TurnedWeight
+Weight = Tensor | Int8Weight | LaidOutWeight | TurnedWeight | SplitWeight
 
 
 def activate(x: Tensor, name: str | None) -> Tensor:
@@ -165,7 +194,7 @@ def activate(x: Tensor, name: str | None) -> Tensor:
 
 def dense(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
     """A frozen dense layer and what follows it, `f(x W^T + b) + residual`: x (T, in) to (T, out)."""
-    if isinstance(weight, LaidOutWeight | TurnedWeight):
+    if isinstance(weight, LaidOutWeight | TurnedWeight | SplitWeight):
         return weight.product(x, bias, activation, residual)
     if isinstance(weight, Tensor):
         y = activate(F.linear(x, weight, bias), activation)
@@ -181,9 +210,13 @@ def lays_out(weight: Tensor) -> bool:
     return fits and torch.backends.mkldnn.is_available() and inner
 
 
-def fastest_kind() -> type[LaidOutWeight | TurnedWeight]:
-    """How this processor wants a float32 weight where `lays_out` holds."""
-    return LaidOutWeight if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else TurnedWeight
+def prepare(weight: Tensor, precision: str) -> Weight:
+    """A weight (out, in) as this processor multiplies it fastest where `lays_out` holds, or in 8 bits; `precision` is one of `config.PRECISIONS`."""
+    if precision == "int8":
+        return Int8Weight.of(weight)
+    if precision == "high" and has_amx():
+        return SplitWeight.of(weight)
+    return (LaidOutWeight if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else TurnedWeight).of(weight)
 
 
 def filled_up(tokens: int) -> int:

@@ -225,7 +225,7 @@ class ReferenceModel:
         return self._trainable
 
     def for_inference(self, precision: str) -> "ReferenceModel":
-        if precision == "float32":
+        if precision in ("float32", "high"):
             return self
         raise UsageError(f"--precision {precision}: only on the packed path", "leave it out")
 

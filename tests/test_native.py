@@ -1,0 +1,283 @@
+"""The compiled functions: against float64 at every shape, beside oneDNN's own use of the matrix units; what happens without them; the build.
+
+What needs AVX-512 or AMX is skipped where there is none: attention is torch's there and `--precision high` is float32, tested as such.
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAST
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine import KINDS, adapters, engine_of, random_texts  # noqa: F401
+
+from textlora import TextClassifier, attention, native
+from textlora.classifier import encoded_logits
+from textlora.native import LONGEST, Panels, has_amx, has_vectors
+from textlora.products import SplitWeight, activate, dense, lays_out, prepare
+from textlora.tokens import Encoded, pack
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_amx = pytest.mark.skipif(not has_amx(), reason="this processor has no AMX, or nothing was compiled")
+needs_vectors = pytest.mark.skipif(not has_vectors(), reason="this processor has no AVX-512, or nothing was compiled")
+
+
+def draw(rows: int, inner: int, out: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=g) for shape in ((rows, inner), (out, inner), (out,), (rows, out)))
+
+
+def bound(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Of the error of a product whose terms are right to 2^-16 each: two numbers cut to 16 bits, one product of remainders left out."""
+    return 3 * 2**-16 * (x.double().abs() @ weight.double().abs().T) + 1e-6
+
+
+@needs_amx
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 300), inner=st.integers(1, 100) | st.sampled_from([384, 1023, 1024, 1025, 1536, 3100]), out=st.integers(1, 150),
+    activation=st.sampled_from([None, "gelu", "relu", "gelu_new"]), with_bias=st.booleans(), with_residual=st.booleans(), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_product_is_the_formula(rows, inner, out, activation, with_bias, with_residual, seed):
+    x, weight, bias, residual = draw(rows, inner, out, seed)
+    made, before = SplitWeight.of(weight), residual.clone()
+    with torch.inference_mode():
+        found = dense(x, made, bias if with_bias else None, activation, residual if with_residual else None)
+    expected = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
+    expected = activate(expected, activation) + (residual.double() if with_residual else 0)
+    assert found.shape == (rows, out)
+    assert ((found - expected).abs() <= 1.2 * bound(x, weight)).all()  # GELU is up to 1.13 times as steep as the identity
+    assert torch.equal(residual, before)
+
+
+@needs_amx
+def test_right_to_sixteen_bits_and_not_only_eight():
+    x, weight, *_ = draw(256, 384, 1152)
+    error = (SplitWeight.of(weight).product(x, None, None, None) - x.double() @ weight.double().T).square().mean().sqrt() / 384**0.5
+    assert 1e-7 < error < 6e-6  # float32's own is 4e-7, bfloat16's 2e-3
+
+
+@needs_amx
+def test_gelu_to_the_ends_of_float32():
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30, 3e38])])
+    found = SplitWeight.of(torch.ones(1, 1)).product(x.unsqueeze(1), None, "gelu", None).flatten()
+    assert torch.isfinite(found).all()
+    np.testing.assert_allclose(found[:4001].numpy(), torch.nn.functional.gelu(x[:4001].double()).numpy(), atol=2e-4, rtol=0)
+    sharp = SplitWeight.of(torch.ones(1, 1)).product((x[:4001] * 256).round().unsqueeze(1) / 256, None, "gelu", None).flatten()  # 16 bits hold these
+    np.testing.assert_allclose(sharp.numpy(), torch.nn.functional.gelu((x[:4001].double() * 256).round() / 256).numpy(), atol=1e-6, rtol=2e-7)
+
+
+@needs_amx
+def test_rows_depend_on_no_other_row():
+    x, weight, bias, residual = draw(300, 100, 70)
+    made = SplitWeight.of(weight)
+    whole = made.product(x, bias, "gelu", residual)
+    for rows in (slice(0, 1), slice(31, 33), slice(0, 40), slice(17, 300)):
+        assert torch.equal(made.product(x[rows], bias, "gelu", residual[rows]), whole[rows])
+    x[40:] = torch.nan
+    assert torch.equal(made.product(x, bias, "gelu", residual)[:40], whole[:40])
+
+
+@needs_amx
+def test_views_and_wide_strides():
+    x, weight, bias, residual = draw(64, 96, 64)
+    wide, turned = torch.cat([x, x], 1), weight.T.contiguous().T
+    expected = SplitWeight.of(weight).product(x, bias, None, residual)
+    assert torch.equal(SplitWeight.of(turned).product(wide[:, 96:], bias, None, residual.T.contiguous().T), expected)
+
+
+@needs_amx
+@pytest.mark.parametrize("wrong", ["double", "width", "bias", "residual"])
+def test_nothing_else_reaches_c(wrong):
+    x, weight, bias, residual = draw(8, 40, 24)
+    made = SplitWeight.of(weight).panels
+    x = x.double() if wrong == "double" else x[:, :39] if wrong == "width" else x
+    with pytest.raises(ValueError, match="float32"):
+        made.product(x, bias[:-1] if wrong == "bias" else bias, residual[:-1] if wrong == "residual" else None, False)
+    with pytest.raises(ValueError, match="float32"):
+        Panels(weight.double())
+
+
+@needs_amx
+def test_beside_others_on_the_same_units():
+    """oneDNN remembers which tiles it has set, a thread at a time: what is set here is put back."""
+    x, weight, bias, _ = draw(128, 256, 128)
+    made, eight = SplitWeight.of(weight), prepare(weight, "int8")
+    half, small = x.bfloat16(), weight.bfloat16()
+
+    def both(_: int) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [torch.nn.functional.linear(half, small), made.product(x, bias, None, None), eight.product(x, bias), half @ small.T]
+
+    first = both(0)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(both, range(64)):
+            assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+
+def batch_of(lengths: list[int]):
+    return pack([Encoded(np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.int8), n) for n in lengths])
+
+
+@needs_vectors
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, LONGEST + 40) | st.sampled_from([16, LONGEST, LONGEST + 1]), min_size=1, max_size=12),
+    heads=st.integers(1, 3), d=st.sampled_from([8, 16, 32, 64]), more=st.integers(0, 3), size=st.sampled_from([0.1, 1.0, 4.0]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_attention_is_the_formula(lengths, heads, d, more, size, seed):
+    """Short texts by the compiled function, long ones and other widths by torch's, rows that belong to nobody zero."""
+    g = torch.Generator().manual_seed(seed)
+    layout, rows = batch_of(lengths).layout, sum(lengths)
+    projected = size * torch.randn(rows + more, 3 * heads * d, generator=g)
+    found = attention.attend(projected, None, layout, heads)
+    expected = attention.attend_plain(projected[:rows].double(), None, layout, heads)
+    theirs = attention.attend_plain(projected[:rows], None, layout, heads)  # float32 too; large scores make a softmax sharp
+    assert (found[:rows] - expected).abs().max() <= 4 * (theirs - expected).abs().max() + 2e-6 * size
+    assert not found[rows:].any()
+
+
+@needs_vectors
+def test_attention_of_a_text_depends_on_no_other():
+    g = torch.Generator().manual_seed(0)
+    projected = torch.randn(7 + 20 + 33, 3 * 64, generator=g)
+    whole = attention.attend(projected, None, batch_of([7, 20, 33]).layout, 2)
+    projected[:7] = torch.nan
+    projected[27:] = torch.inf
+    assert torch.equal(attention.attend(projected, None, batch_of([7, 20, 33]).layout, 2)[7:27], whole[7:27])
+    assert torch.equal(attention.attend(projected[7:27], None, batch_of([20]).layout, 2), whole[7:27])
+
+
+@needs_vectors
+def test_attention_with_gradients_is_torchs_and_the_same():
+    g = torch.Generator().manual_seed(0)
+    projected, layout = torch.randn(60, 3 * 64, generator=g), batch_of([7, 20, 33]).layout
+    found = attention.attend(projected.clone().requires_grad_(), None, layout, 2)
+    assert found.grad_fn is not None
+    np.testing.assert_allclose(found.detach().numpy(), attention.attend(projected, None, layout, 2).numpy(), atol=1e-6)
+
+
+@needs_vectors
+@pytest.mark.parametrize("wrong", ["heads", "width", "long", "past", "type", "texts", "order"])
+def test_no_attention_outside_its_bounds(wrong):
+    out, starts, texts, heads = torch.zeros(300, 64), torch.tensor([0, 10, 100, 300 if wrong == "past" else 200], dtype=torch.int32), 3, 2
+    projected = torch.zeros(300, 192, dtype=torch.float64 if wrong == "type" else torch.float32)
+    if wrong == "past":
+        out, projected = out[:250], projected[:250]
+    if wrong == "long":
+        starts[2] = 10 + LONGEST + 1
+    if wrong == "order":
+        starts[1] = 150
+    if wrong == "width":
+        projected = projected[:, :128].contiguous()
+    with pytest.raises(ValueError, match=r"not for this|wanted"):
+        native.attention(projected, out, starts, 4 if wrong == "texts" else texts, 3 if wrong == "heads" else heads)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("family", FAST)
+def test_high_predicts_as_float32_does(family, adapters, tiny_base):  # noqa: F811
+    """With the units or without, merged and in a mixed batch."""
+    folders, base = adapters(family), tiny_base(family)
+    engine = engine_of(folders, base, precision="high")
+    for folder, made in zip(folders, KINDS, strict=True):
+        texts = random_texts(9, 4)
+        pairs = random_texts(9, 5) if made.pairs else None
+        classifier = TextClassifier.load(folder, base=str(base), device="cpu", precision="high")
+        plain, fast = classifier.plain_logits(texts, pairs), classifier.logits(texts, pairs)
+        scale = np.maximum(1, np.abs(plain))
+        assert np.abs((fast - plain) / scale).max() < 1e-3  # these weights magnify rounding some hundred times (tests/test_engine.py)
+        mixed = np.array([one.logits for one in engine.predict(texts, folder.name, pairs)])
+        assert np.abs((mixed - plain) / scale).max() < 1e-3
+        if lays_out(torch.zeros(1)):
+            assert isinstance(classifier.running.encoder.weights[0]["qkv"], SplitWeight) == has_amx()
+
+
+@needs_amx
+def test_little_work_is_shared_out(adapters, tiny_base):  # noqa: F811
+    """Its products take one core each, so two batches of 40 tokens run side by side, where float32 takes one batch and all cores."""
+    folder, sizes = adapters(FAST[0])[0], {}
+    for precision in ("float32", "high"):
+        classifier = TextClassifier.load(folder, base=str(tiny_base(FAST[0])), device="cpu", precision=precision)
+        encoded, ran = classifier.tokenizer.encode(["the film was good"] * 14), []
+        workers = SimpleNamespace(count=2, map=lambda function, items, ran=ran: ran.append(len(items)) or [function(item) for item in items])
+        encoded_logits(classifier.running, encoded, workers)
+        sizes[precision] = ran
+    assert sizes == {"float32": [1], "high": [2]}
+
+
+def test_without_the_units_high_is_float32(monkeypatch):
+    monkeypatch.setattr("textlora.products.has_amx", lambda: False)
+    _, weight, *_ = draw(1, 64, 64)
+    assert type(prepare(weight, "high")) is type(prepare(weight, "float32"))
+
+
+@pytest.fixture
+def no_cache():
+    """What is known of the library is asked for anew, and forgotten afterwards."""
+    for known in (native.library, native.has_amx, native.has_vectors):
+        known.cache_clear()
+    yield
+    for known in (native.library, native.has_amx, native.has_vectors):
+        known.cache_clear()
+
+
+@pytest.mark.parametrize("content", [None, b"not a library"])
+def test_library_that_cannot_be_used(content, tmp_path, monkeypatch, no_cache):
+    if content is not None:
+        (tmp_path / "made.so").write_bytes(content)
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "made.so")
+    assert native.library() is None
+    assert not native.has_amx()
+    assert not native.has_vectors()
+    g = torch.Generator().manual_seed(0)
+    projected, layout = torch.randn(60, 3 * 64, generator=g), batch_of([7, 20, 33]).layout
+    found, expected = attention.attend(projected, None, layout, 2), attention.attend_plain(projected, None, layout, 2)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-6)
+
+
+def test_library_of_another_version(monkeypatch, no_cache):
+    monkeypatch.setattr(native, "VERSION", -1)
+    assert native.library() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("cc") is None, reason="compiled on x86 Linux")
+def test_build_compiles_it():
+    assert native.LIBRARY.is_file(), "install textlora again: its build compiles textlora/native"
+
+
+def hook(root: Path) -> tuple[SimpleNamespace, list[str]]:
+    """hatch_build.py's hook over a copy of the sources, and what it warns of."""
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (root / "textlora" / "native").mkdir(parents=True)
+    for source in module.SOURCES:
+        shutil.copy(native.LIBRARY.parent / Path(source).name, root / source)
+    said: list[str] = []
+    made = module.Compile(str(root), {}, None, None, "", "wheel")
+    made._BuildHookInterface__app = SimpleNamespace(display_warning=said.append)
+    return made, said
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_build_without_a_compiler_is_pure_python(compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", compiler)
+    made, said = hook(tmp_path)
+    (tmp_path / "textlora" / "native" / "_kernels.so").write_bytes(b"of an older version")
+    data = {"artifacts": [], "pure_python": True}
+    made.initialize("standard", data)
+    assert data == {"artifacts": [], "pure_python": True}
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        assert sorted(os.listdir(tmp_path / "textlora" / "native")) == ["amx.c", "attention.c"]
+        assert len(said) == 1
+        assert "not compiled" in said[0]

@@ -1,0 +1,98 @@
+"""What torch has no fast way for, in C: products on the matrix units (amx.c), attention of short texts (attention.c).
+
+Both are there where the package was built with a C compiler on x86 Linux and the processor has what they use; everything works without.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_kernels.so")
+VERSION = 1  # of what is called here, as in attention.c
+LONGEST = 128  # tokens of a text
+HEADS = (16, 32, 64)  # widths of a head
+
+_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where there are none."""
+    try:
+        found = ctypes.CDLL(str(LIBRARY))
+        if found.textlora_version() != VERSION:
+            return None
+    except (OSError, AttributeError):
+        return None
+    found.textlora_attention.restype = None
+    found.textlora_attention.argtypes = [_pointer] * 3 + [_long] * 3 + [_float]
+    found.textlora_amx_bytes.restype, found.textlora_amx_bytes.argtypes = _long, [_long, _long]
+    found.textlora_amx_lay_out.restype, found.textlora_amx_lay_out.argtypes = None, [_pointer, _long, _long, _pointer]
+    found.textlora_amx_product.restype = None
+    found.textlora_amx_product.argtypes = [_pointer] * 5 + [_long] * 3 + [_int]
+    return found
+
+
+@cache
+def has_vectors() -> bool:
+    """Whether `attention` runs here: AVX-512."""
+    return library() is not None and bool(library().textlora_attention_usable())
+
+
+@cache
+def has_amx() -> bool:
+    """Whether `Panels` run here: AMX, AVX-512 with bfloat16, and a system that lets this process use them."""
+    return library() is not None and bool(library().textlora_amx_usable())
+
+
+def attention(projected: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, heads: int) -> None:
+    """Attention inside each of the first `texts` texts, on one core, without gradients.
+
+    Args:
+        projected: (T, 3H) float32, q, k, v of every token; H / heads is one of `HEADS`.
+        out: (T, H) float32; rows of those texts are written.
+        cu_seqlens: (B+1,) int32; no text of these has more than `LONGEST` tokens.
+    """
+    width = out.shape[1]
+    _check(projected, (len(out), 3 * width))
+    _check(out)
+    _check(cu_seqlens, dtype=torch.int32)
+    lengths = cu_seqlens[: texts + 1].diff()
+    inside = len(lengths) == texts and cu_seqlens[0] == 0 and lengths.min() >= 0 and lengths.max() <= LONGEST and cu_seqlens[texts] <= len(out)
+    if width % heads or width // heads not in HEADS or not inside:
+        raise ValueError(f"{heads} heads of {width}, texts of {lengths.tolist()} tokens: not for this function")
+    d = width // heads
+    library().textlora_attention(projected.data_ptr(), out.data_ptr(), cu_seqlens.data_ptr(), texts, heads, d, d**-0.5)
+
+
+class Panels:
+    """A weight (out, in), float32 and on the CPU, as amx.c wants it: twice 16 bits a number."""
+
+    def __init__(self, weight: Tensor):
+        self.out, self.inner = weight.shape
+        plain = weight.detach().contiguous()
+        _check(plain)
+        self._laid_out = torch.empty(library().textlora_amx_bytes(self.out, self.inner), dtype=torch.uint8)  # torch aligns to 64 bytes
+        library().textlora_amx_lay_out(plain.data_ptr(), self.out, self.inner, self._laid_out.data_ptr())
+
+    def product(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool) -> Tensor:
+        """`f(x W^T + b) + residual`, f GELU or nothing: x (T, in) to (T, out), on one core, without gradients."""
+        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+        y = x.new_empty(len(x), self.out)
+        _check(x, (len(x), self.inner))
+        _check(bias, (self.out,))
+        _check(residual, y.shape)
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in (x, self._laid_out, bias, residual, y)]
+        library().textlora_amx_product(*addresses, len(x), self.inner, self.out, gelu)
+        return y
+
+
+def _check(tensor: Tensor | None, shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32) -> None:
+    """Nothing else reaches C. Raises ValueError."""
+    if tensor is None:
+        return
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous() or (shape is not None and tensor.shape != shape):
+        raise ValueError(f"{dtype} {shape} on the CPU wanted, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")
