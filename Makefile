@@ -1,6 +1,7 @@
 # Two commands set everything up: `make demo` and `make test`. Both may be run again at any time.
 PYTHON ?= python3
 VENV := .venv
+BUILT := pyproject.toml constraints.txt hatch_build.py $(wildcard textlora/native/*.c)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REVIEWS := examples/film-reviews
@@ -10,12 +11,12 @@ REVIEWS := examples/film-reviews
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo: $(BUILT) | $(BIN)/python
 	@echo "installing textlora and its demo base model into $(VENV) ..."
 	$(PIP) --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.dev: $(BUILT) | $(BIN)/python
 	@echo "installing textlora with every extra into $(VENV) ..."
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
