@@ -18,7 +18,7 @@ HEADLINES = {
     "time-to-accuracy-imdb": 1,
     "imdb": 1,
     "prefix": 3,
-    "inference-avx512": 2,
+    "inference-avx512": 6,
     "inference-avx2": 3,
     "mixed": 3,
     "serving": 3,
