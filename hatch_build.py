@@ -11,7 +11,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 MADE = "textlora/native/_kernels.so"
-SOURCES = ("textlora/native/amx.c", "textlora/native/attention.c")
+SOURCES = ("textlora/native/amx.c", "textlora/native/attention.c", "textlora/native/lora.c")
 COMMAND = ["-O3", "-std=gnu11", "-shared", "-fPIC"]
 
 

@@ -22,6 +22,7 @@ from test_engine import KINDS, adapters, engine_of, random_texts  # noqa: F401
 
 from textlora import TextClassifier, attention, native
 from textlora.classifier import encoded_logits
+from textlora.mixing import Folded, FoldedAdapter, Mix
 from textlora.native import LONGEST, Panels, has_amx, has_vectors
 from textlora.products import SplitWeight, activate, dense, lays_out, prepare
 from textlora.tokens import Encoded, pack
@@ -184,6 +185,97 @@ def test_no_attention_outside_its_bounds(wrong):
     assert not out.any()
 
 
+needs_library = pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
+
+
+def layer_of(inner: int, out: int, r: int, column: int, scaled: bool, g: torch.Generator) -> native.AdaptedLayer:
+    A, B, scale = (torch.randn(shape, generator=g) for shape in ((r, inner), (r, out), (out,)))
+    made = native.AdaptedLayer.of(A, B, scale if scaled else None, column)
+    assert made is not None
+    return made
+
+
+@needs_library
+@settings(max_examples=60, deadline=None)
+@given(
+    stretches=st.lists(st.tuples(st.integers(0, 11), st.integers(1, 40), st.booleans(), st.integers(0, 2)), min_size=1, max_size=12),
+    inner=st.sampled_from([8, 24, 64]), out=st.sampled_from([8, 40]), more=st.integers(0, 3), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_small_products_are_the_formula(stretches, inner, out, more, seed):
+    """Stretches of any length, none too, ranks odd and even, with DoRA's factor and without; other rows and columns stay as they are."""
+    g = torch.Generator().manual_seed(seed)
+    rows = sum(count for count, *_ in stretches) + more
+    x, y = torch.randn(rows, inner, generator=g), torch.randn(rows, 3 * out, generator=g)
+    expected, at, jobs = y.double(), 0, []
+    for count, r, scaled, place in stretches:
+        layer = layer_of(inner, out, r, place * out, scaled, g)
+        jobs.append((at, count, layer))
+        part = expected[at : at + count, layer.column : layer.column + out]
+        part += x[at : at + count].double() @ layer.A.double().T @ layer.B.double()
+        if scaled:
+            part *= layer.scale.double()
+        at += count
+    native.add_adapted(x, y, jobs)
+    np.testing.assert_allclose(y.numpy(), expected.numpy(), atol=1e-3 if inner * 40 > 2000 else 5e-4, rtol=1e-5)
+    assert torch.equal(y[at:].double(), expected[at:])
+
+
+@needs_library
+def test_small_products_depend_on_no_other_row_and_take_views():
+    g = torch.Generator().manual_seed(0)
+    x, y, layer = torch.randn(9, 48, generator=g), torch.randn(9, 16, generator=g), layer_of(24, 16, 5, 0, False, g)
+    whole = y.clone()
+    native.add_adapted(x[:, :24], whole, [(0, 9, layer)])
+    alone = y[4:7].clone()
+    native.add_adapted(x[4:7, :24].contiguous(), alone, [(0, 3, layer)])
+    assert torch.equal(alone, whole[4:7])
+    native.add_adapted(x[:, :24], y, [])
+    assert not torch.equal(y, whole)
+
+
+@needs_library
+@pytest.mark.parametrize("wrong", ["rows", "before", "column", "inner", "out", "type"])
+def test_no_small_product_outside_its_bounds(wrong):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(9, 24, generator=g), torch.zeros(9, 32)
+    job = (-1 if wrong == "before" else 0, 10 if wrong == "rows" else 9, layer_of(24, 16, 5, 17 if wrong == "column" else 0, False, g))
+    jobs = [job, (0, 1, layer_of(32 if wrong == "inner" else 24, 8 if wrong == "out" else 16, 5, 0, False, g))]
+    y = y.double() if wrong == "type" else y
+    with pytest.raises(ValueError, match=r"another width|wanted"):
+        native.add_adapted(x, y, jobs)
+    assert not y.any()
+
+
+@needs_library
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_mixed_layer_with_and_without(scaled, activation, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+
+    def adapter(r: int, *slots: str) -> FoldedAdapter:
+        draw = lambda *shape: torch.randn(shape, generator=g)
+        return FoldedAdapter({(0, slot): Folded(draw(r, 24), draw(16, r), draw(16) if scaled else None) for slot in slots})
+
+    adapters = [adapter(3, "query", "value"), adapter(8, "key"), FoldedAdapter({})]
+    x, weight, bias, residual = draw(20, 24, 48)
+    found = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr("textlora.mixing.AdaptedLayer.of", lambda *_: None)
+            adapters = [FoldedAdapter(one) for one in adapters]
+        assert all(bool(one.compiled) == compiled for made in adapters for one in made.joined.values())
+        mix = Mix(adapters, [0, 1, 1, 2, 0], [3, 4, 5, 1, 4])
+        found.append(mix.linear(0, ("query", "key", "value"), x, weight, bias, activation, None if activation else residual))
+    np.testing.assert_allclose(found[0].numpy(), found[1].numpy(), atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 23, 16), (5, 24, 12), (257, 24, 16)])
+def test_layers_that_torch_computes(shape):
+    r, inner, out = shape
+    assert native.AdaptedLayer.of(torch.zeros(r, inner), torch.zeros(r, out), None, 0) is None
+    assert native.AdaptedLayer.of(torch.zeros(5, 24, dtype=torch.bfloat16), torch.zeros(5, 16, dtype=torch.bfloat16), None, 0) is None
+
+
 @pytest.mark.parametrize("family", FAST)
 def test_high_predicts_as_float32_does(family, adapters, tiny_base):  # noqa: F811
     """With the units or without, merged and in a mixed batch."""
@@ -278,6 +370,6 @@ def test_build_without_a_compiler_is_pure_python(compiler, tmp_path, monkeypatch
     made.initialize("standard", data)
     assert data == {"artifacts": [], "pure_python": True}
     if sys.platform == "linux" and platform.machine() == "x86_64":
-        assert sorted(os.listdir(tmp_path / "textlora" / "native")) == ["amx.c", "attention.c"]
+        assert sorted(os.listdir(tmp_path / "textlora" / "native")) == ["amx.c", "attention.c", "lora.c"]
         assert len(said) == 1
         assert "not compiled" in said[0]

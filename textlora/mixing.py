@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from textlora.native import AdaptedLayer, add_adapted
 from textlora.products import Weight, activate, dense
 
 Place = tuple[int, str]
@@ -39,11 +40,13 @@ class Joined(NamedTuple):
         A: (in, R), R the sum of the ranks.
         ranks: of each adapted layer.
         uses: for each its place among the outputs, `s B` as (r, out), and DoRA's factor (out,) or None.
+        compiled: for each the same as `native.add_adapted` takes it; empty where that cannot be used.
     """
 
     A: Tensor
     ranks: tuple[int, ...]
     uses: tuple[tuple[int, Tensor, Tensor | None], ...]
+    compiled: tuple[AdaptedLayer, ...] = ()
 
 
 def joined(adapter: Mapping[Place, Folded], layer: int, slots: Sequence[str]) -> Joined | None:
@@ -52,7 +55,9 @@ def joined(adapter: Mapping[Place, Folded], layer: int, slots: Sequence[str]) ->
     if not ones:
         return None
     A = torch.cat([one.A for _, one in ones]) if len(ones) > 1 else ones[0][1].A
-    return Joined(A.T, tuple(one.A.shape[0] for _, one in ones), tuple((k, one.B.T, one.scale) for k, one in ones))
+    ranks, uses = tuple(one.A.shape[0] for _, one in ones), tuple((k, one.B.T.contiguous(), one.scale) for k, one in ones)
+    layers = [AdaptedLayer.of(part, B, scale, k * B.shape[1]) for part, (k, B, scale) in zip(A.split(ranks), uses, strict=True)]
+    return Joined(A.T, ranks, uses, tuple(layer for layer in layers if layer is not None) if all(layers) else ())
 
 
 class FoldedAdapter(dict[Place, Folded]):
@@ -118,19 +123,31 @@ class Mix:
         early = not scaled and activation is None  # else the residual waits for what comes between
         y = dense(x, weight, None if scaled else bias, residual=residual if early else None)
         stretches = self.texts if len(x) == len(self.owners) else self.tokens
-        sizes, width = [size for _, size in stretches], weight.shape[0] // len(slots)
-        count = sum(sizes)
-        outs = [torch.split_with_sizes(y[:count, k * width : (k + 1) * width], sizes) for k in range(len(slots))]
-        for n, ((owner, _), rows) in enumerate(zip(stretches, torch.split_with_sizes(x[:count], sizes), strict=True)):
-            one = adapted[owner]
-            if one is None:
-                continue
-            for (k, B, scale), inner in zip(one.uses, torch.split_with_sizes(rows @ one.A, one.ranks, 1), strict=True):
-                outs[k][n].addmm_(inner, B)
-                if scale is not None:
-                    outs[k][n].mul_(scale)
+        if all(one is None or one.compiled for one in adapted):
+            jobs, at = [], 0
+            for owner, rows in stretches:
+                jobs += [(at, rows, layer) for layer in adapted[owner].compiled] if adapted[owner] is not None else ()
+                at += rows
+            add_adapted(x, y, jobs)
+        else:
+            _add_one_by_one(x, y, stretches, adapted, len(slots))
         y = activate(y.add_(bias) if scaled else y, activation)
         return y if early or residual is None else y.add_(residual)
+
+
+def _add_one_by_one(x: Tensor, y: Tensor, stretches: Sequence[tuple[int, int]], adapted: Sequence[Joined | None], slots: int) -> None:
+    """What `native.add_adapted` does, by torch."""
+    sizes, width = [size for _, size in stretches], y.shape[1] // slots
+    count = sum(sizes)
+    outs = [torch.split_with_sizes(y[:count, k * width : (k + 1) * width], sizes) for k in range(slots)]
+    for n, ((owner, _), rows) in enumerate(zip(stretches, torch.split_with_sizes(x[:count], sizes), strict=True)):
+        one = adapted[owner]
+        if one is None:
+            continue
+        for (k, B, scale), inner in zip(one.uses, torch.split_with_sizes(rows @ one.A, one.ranks, 1), strict=True):
+            outs[k][n].addmm_(inner, B)
+            if scale is not None:
+                outs[k][n].mul_(scale)
 
 
 def _stretches(owners: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:

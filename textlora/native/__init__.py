@@ -1,19 +1,24 @@
-"""What torch has no fast way for, in C: products on the matrix units (amx.c), attention of short texts (attention.c).
+"""What torch has no fast way for, in C: products on the matrix units (amx.c), attention of short texts (attention.c), the small products of many
+adapters (lora.c).
 
-Both are there where the package was built with a C compiler on x86 Linux and the processor has what they use; everything works without.
+They are there where the package was built with a C compiler on x86 Linux and the processor has what they use; everything works without.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-VERSION = 1  # of what is called here, as in attention.c
+VERSION = 2  # of what is called here, as in attention.c
 LONGEST = 128  # tokens of a text
 HEADS = (16, 32, 64)  # widths of a head
+MOST_RANK, LANES = 256, 8
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
@@ -29,6 +34,7 @@ def library() -> ctypes.CDLL | None:
         return None
     found.textlora_attention.restype = None
     found.textlora_attention.argtypes = [_pointer] * 3 + [_long] * 3 + [_float]
+    found.textlora_lora.restype, found.textlora_lora.argtypes = None, [_pointer] * 3 + [_long] * 4
     found.textlora_amx_bytes.restype, found.textlora_amx_bytes.argtypes = _long, [_long, _long]
     found.textlora_amx_lay_out.restype, found.textlora_amx_lay_out.argtypes = None, [_pointer, _long, _long, _pointer]
     found.textlora_amx_product.restype = None
@@ -66,6 +72,50 @@ def attention(projected: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, he
         raise ValueError(f"{heads} heads of {width}, texts of {lengths.tolist()} tokens: not for this function")
     d = width // heads
     library().textlora_attention(projected.data_ptr(), out.data_ptr(), cu_seqlens.data_ptr(), texts, heads, d, d**-0.5)
+
+
+class AdaptedLayer(NamedTuple):
+    """A dense layer of an adapter, as lora.c reads it.
+
+    Attributes:
+        A: (r, in); B: (r, out), with s in it; scale: DoRA's factor (out,) or None. Float32, on the CPU, contiguous.
+        column: of the outputs that lie side by side, the first of this layer.
+        words: addresses of the three, r and column.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: Tensor | None
+    column: int
+    words: tuple[int, ...]
+
+    @classmethod
+    def of(cls, A: Tensor, B: Tensor, scale: Tensor | None, column: int) -> "AdaptedLayer | None":
+        """None where lora.c cannot take it: nothing compiled, another type or device, a width that is no multiple of 8, a rank above 256."""
+        fits = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous()) for t in (A, B, scale))
+        if not fits or A.shape[1] % LANES or B.shape[1] % LANES or len(A) > MOST_RANK or library() is None:
+            return None
+        return cls(A, B, scale, column, (A.data_ptr(), B.data_ptr(), 0 if scale is None else scale.data_ptr(), len(A), column))
+
+
+def add_adapted(x: Tensor, y: Tensor, jobs: Sequence[tuple[int, int, AdaptedLayer]]) -> None:
+    """`y = (y + (x A^T) B) scale` in place for stretches of rows, each with an adapter's layer, on one core.
+
+    Args:
+        x: (T, in) float32; y: (T, outputs) float32.
+        jobs: first row, number of rows, layer. All layers have the same widths.
+    """
+    if not jobs:
+        return
+    x, out = x.contiguous(), jobs[0][2].B.shape[1]
+    _check(x, (len(y), jobs[0][2].A.shape[1]))
+    _check(y)
+    table = np.array([(row, rows, *layer.words) for row, rows, layer in jobs], dtype=np.int64)
+    alike = all(layer.A.shape[1] == x.shape[1] and layer.B.shape[1] == out for _, _, layer in jobs)
+    first, rows, column = table[:, 0], table[:, 1], table[:, -1]
+    if not alike or min(first.min(), rows.min(), column.min()) < 0 or (first + rows).max() > len(y) or column.max() + out > y.shape[1]:
+        raise ValueError("a layer of another width, or rows that are not there")
+    library().textlora_lora(x.data_ptr(), y.data_ptr(), table.ctypes.data, len(jobs), x.shape[1], y.shape[1], out)
 
 
 class Panels:

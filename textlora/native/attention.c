@@ -12,8 +12,8 @@
 
 enum { LANES = 16, LONGEST = 128, WIDEST = 64, ROWS = 4 /* queries at a time */ };
 
-/* Of all functions here and in amx.c; __init__.py wants the one it knows. */
-int textlora_version(void) { return 1; }
+/* Of all functions here, in amx.c and lora.c; __init__.py wants the one it knows. */
+int textlora_version(void) { return 2; }
 
 /* 1 where this processor has AVX-512 and the system saves its registers. */
 int textlora_attention_usable(void)
