@@ -256,15 +256,15 @@ def test_mixed_layer_with_and_without(scaled, activation, monkeypatch):
         draw = lambda *shape: torch.randn(shape, generator=g)
         return FoldedAdapter({(0, slot): Folded(draw(r, 24), draw(16, r), draw(16) if scaled else None) for slot in slots})
 
-    adapters = [adapter(3, "query", "value"), adapter(8, "key"), FoldedAdapter({})]
+    ones = [adapter(3, "query", "value"), adapter(8, "key"), FoldedAdapter({})]
     x, weight, bias, residual = draw(20, 24, 48)
     found = []
     for compiled in (True, False):
         if not compiled:
             monkeypatch.setattr("textlora.mixing.AdaptedLayer.of", lambda *_: None)
-            adapters = [FoldedAdapter(one) for one in adapters]
-        assert all(bool(one.compiled) == compiled for made in adapters for one in made.joined.values())
-        mix = Mix(adapters, [0, 1, 1, 2, 0], [3, 4, 5, 1, 4])
+            ones = [FoldedAdapter(one) for one in ones]
+        assert all(bool(one.compiled) == compiled for made in ones for one in made.joined.values())
+        mix = Mix(ones, [0, 1, 1, 2, 0], [3, 4, 5, 1, 4])
         found.append(mix.linear(0, ("query", "key", "value"), x, weight, bias, activation, None if activation else residual))
     np.testing.assert_allclose(found[0].numpy(), found[1].numpy(), atol=2e-4, rtol=1e-5)
 
