@@ -60,10 +60,17 @@ class Client:
 
     async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
         async with self.bound:
-            reader, writer = self.free.pop() if self.free else await asyncio.open_connection("127.0.0.1", self.port)
             head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            writer.write(head.encode() + body)
-            lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
+            while True:
+                reused = bool(self.free)
+                reader, writer = self.free.pop() if reused else await asyncio.open_connection("127.0.0.1", self.port)
+                try:
+                    writer.write(head.encode() + body)
+                    lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
+                    break
+                except (asyncio.IncompleteReadError, ConnectionError):
+                    if not reused:  # else it was idle for half a minute, and the server has closed it
+                        raise
             size = next(int(line[15:]) for line in lines if line.lower().startswith(b"content-length:"))
             answer = await reader.readexactly(size)
             if any(line.lower() == b"connection: close" for line in lines):
