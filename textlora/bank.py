@@ -302,7 +302,7 @@ class AdapterBank:
             *model.trainable().values(),
             *(t for place in folded.values() for t in place if t is not None),
             *(one.A for one in folded.joined.values() if len(one.ranks) > 1),
-            *(B for one in folded.joined.values() for _, B, _ in one.uses),
+            *{id(B): B for one in folded.joined.values() for _, B, _ in one.uses}.values(),
         ]
         return Resident(classifier, folded, sum(t.numel() * t.element_size() for t in tensors))
 

@@ -49,13 +49,13 @@ class Joined(NamedTuple):
     compiled: tuple[AdaptedLayer, ...] = ()
 
 
-def joined(adapter: Mapping[Place, Folded], layer: int, slots: Sequence[str]) -> Joined | None:
-    """The layers of `slots` that an adapter changes; None where there are none."""
+def joined(adapter: Mapping[Place, Folded], turned: Mapping[Place, Tensor], layer: int, slots: Sequence[str]) -> Joined | None:
+    """The layers of `slots` that an adapter changes; None where there are none. `turned` has each `s B` as (r, out)."""
     ones = [(k, adapter[layer, slot]) for k, slot in enumerate(slots) if (layer, slot) in adapter]
     if not ones:
         return None
     A = torch.cat([one.A for _, one in ones]) if len(ones) > 1 else ones[0][1].A
-    ranks, uses = tuple(one.A.shape[0] for _, one in ones), tuple((k, one.B.T.contiguous(), one.scale) for k, one in ones)
+    ranks, uses = tuple(one.A.shape[0] for _, one in ones), tuple((k, turned[layer, slots[k]], one.scale) for k, one in ones)
     layers = [AdaptedLayer.of(part, B, scale, k * B.shape[1]) for part, (k, B, scale) in zip(A.split(ranks), uses, strict=True)]
     return Joined(A.T, ranks, uses, tuple(layer for layer in layers if layer is not None) if all(layers) else ())
 
@@ -65,7 +65,8 @@ class FoldedAdapter(dict[Place, Folded]):
 
     def __init__(self, places: Mapping[Place, Folded]):
         super().__init__(places)
-        made = {(layer, slots): joined(self, layer, slots) for layer in {layer for layer, _ in self} for slots in PRODUCTS}
+        turned = {place: one.B.T.contiguous() for place, one in places.items()}
+        made = {(layer, slots): joined(self, turned, layer, slots) for layer in {layer for layer, _ in self} for slots in PRODUCTS}
         self.joined = {place: one for place, one in made.items() if one is not None}
 
 
