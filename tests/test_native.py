@@ -330,6 +330,8 @@ def test_library_that_cannot_be_used(content, tmp_path, monkeypatch, no_cache):
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "made.so")
     assert native.library() is None
     assert not native.has_amx()
+    with pytest.raises(ValueError, match="no matrix units"):
+        Panels(torch.zeros(8, 8))
     assert not native.has_vectors()
     g = torch.Generator().manual_seed(0)
     projected, layout = torch.randn(60, 3 * 64, generator=g), batch_of([7, 20, 33]).layout

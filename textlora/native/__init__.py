@@ -8,14 +8,14 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-VERSION = 2  # of what is called here, as in attention.c
+VERSION = 3  # of what is called here, as in attention.c
 LONGEST = 128  # tokens of a text
 HEADS = (16, 32, 64)  # widths of a head
 MOST_RANK, LANES = 256, 8
@@ -37,8 +37,9 @@ def library() -> ctypes.CDLL | None:
     found.textlora_lora.restype, found.textlora_lora.argtypes = None, [_pointer] * 3 + [_long] * 4
     found.textlora_amx_bytes.restype, found.textlora_amx_bytes.argtypes = _long, [_long, _long]
     found.textlora_amx_lay_out.restype, found.textlora_amx_lay_out.argtypes = None, [_pointer, _long, _long, _pointer]
+    found.textlora_amx_scratch.restype, found.textlora_amx_scratch.argtypes = _long, []
     found.textlora_amx_product.restype = None
-    found.textlora_amx_product.argtypes = [_pointer] * 5 + [_long] * 3 + [_int]
+    found.textlora_amx_product.argtypes = [_pointer] * 6 + [_long] * 3 + [_int]
     return found
 
 
@@ -121,7 +122,11 @@ def add_adapted(x: Tensor, y: Tensor, jobs: Sequence[tuple[int, int, AdaptedLaye
 class Panels:
     """A weight (out, in), float32 and on the CPU, as amx.c wants it: twice 16 bits a number."""
 
+    _scratch: ClassVar[list[Tensor]] = []  # as many as threads that computed a product at the same time; threads come and go
+
     def __init__(self, weight: Tensor):
+        if not has_amx():  # which also asks the system for the units
+            raise ValueError("no matrix units here")
         self.out, self.inner = weight.shape
         plain = weight.detach().contiguous()
         _check(plain)
@@ -135,8 +140,13 @@ class Panels:
         _check(x, (len(x), self.inner))
         _check(bias, (self.out,))
         _check(residual, y.shape)
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in (x, self._laid_out, bias, residual, y)]
+        try:
+            scratch = self._scratch.pop()
+        except IndexError:
+            scratch = torch.empty(library().textlora_amx_scratch(), dtype=torch.uint8)
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in (x, self._laid_out, bias, residual, y, scratch)]
         library().textlora_amx_product(*addresses, len(x), self.inner, self.out, gelu)
+        self._scratch.append(scratch)
         return y
 
 

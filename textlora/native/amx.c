@@ -22,9 +22,6 @@
 
 enum { SIDE = 32, TILE = 1024, PAIR = 2 * TILE, STEP = 2 * PAIR, MOST_STEPS = 32, MOST_BLOCKS = 8, SCRATCH = 1 << 20 };
 
-/* Of each thread, the split rows of x: half of the cache of a core. */
-static _Thread_local uint8_t scratch[SCRATCH] __attribute__((aligned(64)));
-
 static long least(long a, long b) { return a < b ? a : b; }
 static long steps_of(long columns) { return (columns + SIDE - 1) / SIDE; }
 
@@ -39,6 +36,9 @@ int textlora_amx_usable(void)
     if ((low & 0x600e6) != 0x600e6) return 0; /* SSE, AVX, AVX-512 and tiles are saved when threads change */
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
+
+/* Of what a product needs for the split rows of x: half of the cache of a core. */
+long textlora_amx_scratch(void) { return SCRATCH; }
 
 /* Of W laid out. */
 long textlora_amx_bytes(long out, long in) { return steps_of(out) * steps_of(in) * STEP; }
@@ -172,7 +172,7 @@ INLINE void put(const float *sum, const float *bias, const float *so_far, const 
 
 /* y = f(x W^T + bias) + residual: x (rows, in), W (out, in), f GELU or nothing; bias and residual may be missing.
  * Some blocks of x stay in the second cache while each panel of W passes by once; wide rows in parts, whose sums wait in y. */
-AMX void textlora_amx_product(const float *x, const uint8_t *w, const float *bias, const float *residual, float *y, long rows, long in, long out, int with_gelu)
+AMX void textlora_amx_product(const float *x, const uint8_t *w, const float *bias, const float *residual, float *y, uint8_t *scratch, long rows, long in, long out, int with_gelu)
 {
     long all = steps_of(in), parts = (all + MOST_STEPS - 1) / MOST_STEPS, steps = (all + parts - 1) / parts;
     long most = least(MOST_BLOCKS, SCRATCH / (steps * STEP));

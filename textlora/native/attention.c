@@ -13,7 +13,7 @@
 enum { LANES = 16, LONGEST = 128, WIDEST = 64, ROWS = 4 /* queries at a time */ };
 
 /* Of all functions here, in amx.c and lora.c; __init__.py wants the one it knows. */
-int textlora_version(void) { return 2; }
+int textlora_version(void) { return 3; }
 
 /* 1 where this processor has AVX-512 and the system saves its registers. */
 int textlora_attention_usable(void)
@@ -23,8 +23,6 @@ int textlora_attention_usable(void)
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (low & 0xe6) == 0xe6;
 }
-
-static _Thread_local float turned[WIDEST * LONGEST] __attribute__((aligned(64)));
 
 /* e^x for x <= 0: 2^n 2^f with f from -1/2 to 1/2, its series in f ln 2 to the seventh term. */
 INLINE __m512 exponential(__m512 x)
@@ -36,7 +34,7 @@ INLINE __m512 exponential(__m512 x)
 }
 
 /* Rows (at most ROWS) queries of one text and head against its length keys and values; parts vectors make a head. */
-INLINE void rows_of(const float *q, const float *v, float *out, long rows, long length, long stride, long out_stride, int parts, float scale)
+INLINE void rows_of(const float *q, const float *turned, const float *v, float *out, long rows, long length, long stride, long out_stride, int parts, float scale)
 {
     float shares[ROWS][LONGEST] __attribute__((aligned(64)));
     __m512 sum[ROWS], most[ROWS];
@@ -84,6 +82,7 @@ INLINE void rows_of(const float *q, const float *v, float *out, long rows, long 
 INLINE void attention(const float *qkv, float *out, const int32_t *starts, long texts, long heads, int parts, float scale)
 {
     long d = parts * LANES, width = heads * d;
+    float turned[WIDEST * LONGEST] __attribute__((aligned(64)));
     for (long t = 0; t < texts; t++) {
         long length = starts[t + 1] - starts[t], padded = (length + LANES - 1) / LANES * LANES;
         for (long h = 0; h < heads; h++) {
@@ -91,7 +90,7 @@ INLINE void attention(const float *qkv, float *out, const int32_t *starts, long 
             for (long i = 0; i < length; i++)
                 for (long j = 0; j < d; j++) turned[j * padded + i] = k[i * 3 * width + j];
             for (long i = 0; i < length; i += ROWS)
-                rows_of(q + i * 3 * width, v, out + (starts[t] + i) * width + h * d, length - i < ROWS ? length - i : ROWS, length, 3 * width, width, parts, scale);
+                rows_of(q + i * 3 * width, turned, v, out + (starts[t] + i) * width + h * d, length - i < ROWS ? length - i : ROWS, length, 3 * width, width, parts, scale);
         }
     }
 }
