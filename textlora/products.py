@@ -28,22 +28,28 @@ LEVELS = 127
 
 
 @dataclass(frozen=True)
-class LaidOutWeight:
-    """Weight (out, in) of a dense layer, float32, in oneDNN's own order, beside the plain one."""
+class _BesidePlain:
+    """A weight (out, in) of a dense layer as a processor wants it, beside the plain one, of which parts are taken."""
 
     plain: Tensor
-    laid_out: Tensor
-
-    @classmethod
-    def of(cls, weight: Tensor) -> "LaidOutWeight":
-        return cls(weight, torch.ops.mkldnn._reorder_linear_weight(weight, MOST))
 
     @property
     def shape(self) -> torch.Size:
         return self.plain.shape
 
-    def __getitem__(self, rows: slice) -> "LaidOutWeight | Tensor":
+    def __getitem__(self, rows: slice) -> "_BesidePlain | Tensor":
         return self if rows == slice(None) else self.plain[rows]
+
+
+@dataclass(frozen=True)
+class LaidOutWeight(_BesidePlain):
+    """Weight (out, in) of a dense layer, float32, in oneDNN's own order."""
+
+    laid_out: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "LaidOutWeight":
+        return cls(weight, torch.ops.mkldnn._reorder_linear_weight(weight, MOST))
 
     def product(self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
         """`f(x W^T + b) + residual`, or the plain weight's where T is no whole number of steps."""
@@ -85,22 +91,14 @@ class TurnedWeight:
 
 
 @dataclass(frozen=True)
-class SplitWeight:
-    """Weight (out, in) of a dense layer, float32, each number as two of bfloat16, beside the plain one. One core computes a product."""
+class SplitWeight(_BesidePlain):
+    """Weight (out, in) of a dense layer, float32, each number as two of bfloat16. One core computes a product."""
 
-    plain: Tensor
     panels: Panels
 
     @classmethod
     def of(cls, weight: Tensor) -> "SplitWeight":
         return cls(weight, Panels(weight))
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.plain.shape
-
-    def __getitem__(self, rows: slice) -> "SplitWeight | Tensor":
-        return self if rows == slice(None) else self.plain[rows]
 
     def product(self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
         """`f(x W^T + b) + residual`."""
