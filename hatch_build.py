@@ -11,8 +11,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 MADE = "textlora/native/_kernels.so"
-SOURCES = ("textlora/native/amx.c", "textlora/native/attention.c", "textlora/native/lora.c")
-COMMAND = ["-O3", "-std=gnu11", "-shared", "-fPIC"]
+SOURCES = ("textlora/native/amx.c", "textlora/native/attention.c", "textlora/native/lora.c", "textlora/native/passes.c")
+COMMAND = ["-O3", "-std=gnu11", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC"]  # psabi: only inlined functions return vectors
 
 
 class Compile(BuildHookInterface):

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import KINDS, adapters, engine_of, random_texts  # noqa: F401
 
-from textlora import TextClassifier, attention, native
+from textlora import TextClassifier, attention, native, passes
 from textlora.classifier import encoded_logits
 from textlora.mixing import Folded, FoldedAdapter, Mix
 from textlora.native import LONGEST, Panels, has_amx, has_vectors
@@ -373,6 +373,104 @@ def test_build_without_a_compiler_is_pure_python(compiler, tmp_path, monkeypatch
     made.initialize("standard", data)
     assert data == {"artifacts": [], "pure_python": True}
     if sys.platform == "linux" and platform.machine() == "x86_64":
-        assert sorted(os.listdir(tmp_path / "textlora" / "native")) == ["amx.c", "attention.c", "lora.c"]
+        assert sorted(os.listdir(tmp_path / "textlora" / "native")) == ["amx.c", "attention.c", "lora.c", "passes.c"]
         assert len(said) == 1
         assert "not compiled" in said[0]
+
+
+WIDTHS = st.integers(1, 40).map(lambda n: 16 * n)
+needs_library = pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
+
+
+def passes_inputs(rows, width, size, seed):
+    g = torch.Generator().manual_seed(seed)
+    product, residual, grad = (size * torch.randn(rows, width, generator=g) for _ in range(3))
+    bias, weight, shift = (torch.randn(width, generator=g) for _ in range(3))
+    return product, residual, grad, bias, weight, shift
+
+
+@needs_library
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 40), width=WIDTHS, size=st.sampled_from([1e-3, 1.0, 5.0]), seed=st.integers(0, 2**31))
+def test_gelu_and_norm_are_the_formula_with_gradients(rows, width, size, seed):
+    product, residual, grad, bias, weight, shift = passes_inputs(rows, width, size, seed)
+
+    def both(function, *leaves):
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        out = function(*(leaf * 1 for leaf in leaves))  # what is given is written over, and leaves may not be
+        return out.detach(), torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+    found, (found_grad,) = both(lambda p: passes.add_gelu(p, bias), product)
+    wanted, (wanted_grad,) = both(lambda p: torch.nn.functional.gelu(p + bias.double()), product.double())
+    assert ((found - wanted).abs() <= 3e-7 * wanted.abs().clamp(min=1) + 1e-7).all()
+    assert ((found_grad - wanted_grad).abs() <= 1e-6 * grad.abs()).all()
+    found, found_grads = both(lambda p, r: passes.add_norm(p, bias, r, weight, shift, 1e-12), product, residual)
+    norm = lambda p, r: torch.nn.functional.layer_norm(p + bias.double() + r, (width,), weight.double(), shift.double(), 1e-12)
+    wanted, wanted_grads = both(norm, product.double(), residual.double())
+    torch.testing.assert_close(found, wanted.float(), atol=2e-5, rtol=0)
+    for one, other in zip(found_grads, wanted_grads, strict=True):
+        torch.testing.assert_close(one, other.float(), atol=1e-5 * float(other.abs().max()) + 1e-7, rtol=0)
+
+
+@needs_library
+def test_passes_without_gradients_are_the_same_bits_and_rows_stand_alone():
+    product, residual, _, bias, weight, shift = passes_inputs(33, 384, 1.0, 0)
+    with torch.no_grad():
+        alone = passes.add_gelu(product.clone(), bias), passes.add_norm(product.clone(), bias, residual, weight, shift, 1e-12)
+    leaf = product.clone().requires_grad_()
+    assert torch.equal(passes.add_gelu(leaf * 1, bias), alone[0])
+    assert torch.equal(passes.add_norm(leaf * 1, bias, residual, weight, shift, 1e-12), alone[1])
+    with torch.no_grad():
+        assert torch.equal(passes.add_gelu(product[7:9].clone(), bias), alone[0][7:9])
+        assert torch.equal(passes.add_norm(product[7:9].clone(), bias, residual[7:9], weight, shift, 1e-12), alone[1][7:9])
+
+
+@needs_library
+def test_gelu_at_the_ends_of_float32_and_without_numbers():
+    x = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, 5.0, -5.0, 11.9, -11.9, 12.1, -12.1, 100.0, -100.0, 3e38, -3e38, torch.nan, 1.0]])
+    leaf = x.clone().requires_grad_()
+    out = passes.add_gelu(leaf * 1, torch.zeros(16))
+    (slope,) = torch.autograd.grad(out.sum(), leaf)
+    wide = x.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(torch.nn.functional.gelu(wide).sum(), wide)
+    assert out[0, 14].isnan()
+    assert slope[0, 14].isnan()
+    keep = [i for i in range(16) if i != 14]
+    torch.testing.assert_close(out[0, keep], torch.nn.functional.gelu(x.double())[0, keep].float(), atol=1e-7, rtol=3e-7)
+    torch.testing.assert_close(slope[0, keep], wanted[0, keep].float(), atol=1e-6, rtol=0)
+
+
+@needs_library
+def test_a_second_way_back_is_refused():
+    product, residual, _, bias, weight, shift = passes_inputs(4, 32, 1.0, 0)
+    for function in (lambda p: passes.add_gelu(p, bias), lambda p: passes.add_norm(p, bias, residual, weight, shift, 1e-12)):
+        leaf = product.clone().requires_grad_()
+        total = function(leaf * 1).sum()
+        torch.autograd.grad(total, leaf, retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(total, leaf)
+
+
+@needs_library
+@pytest.mark.parametrize("wrong", ["width", "type", "shape", "strides"])
+def test_no_pass_over_anything_else(wrong):
+    product, residual, _, bias, weight, shift = passes_inputs(4, 32, 1.0, 0)
+    if wrong == "width":
+        product, residual, bias, weight, shift = (t[..., :24].contiguous() for t in (product, residual, bias, weight, shift))
+    if wrong == "type":
+        product = product.double()
+    if wrong == "shape":
+        bias = bias[:16].contiguous()
+    if wrong == "strides":
+        product = product.t().contiguous().t()
+    with torch.no_grad(), pytest.raises(ValueError):
+        passes.add_gelu(product, bias)
+    with torch.no_grad(), pytest.raises(ValueError):
+        passes.add_norm(product, bias, residual, weight, shift, 1e-12)
+
+
+def test_passes_are_for_frozen_float32_of_whole_vectors():
+    assert passes.fits(torch.zeros(32)) == (native.library() is not None)
+    assert not passes.fits(torch.zeros(32), torch.zeros(24))
+    assert not passes.fits(torch.zeros(32, requires_grad=True))
+    assert not passes.fits(torch.zeros(32, dtype=torch.bfloat16))

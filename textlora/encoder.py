@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from textlora import passes
 from textlora.attention import attend, attend_first, in_one_call
 from textlora.base import BaseWeights
 from textlora.errors import UsageError
@@ -144,9 +145,15 @@ class PackedEncoder:
         generator = None if dropout_seed is None else torch.Generator(x.device).manual_seed(dropout_seed + i)
 
         def linear(
-            value: Tensor, name: str, slots: tuple[str, ...], rows: slice = slice(None), activation: str | None = None, residual: Tensor | None = None
+            value: Tensor,
+            name: str,
+            slots: tuple[str, ...],
+            rows: slice = slice(None),
+            activation: str | None = None,
+            residual: Tensor | None = None,
+            biased: bool = True,
         ) -> Tensor:
-            weight, bias = (w[f"{name}.weight"] if self.weights is None else self.weights[i][name])[rows], w[f"{name}.bias"][rows]
+            weight, bias = (w[f"{name}.weight"] if self.weights is None else self.weights[i][name])[rows], w[f"{name}.bias"][rows] if biased else None
             if isinstance(loras, Mix):
                 return loras.linear(i, slots, value, weight, bias, activation, residual)
             adapted = [(k * hidden, loras[i, slot]) for k, slot in enumerate(slots) if (i, slot) in loras]
@@ -161,6 +168,20 @@ class PackedEncoder:
             lora = loras.get((i, slot))
             return None if lora is None else Folded(lora.A.to(x.dtype), (lora.scaling * lora.B).to(x.dtype), dora_scale(weight, lora))
 
+        plain = self.weights is None and not isinstance(loras, Mix)
+
+        def widened(value: Tensor) -> Tensor:
+            name, bias = "intermediate", w["intermediate.bias"]
+            if plain and self.spec.activation == "gelu" and passes.fits(bias):
+                return passes.add_gelu(linear(value, name, (name,), biased=False), bias)
+            return linear(value, name, (name,), activation=self.spec.activation)
+
+        def normed(value: Tensor, name: str, residual: Tensor, norm: str) -> Tensor:
+            bias, weight, shift = w[f"{name}.bias"], w[f"{norm}.weight"], w[f"{norm}.bias"]
+            if plain and passes.fits(bias, weight, shift):
+                return passes.add_norm(linear(value, name, (name,), biased=False), bias, residual, weight, shift, self.spec.eps)
+            return F.layer_norm(linear(value, name, (name,), residual=residual), weight.shape, weight, shift, self.spec.eps)
+
         if not only_first:
             context = attend(linear(x, "qkv", ("query", "key", "value")), None, layout, self.spec.heads)
         else:
@@ -173,10 +194,5 @@ class PackedEncoder:
                 weight, bias = w["qkv.weight"][hidden:], w["qkv.bias"][2 * hidden :]
                 key, value = folded("key", weight[:hidden]), folded("value", weight[hidden:])
                 context = attend_first(tokens, queries, layout, self.spec.heads, weight, bias, key, value)
-        x = self._norm(i, "attention_norm", linear(context, "attention_output", ("attention_output",), residual=x))
-        inner = linear(x, "intermediate", ("intermediate",), activation=self.spec.activation)
-        return self._norm(i, "output_norm", linear(inner, "output", ("output",), residual=x))
-
-    def _norm(self, i: int, name: str, x: Tensor) -> Tensor:
-        w = self.blocks[i]
-        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], self.spec.eps)
+        x = normed(context, "attention_output", x, "attention_norm")
+        return normed(widened(x), "output", x, "output_norm")

@@ -68,7 +68,9 @@ def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequ
     return y if bias is None else y + bias
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor, loras: Sequence[tuple[int, Lora]], generator: torch.Generator | None = None) -> Tensor:
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequence[tuple[int, Lora]], generator: torch.Generator | None = None
+) -> Tensor:
     """Dense layer with LoRA on slices of its output: x (T, in) to (T, out).
 
     Args:
@@ -98,7 +100,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor, loras: Sequence[tuple[i
         pieces.append(y.new_ones(stop - start) if scale is None else scale.to(y.dtype))
         at = stop
     pieces.append(y.new_ones(weight.shape[0] - at))
-    return y * torch.cat(pieces) + bias
+    y = y * torch.cat(pieces)
+    return y if bias is None else y + bias
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -1,5 +1,5 @@
 """What torch has no fast way for, in C: products on the matrix units (amx.c), attention of short texts (attention.c), the small products of many
-adapters (lora.c).
+adapters (lora.c), what lies between the products of a block (passes.c).
 
 They are there where the package was built with a C compiler on x86 Linux and the processor has what they use; everything works without.
 """
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-VERSION = 3  # of what is called here, as in attention.c
+VERSION = 4  # of what is called here, as in attention.c
 LONGEST = 128  # tokens of a text
 HEADS = (16, 32, 64)  # widths of a head
 MOST_RANK, LANES = 256, 8
+PASS_LANES = 16  # widths are multiples of it
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
@@ -35,6 +36,9 @@ def library() -> ctypes.CDLL | None:
     found.textlora_attention.restype = None
     found.textlora_attention.argtypes = [_pointer] * 3 + [_long] * 3 + [_float]
     found.textlora_lora.restype, found.textlora_lora.argtypes = None, [_pointer] * 3 + [_long] * 4
+    found.textlora_gelu.restype, found.textlora_gelu.argtypes = None, [_pointer] * 3 + [_long] * 2 + [_int]
+    found.textlora_norm.restype, found.textlora_norm.argtypes = None, [_pointer] * 7 + [_long] * 2 + [_float]
+    found.textlora_norm_back.restype, found.textlora_norm_back.argtypes = None, [_pointer] * 4 + [_long] * 2
     found.textlora_amx_bytes.restype, found.textlora_amx_bytes.argtypes = _long, [_long, _long]
     found.textlora_amx_lay_out.restype, found.textlora_amx_lay_out.argtypes = None, [_pointer, _long, _long, _pointer]
     found.textlora_amx_scratch.restype, found.textlora_amx_scratch.argtypes = _long, []
@@ -119,6 +123,43 @@ def add_adapted(x: Tensor, y: Tensor, jobs: Sequence[tuple[int, int, AdaptedLaye
     library().textlora_lora(x.data_ptr(), y.data_ptr(), table.ctypes.data, len(jobs), x.shape[1], y.shape[1], out)
 
 
+def has_passes(x: Tensor) -> bool:
+    """Whether `gelu`, `norm` and `norm_back` take tensors like this one, (..., width)."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not x.shape[-1] % PASS_LANES and library() is not None
+
+
+def gelu(h: Tensor, bias: Tensor | None, out: Tensor, slope: bool) -> None:
+    """`out = gelu(h + bias)`, on one core; `h` becomes GELU's slope there or stays. (T, width) float32; `out` may be `h` where no slope is wanted."""
+    _check(h)
+    _check(out, h.shape)
+    _check(bias, (h.shape[1],))
+    _check_width(h)
+    library().textlora_gelu(*_addresses(h, bias, out), *h.shape, slope)
+
+
+def norm(y: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, out: Tensor, scale: Tensor, eps: float) -> None:
+    """`out = layer_norm(y + bias + residual) weight + shift`, on one core. What `norm_back` needs: `y` becomes the sum normed, scale (T,) one by its
+    deviation. (T, width) float32; the rest (width,)."""
+    _check(y)
+    for tensor in (residual, out):
+        _check(tensor, y.shape)
+    for tensor in (bias, weight, shift):
+        _check(tensor, (y.shape[1],))
+    _check(scale, (len(y),))
+    _check_width(y)
+    library().textlora_norm(*_addresses(y, bias, residual, weight, shift, out, scale), *y.shape, eps)
+
+
+def norm_back(grad: Tensor, weight: Tensor, normed: Tensor, scale: Tensor) -> None:
+    """The gradient of the sum in `norm` from that of `out`, written over the sum normed, on one core."""
+    _check(grad, normed.shape)
+    _check(normed)
+    _check(weight, (normed.shape[1],))
+    _check(scale, (len(normed),))
+    _check_width(normed)
+    library().textlora_norm_back(*_addresses(grad, weight, normed, scale), *normed.shape)
+
+
 class Panels:
     """A weight (out, in), float32 and on the CPU, as amx.c wants it: twice 16 bits a number."""
 
@@ -144,7 +185,7 @@ class Panels:
             scratch = self._scratch.pop()
         except IndexError:
             scratch = torch.empty(library().textlora_amx_scratch(), dtype=torch.uint8)
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in (x, self._laid_out, bias, residual, y, scratch)]
+        addresses = _addresses(x, self._laid_out, bias, residual, y, scratch)
         library().textlora_amx_product(*addresses, len(x), self.inner, self.out, gelu)
         self._scratch.append(scratch)
         return y
@@ -156,3 +197,12 @@ def _check(tensor: Tensor | None, shape: tuple[int, ...] | None = None, dtype: t
         return
     if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous() or (shape is not None and tensor.shape != shape):
         raise ValueError(f"{dtype} {shape} on the CPU wanted, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")
+
+
+def _check_width(tensor: Tensor) -> None:
+    if tensor.ndim != 2 or tensor.shape[1] % PASS_LANES:
+        raise ValueError(f"rows of {tensor.shape[-1]} numbers: not a multiple of {PASS_LANES}")
+
+
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -12,8 +12,8 @@
 
 enum { LANES = 16, LONGEST = 128, WIDEST = 64, ROWS = 4 /* queries at a time */ };
 
-/* Of all functions here, in amx.c and lora.c; __init__.py wants the one it knows. */
-int textlora_version(void) { return 3; }
+/* Of all functions here, in amx.c, lora.c and passes.c; __init__.py wants the one it knows. */
+int textlora_version(void) { return 4; }
 
 /* 1 where this processor has AVX-512 and the system saves its registers. */
 int textlora_attention_usable(void)

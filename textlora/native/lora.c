@@ -10,8 +10,6 @@
 
 typedef float vector __attribute__((vector_size(32), aligned(4)));
 
-#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are returned by inlined functions only */
-
 enum { LANES = 8, ROWS = 4, MOST_RANK = 256 };
 
 struct job {

@@ -1,0 +1,119 @@
+/* What lies between the products of a block, each in one pass over memory: bias and GELU, and bias, residual and norm, forward and back.
+ *
+ * Written for no processor in particular: vectors of sixteen, which compilers turn into what there is; each function is compiled for several
+ * kinds of x86 processors and chosen when the library is loaded. Widths are multiples of LANES. Called by __init__.py, which checks all arguments.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#define EACH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vector __attribute__((vector_size(64), aligned(4)));
+typedef int32_t integers __attribute__((vector_size(64), aligned(4)));
+
+enum { LANES = 16 };
+
+INLINE vector load(const float *from)
+{
+    vector v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE void store(float *to, vector v) { memcpy(to, &v, sizeof v); }
+
+INLINE vector where(integers mask, vector a, vector b) { return (vector)((mask & (integers)a) | (~mask & (integers)b)); }
+
+INLINE float total(vector v)
+{
+    float sum[LANES];
+    store(sum, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
+    return sum[0];
+}
+
+INLINE vector polynomial(vector t, const float *c, int degree)
+{
+    vector y = t - t + c[degree];
+    while (degree--) y = y * t + c[degree];
+    return y;
+}
+
+/* e^x for -80 <= x <= 0: 2^n 2^f with f from -1/2 to 1/2, its series in f ln 2. */
+INLINE vector exponential(vector x)
+{
+    static const float C[] = {1.0f, 6.93147181e-1f, 2.40226507e-1f, 5.55041087e-2f, 9.61812911e-3f, 1.33335581e-3f, 1.54035304e-4f, 1.52527338e-5f};
+    const float round = 12582912.0f; /* 1.5 2^23: the sum's last bits are the nearest whole number */
+    vector t = x * 1.44269504f, n = t + round, f = t - (n - round);
+    return (vector)((integers)polynomial(f, C, 7) + ((integers)n << 23));
+}
+
+/* The normal distribution: its share below x, and e^(-x^2 / 2). The share above |x| is the latter times a series in 1 / (1 + 0.275 |x|), the form of
+ * Hastings (Abramowitz and Stegun 26.2.17); coefficients by least squares, weighted until no error stood out: 1.1e-8 of max(1, |x|). */
+INLINE vector normal(vector x, vector *density)
+{
+    static const float C[] = {1.175734852e-1f, 4.359702712e-2f, 3.302184980e-1f, -3.263873931e-1f, 4.491637377e-1f, -1.141653442e-1f};
+    vector none = {0}, size = (vector)((integers)x & 0x7fffffff);
+    integers far = size > 12.0f; /* where the share is 0 or 1; infinity times nothing would not be nothing */
+    size = where(far, none, size);
+    vector t = 1.0f / (size * 0.275f + 1.0f);
+    *density = where(far, none, exponential(size * size * -0.5f));
+    vector above = *density * t * polynomial(t, C, 5);
+    return where(x < 0.0f, above, 1.0f - above);
+}
+
+/* out = gelu(h + bias), rows of columns numbers; h becomes the slope there, or stays where slope is 0. */
+EACH void textlora_gelu(float *h, const float *bias, float *out, long rows, long columns, int slope)
+{
+    for (long r = 0; r < rows; r++, h += columns, out += columns)
+        for (long i = 0; i < columns; i += LANES) {
+            vector x = load(h + i);
+            if (bias) x += load(bias + i);
+            vector density, share = normal(x, &density);
+            store(out + i, x * share);
+            if (slope) store(h + i, share + x * density * 0.398942280f);
+        }
+}
+
+/* s = y + bias + residual, x = (s - mean) / deviation of each row, out = x weight + shift; y becomes x, scale (rows) 1 / deviation. */
+EACH void textlora_norm(float *y, const float *bias, const float *residual, const float *weight, const float *shift, float *out, float *scale, long rows, long width, float eps)
+{
+    for (long r = 0; r < rows; r++, y += width, residual += width, out += width) {
+        vector sum = {0}, squares = {0};
+        for (long i = 0; i < width; i += LANES) {
+            vector s = load(y + i) + load(residual + i);
+            if (bias) s += load(bias + i);
+            store(y + i, s);
+            sum += s;
+        }
+        float mean = total(sum) / width;
+        for (long i = 0; i < width; i += LANES) {
+            vector s = load(y + i) - mean;
+            squares += s * s;
+        }
+        float one = 1.0f / __builtin_sqrtf(total(squares) / width + eps);
+        for (long i = 0; i < width; i += LANES) {
+            vector x = (load(y + i) - mean) * one;
+            store(y + i, x);
+            store(out + i, x * load(weight + i) + load(shift + i));
+        }
+        scale[r] = one;
+    }
+}
+
+/* The gradient of s from that of out: with g = d weight, scale (g - mean g - x mean(g x)). x, as textlora_norm left it, becomes the gradient. */
+EACH void textlora_norm_back(const float *d, const float *weight, float *x, const float *scale, long rows, long width)
+{
+    for (long r = 0; r < rows; r++, d += width, x += width) {
+        vector sum = {0}, along = {0};
+        for (long i = 0; i < width; i += LANES) {
+            vector g = load(d + i) * load(weight + i);
+            sum += g;
+            along += g * load(x + i);
+        }
+        float mean = total(sum) / width, share = total(along) / width;
+        for (long i = 0; i < width; i += LANES) store(x + i, (load(d + i) * load(weight + i) - mean - load(x + i) * share) * scale[r]);
+    }
+}
