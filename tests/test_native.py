@@ -1,6 +1,6 @@
 """The compiled functions: against float64 at every shape, beside oneDNN's own use of the matrix units; what happens without them; the build.
 
-What needs AVX-512 or AMX is skipped where there is none: attention is torch's there and `--precision high` is float32, tested as such.
+What needs AVX-512, AVX2 or AMX is skipped where there is none: attention is the other kind's or torch's there and `--precision high` is float32, tested as such.
 """
 
 import importlib.util
@@ -16,20 +16,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAST
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_engine import KINDS, adapters, engine_of, random_texts  # noqa: F401
 
 from textlora import TextClassifier, attention, native, passes
 from textlora.classifier import encoded_logits
 from textlora.mixing import Folded, FoldedAdapter, Mix
-from textlora.native import LONGEST, Panels, has_amx, has_vectors
+from textlora.native import LONGEST, Panels, has_amx, lanes
 from textlora.products import SplitWeight, activate, dense, lays_out, prepare
 from textlora.tokens import Encoded, pack
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_amx = pytest.mark.skipif(not has_amx(), reason="this processor has no AMX, or nothing was compiled")
-needs_vectors = pytest.mark.skipif(not has_vectors(), reason="this processor has no AVX-512, or nothing was compiled")
+needs_vectors = pytest.mark.skipif(not lanes(), reason="this processor has no AVX2, or nothing was compiled")
 
 
 def draw(rows: int, inner: int, out: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -129,27 +129,43 @@ def batch_of(lengths: list[int]):
     return pack([Encoded(np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.int8), n) for n in lengths])
 
 
-@needs_vectors
-@settings(max_examples=60, deadline=None)
+@pytest.fixture(params=[16, 8])
+def kind(request, monkeypatch):
+    """Attention in vectors of so many numbers, where this processor has them."""
+    if native.lanes() < request.param:
+        pytest.skip("not on this processor, or nothing was compiled")
+    monkeypatch.setattr(native, "lanes", lambda: request.param)
+    return request.param
+
+
+FIXED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])  # the fixture is one choice
+
+
+@FIXED
 @given(
-    lengths=st.lists(st.integers(1, LONGEST + 40) | st.sampled_from([16, LONGEST, LONGEST + 1]), min_size=1, max_size=12),
+    lengths=st.lists(st.integers(1, 140) | st.sampled_from([16, 300, LONGEST, LONGEST + 1]), min_size=1, max_size=8),
     heads=st.integers(1, 3), d=st.sampled_from([8, 16, 32, 64]), more=st.integers(0, 3), size=st.sampled_from([0.1, 1.0, 4.0]), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_attention_is_the_formula(lengths, heads, d, more, size, seed):
-    """Short texts by the compiled function, long ones and other widths by torch's, rows that belong to nobody zero."""
+def test_attention_is_the_formula(kind, lengths, heads, d, more, size, seed):
+    """By the compiled function, longer texts and other widths by torch's, rows that belong to nobody zero; and its gradient."""
     g = torch.Generator().manual_seed(seed)
     layout, rows = batch_of(lengths).layout, sum(lengths)
     projected = size * torch.randn(rows + more, 3 * heads * d, generator=g)
-    found = attention.attend(projected, None, layout, heads)
-    expected = attention.attend_plain(projected[:rows].double(), None, layout, heads)
+    leaf, wide = projected[:rows].clone().requires_grad_(), projected[:rows].double().requires_grad_()
+    found, with_gradient = attention.attend(projected, None, layout, heads), attention.attend(leaf, None, layout, heads)
+    expected = attention.attend_plain(wide, None, layout, heads)
     q, k, v = projected[:rows].view(rows, 3, heads, d).double().unbind(1)
     scores = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) / d**0.5  # at most; a score's rounding is a share's relative error
     assert (found[:rows] - expected).abs().max() <= 1e-6 * (1 + scores) * v.abs().max()
     assert not found[rows:].any()
+    if d in native.HEADS and max(lengths) <= LONGEST:
+        assert torch.equal(with_gradient, found[:rows])
+    cotangent = torch.randn(rows, heads * d, generator=g)
+    (back,), (wanted,) = torch.autograd.grad(with_gradient, leaf, cotangent), torch.autograd.grad(expected, wide, cotangent.double())
+    assert (back - wanted).abs().max() <= 3e-7 * (10 + scores) * wanted.abs().max()
 
 
-@needs_vectors
-def test_attention_of_a_text_depends_on_no_other():
+def test_attention_of_a_text_depends_on_no_other(kind):
     g = torch.Generator().manual_seed(0)
     projected = torch.randn(7 + 20 + 33, 3 * 64, generator=g)
     whole = attention.attend(projected, None, batch_of([7, 20, 33]).layout, 2)
@@ -159,13 +175,18 @@ def test_attention_of_a_text_depends_on_no_other():
     assert torch.equal(attention.attend(projected[7:27], None, batch_of([20]).layout, 2), whole[7:27])
 
 
-@needs_vectors
-def test_attention_with_gradients_is_torchs_and_the_same():
+def test_gradient_of_a_text_depends_on_no_other(kind):
     g = torch.Generator().manual_seed(0)
-    projected, layout = torch.randn(60, 3 * 64, generator=g), batch_of([7, 20, 33]).layout
-    found = attention.attend(projected.clone().requires_grad_(), None, layout, 2)
-    assert found.grad_fn is not None
-    np.testing.assert_allclose(found.detach().numpy(), attention.attend(projected, None, layout, 2).numpy(), atol=1e-6)
+    projected, cotangent = torch.randn(7 + 20 + 33, 3 * 64, generator=g), torch.randn(60, 64, generator=g)
+
+    def back(rows, lengths):
+        leaf = projected[rows].clone().requires_grad_()
+        return torch.autograd.grad(attention.attend(leaf, None, batch_of(lengths).layout, 2), leaf, cotangent[rows])[0]
+
+    whole = back(slice(None), [7, 20, 33])
+    projected[:7], cotangent[27:] = torch.nan, torch.inf
+    assert torch.equal(back(slice(None), [7, 20, 33])[7:27], whole[7:27])
+    assert torch.equal(back(slice(7, 27), [20]), whole[7:27])
 
 
 @needs_vectors
@@ -183,6 +204,8 @@ def test_no_attention_outside_its_bounds(wrong):
         projected = projected[:, :128].contiguous()
     with pytest.raises(ValueError, match=r"not for this|wanted"):
         native.attention(projected, out, starts, 4 if wrong == "texts" else texts, 3 if wrong == "heads" else heads)
+    with pytest.raises(ValueError, match=r"not for this|wanted"):
+        native.attention_back(projected, out, torch.zeros_like(projected), starts, 4 if wrong == "texts" else texts, 3 if wrong == "heads" else heads)
     assert not out.any()
 
 
@@ -317,10 +340,10 @@ def test_without_the_units_high_is_float32(monkeypatch):
 @pytest.fixture
 def no_cache():
     """What is known of the library is asked for anew, and forgotten afterwards."""
-    for known in (native.library, native.has_amx, native.has_vectors):
+    for known in (native.library, native.has_amx, native.lanes):
         known.cache_clear()
     yield
-    for known in (native.library, native.has_amx, native.has_vectors):
+    for known in (native.library, native.has_amx, native.lanes):
         known.cache_clear()
 
 
@@ -333,7 +356,7 @@ def test_library_that_cannot_be_used(content, tmp_path, monkeypatch, no_cache):
     assert not native.has_amx()
     with pytest.raises(ValueError, match="no matrix units"):
         Panels(torch.zeros(8, 8))
-    assert not native.has_vectors()
+    assert not native.lanes()
     g = torch.Generator().manual_seed(0)
     projected, layout = torch.randn(60, 3 * 64, generator=g), batch_of([7, 20, 33]).layout
     found, expected = attention.attend(projected, None, layout, 2), attention.attend_plain(projected, None, layout, 2)

@@ -117,16 +117,19 @@ def _by_head(B: Tensor, heads: int) -> Tensor:
     return B.unflatten(-2, (heads, -1))
 
 
-def _native(width: int, heads: int) -> bool:
-    return width % heads == 0 and width // heads in native.HEADS and native.has_vectors()
-
-
 class _RunAttention(torch.autograd.Function):
-    """torch's CPU flash attention, one call per stretch of equal lengths, gradients written into one buffer; without gradients short texts
-    of all lengths go through one call of `native.attention`, where there is one.
-
-    Plain autograd would make a zero-filled (T, 3H) gradient for every slice.
+    """On a CPU: one call of `native.attention` for all texts that it takes; for others torch's flash attention, one call per stretch of equal
+    lengths, gradients written into one buffer, since plain autograd would make a zero-filled (T, 3H) gradient for every slice.
     """
+
+    @staticmethod
+    def _divided(projected: Tensor, queries: Tensor | None, layout: Layout, heads: int) -> tuple[int, list[tuple[int, int, int, int]]]:
+        """How many texts, the first ones, go through one call, and the stretches of the others."""
+        d, rest = projected.shape[1] // 3 / heads, layout.runs
+        if queries is not None or projected.dtype != torch.float32 or d not in native.HEADS or not native.lanes():
+            return 0, rest
+        left = [run for run in rest if run[3] > native.LONGEST]  # texts lie shortest first
+        return left[0][0] if left else len(layout.cu_seqlens) - 1, left
 
     @staticmethod
     def _views(projected: Tensor, queries: Tensor | None, run: tuple[int, int, int, int], heads: int) -> list[Tensor]:
@@ -141,11 +144,11 @@ class _RunAttention(torch.autograd.Function):
     def forward(ctx, projected, queries, layout, heads):
         width, runs = projected.shape[1] // (3 if queries is None else 2), layout.runs
         out = projected.new_empty((projected if queries is None else queries).shape[0], width)
-        sums, left = [], runs
-        if queries is None and not ctx.needs_input_grad[0] and projected.dtype == torch.float32 and _native(width, heads):
-            short, left = [run for run in runs if run[3] <= native.LONGEST], [run for run in runs if run[3] > native.LONGEST]
-            if short:  # texts lie shortest first
-                native.attention(projected.contiguous(), out, layout.cu_seqlens, sum(count for _, count, _, _ in short), heads)
+        together, left = _RunAttention._divided(projected, queries, layout, heads)
+        sums = []
+        if together:
+            projected = projected.contiguous()
+            native.attention(projected, out, layout.cu_seqlens, together, heads)
         for run in left:
             q, k, v = _RunAttention._views(projected, queries, run, heads)
             mask = None
@@ -158,8 +161,8 @@ class _RunAttention(torch.autograd.Function):
             sums.append(lse)
         if queries is None:
             out[sum(count * length for _, count, _, length in runs) :].zero_()
-        ctx.save_for_backward(projected, queries, out, *sums)
-        ctx.runs, ctx.heads = runs, heads
+        ctx.save_for_backward(projected, queries, out if left else None, *sums)
+        ctx.layout, ctx.heads, ctx.together, ctx.left = layout, heads, together, left
         return out
 
     @staticmethod
@@ -174,7 +177,9 @@ class _RunAttention(torch.autograd.Function):
         d_projected = torch.empty_like(projected)
         d_queries = None if queries is None else torch.empty_like(queries)
         grad = grad.contiguous()
-        for run, lse in zip(ctx.runs, sums, strict=True):
+        if ctx.together:
+            native.attention_back(projected, grad, d_projected, ctx.layout.cu_seqlens, ctx.together, heads)
+        for run, lse in zip(ctx.left, sums, strict=True):
             views = _RunAttention._views(projected, queries, run, heads)
             targets = _RunAttention._views(d_projected, d_queries, run, heads)
             rows = [_RunAttention._rows(t, queries, run).view(run[1], -1, heads, targets[0].shape[-1]).transpose(1, 2) for t in (grad, out)]

@@ -1,4 +1,4 @@
-"""What torch has no fast way for, in C: products on the matrix units (amx.c), attention of short texts (attention.c), the small products of many
+"""What torch has no fast way for, in C: products on the matrix units (amx.c), attention (attention.c), the small products of many
 adapters (lora.c), what lies between the products of a block (passes.c).
 
 They are there where the package was built with a C compiler on x86 Linux and the processor has what they use; everything works without.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 VERSION = 4  # of what is called here, as in attention.c
-LONGEST = 128  # tokens of a text
+LONGEST = 512  # tokens of a text
 HEADS = (16, 32, 64)  # widths of a head
 MOST_RANK, LANES = 256, 8
 PASS_LANES = 16  # widths are multiples of it
@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, AttributeError):
         return None
     found.textlora_attention.restype = None
-    found.textlora_attention.argtypes = [_pointer] * 3 + [_long] * 3 + [_float]
+    found.textlora_attention.argtypes = [_pointer] * 4 + [_long] * 3 + [_float, _int]
     found.textlora_lora.restype, found.textlora_lora.argtypes = None, [_pointer] * 3 + [_long] * 4
     found.textlora_gelu.restype, found.textlora_gelu.argtypes = None, [_pointer] * 3 + [_long] * 2 + [_int]
     found.textlora_norm.restype, found.textlora_norm.argtypes = None, [_pointer] * 7 + [_long] * 2 + [_float]
@@ -48,9 +48,9 @@ def library() -> ctypes.CDLL | None:
 
 
 @cache
-def has_vectors() -> bool:
-    """Whether `attention` runs here: AVX-512."""
-    return library() is not None and bool(library().textlora_attention_usable())
+def lanes() -> int:
+    """Numbers in a vector of those that `attention` computes with: 16 with AVX-512, 8 with AVX2; 0 where it does not run."""
+    return 0 if library() is None else library().textlora_attention_lanes()
 
 
 @cache
@@ -60,23 +60,35 @@ def has_amx() -> bool:
 
 
 def attention(projected: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, heads: int) -> None:
-    """Attention inside each of the first `texts` texts, on one core, without gradients.
+    """Attention inside each of the first `texts` texts, on one core.
 
     Args:
         projected: (T, 3H) float32, q, k, v of every token; H / heads is one of `HEADS`.
         out: (T, H) float32; rows of those texts are written.
         cu_seqlens: (B+1,) int32; no text of these has more than `LONGEST` tokens.
     """
-    width = out.shape[1]
-    _check(projected, (len(out), 3 * width))
     _check(out)
+    _attention(projected, None, out, out.shape, cu_seqlens, texts, heads)
+
+
+def attention_back(projected: Tensor, grad: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, heads: int) -> None:
+    """The gradient of `projected`, (T, 3H), from that of what `attention` gives, (T, H); the rest as there."""
+    _check(grad)
+    _check(out, projected.shape)
+    _attention(projected, grad, out, grad.shape, cu_seqlens, texts, heads)
+
+
+def _attention(projected: Tensor, grad: Tensor | None, out: Tensor, shape: torch.Size, cu_seqlens: Tensor, texts: int, heads: int) -> None:
+    rows, width = shape
+    _check(projected, (rows, 3 * width))
     _check(cu_seqlens, dtype=torch.int32)
-    lengths = cu_seqlens[: texts + 1].diff()
-    inside = len(lengths) == texts and cu_seqlens[0] == 0 and lengths.min() >= 0 and lengths.max() <= LONGEST and cu_seqlens[texts] <= len(out)
-    if width % heads or width // heads not in HEADS or not inside:
+    starts = cu_seqlens.numpy()[: texts + 1]
+    lengths = np.diff(starts)
+    inside = len(lengths) == texts and starts[0] == 0 and lengths.min(initial=0) >= 0 and lengths.max(initial=0) <= LONGEST and starts[-1] <= rows
+    if width % heads or width // heads not in HEADS or not inside or not lanes():
         raise ValueError(f"{heads} heads of {width}, texts of {lengths.tolist()} tokens: not for this function")
     d = width // heads
-    library().textlora_attention(projected.data_ptr(), out.data_ptr(), cu_seqlens.data_ptr(), texts, heads, d, d**-0.5)
+    library().textlora_attention(*_addresses(projected, grad, out, cu_seqlens), texts, heads, d, d**-0.5, lanes())
 
 
 class AdaptedLayer(NamedTuple):
