@@ -5,10 +5,11 @@ They are there where the package was built with a C compiler on x86 Linux and th
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ def library() -> ctypes.CDLL | None:
     except (OSError, AttributeError):
         return None
     found.textlora_attention.restype = None
-    found.textlora_attention.argtypes = [_pointer] * 4 + [_long] * 3 + [_float, _int]
+    found.textlora_attention.argtypes = [_pointer] * 5 + [_long] * 3 + [_float, _int]
+    found.textlora_attention_scratch.restype, found.textlora_attention_scratch.argtypes = _long, []
     found.textlora_lora.restype, found.textlora_lora.argtypes = None, [_pointer] * 3 + [_long] * 4
     found.textlora_gelu.restype, found.textlora_gelu.argtypes = None, [_pointer] * 3 + [_long] * 2 + [_int]
     found.textlora_norm.restype, found.textlora_norm.argtypes = None, [_pointer] * 7 + [_long] * 2 + [_float]
@@ -57,6 +59,28 @@ def lanes() -> int:
 def has_amx() -> bool:
     """Whether `Panels` run here: AMX, AVX-512 with bfloat16, and a system that lets this process use them."""
     return library() is not None and bool(library().textlora_amx_usable())
+
+
+class _Room:
+    """Memory for C to work in: as many pieces as calls at the same time. They belong to no thread, since threads come and go."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    @contextmanager
+    def lent(self, size: int) -> Iterator[Tensor]:
+        """A piece of so many bytes, the same number each time, for as long as this lasts."""
+        try:
+            piece = self._free.pop()
+        except IndexError:
+            piece = torch.empty(size, dtype=torch.uint8)  # torch aligns to 64 bytes
+        try:
+            yield piece
+        finally:
+            self._free.append(piece)
+
+
+_attention_room, _product_room = _Room(), _Room()
 
 
 def attention(projected: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, heads: int) -> None:
@@ -88,7 +112,8 @@ def _attention(projected: Tensor, grad: Tensor | None, out: Tensor, shape: torch
     if width % heads or width // heads not in HEADS or not inside or not lanes():
         raise ValueError(f"{heads} heads of {width}, texts of {lengths.tolist()} tokens: not for this function")
     d = width // heads
-    library().textlora_attention(*_addresses(projected, grad, out, cu_seqlens), texts, heads, d, d**-0.5, lanes())
+    with _attention_room.lent(library().textlora_attention_scratch()) as room:
+        library().textlora_attention(*_addresses(projected, grad, out, cu_seqlens, room), texts, heads, d, d**-0.5, lanes())
 
 
 class AdaptedLayer(NamedTuple):
@@ -175,8 +200,6 @@ def norm_back(grad: Tensor, weight: Tensor, normed: Tensor, scale: Tensor) -> No
 class Panels:
     """A weight (out, in), float32 and on the CPU, as amx.c wants it: twice 16 bits a number."""
 
-    _scratch: ClassVar[list[Tensor]] = []  # as many as threads that computed a product at the same time; threads come and go
-
     def __init__(self, weight: Tensor):
         if not has_amx():  # which also asks the system for the units
             raise ValueError("no matrix units here")
@@ -193,13 +216,8 @@ class Panels:
         _check(x, (len(x), self.inner))
         _check(bias, (self.out,))
         _check(residual, y.shape)
-        try:
-            scratch = self._scratch.pop()
-        except IndexError:
-            scratch = torch.empty(library().textlora_amx_scratch(), dtype=torch.uint8)
-        addresses = _addresses(x, self._laid_out, bias, residual, y, scratch)
-        library().textlora_amx_product(*addresses, len(x), self.inner, self.out, gelu)
-        self._scratch.append(scratch)
+        with _product_room.lent(library().textlora_amx_scratch()) as room:
+            library().textlora_amx_product(*_addresses(x, self._laid_out, bias, residual, y, room), len(x), self.inner, self.out, gelu)
         return y
 
 

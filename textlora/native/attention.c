@@ -13,6 +13,8 @@ struct room {
     float keys[WIDEST * LONGEST], values[WIDEST * LONGEST], rows[WIDEST * LONGEST], dk[WIDEST * LONGEST], dv[WIDEST * LONGEST];
 } __attribute__((aligned(64)));
 
+long textlora_attention_scratch(void) { return sizeof(struct room); }
+
 #define TARGET __attribute__((target("arch=x86-64-v4")))
 #define LANES 16
 #define ROWS 8
@@ -40,9 +42,9 @@ int textlora_attention_lanes(void)
 }
 
 /* softmax(scale q k^T) v of each text and head: qkv (T, 3 heads d), out (T, heads d), starts (texts + 1); d 16, 32 or 64, texts of LONGEST at most.
- * With grad (T, heads d), the gradient of that, out is the gradient of qkv. lanes as textlora_attention_lanes says, or 8 where that is 16. */
-void textlora_attention(const float *qkv, const float *grad, float *out, const int32_t *starts, long texts, long heads, long d, float scale, int lanes)
+ * With grad (T, heads d), the gradient of that, out is the gradient of qkv. room is scratch; lanes as textlora_attention_lanes says, or 8 where that is 16. */
+void textlora_attention(const float *qkv, const float *grad, float *out, const int32_t *starts, struct room *room, long texts, long heads, long d, float scale, int lanes)
 {
-    if (lanes == 16) attention_of_16(qkv, grad, out, starts, texts, heads, d, scale);
-    else attention_of_8(qkv, grad, out, starts, texts, heads, d, scale);
+    if (lanes == 16) attention_of_16(qkv, grad, out, starts, room, texts, heads, d, scale);
+    else attention_of_8(qkv, grad, out, starts, room, texts, heads, d, scale);
 }

@@ -283,21 +283,20 @@ INLINE void NAME(head)(struct room *room, const float *q, const float *grad, flo
         }
 }
 
-TARGET static void NAME(attention)(const float *qkv, const float *grad, float *out, const int32_t *starts, long texts, long heads, long d, float scale)
+TARGET static void NAME(attention)(const float *qkv, const float *grad, float *out, const int32_t *starts, struct room *room, long texts, long heads, long d, float scale)
 {
-    struct room room;
     long width = heads * d;
     for (long n = 0; n < texts; n++)
         for (long h = 0; h < heads; h++) {
             long at = starts[n] * width + h * d, length = starts[n + 1] - starts[n];
             const float *q = qkv + starts[n] * 3 * width + h * d;
             float *dq = out + starts[n] * 3 * width + h * d;
-            if (d == 16 && grad) NAME(head)(&room, q, grad + at, dq, width, length, 16, scale);
-            else if (d == 32 && grad) NAME(head)(&room, q, grad + at, dq, width, length, 32, scale);
-            else if (grad) NAME(head)(&room, q, grad + at, dq, width, length, 64, scale);
-            else if (d == 16) NAME(head)(&room, q, 0, out + at, width, length, 16, scale);
-            else if (d == 32) NAME(head)(&room, q, 0, out + at, width, length, 32, scale);
-            else NAME(head)(&room, q, 0, out + at, width, length, 64, scale);
+            if (d == 16 && grad) NAME(head)(room, q, grad + at, dq, width, length, 16, scale);
+            else if (d == 32 && grad) NAME(head)(room, q, grad + at, dq, width, length, 32, scale);
+            else if (grad) NAME(head)(room, q, grad + at, dq, width, length, 64, scale);
+            else if (d == 16) NAME(head)(room, q, 0, out + at, width, length, 16, scale);
+            else if (d == 32) NAME(head)(room, q, 0, out + at, width, length, 32, scale);
+            else NAME(head)(room, q, 0, out + at, width, length, 64, scale);
         }
 }
 
