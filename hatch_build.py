@@ -35,7 +35,9 @@ class Compile(BuildHookInterface):
             new.unlink(missing_ok=True)
             made.unlink(missing_ok=True)  # an older one would be another version's
             why = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
-            self.app.display_warning(f"textlora/native was not compiled, so training and short texts are slower and --precision high is plain float32: {why}")
+            self.app.display_warning(
+                f"textlora/native was not compiled, so training and short texts are slower and --precision high is plain float32: {why}"
+            )
             return
         build_data["artifacts"].append(MADE)
         build_data["pure_python"], build_data["tag"] = False, "py3-none-linux_x86_64"

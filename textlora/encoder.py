@@ -173,12 +173,13 @@ class PackedEncoder:
         def widened(value: Tensor) -> Tensor:
             name, bias = "intermediate", w["intermediate.bias"]
             if plain and self.spec.activation == "gelu" and passes.fits(bias):
-                return passes.add_gelu(linear(value, name, (name,), biased=False), bias)
+                late = not bias.requires_grad  # added in the same pass, where it needs no gradient
+                return passes.add_gelu(linear(value, name, (name,), biased=not late), bias if late else None)
             return linear(value, name, (name,), activation=self.spec.activation)
 
         def normed(value: Tensor, name: str, residual: Tensor, norm: str) -> Tensor:
             bias, weight, shift = w[f"{name}.bias"], w[f"{norm}.weight"], w[f"{norm}.bias"]
-            if plain and passes.fits(bias, weight, shift):
+            if plain and passes.fits(bias, weight, shift) and not any(t.requires_grad for t in (bias, weight, shift)):
                 return passes.add_norm(linear(value, name, (name,), biased=False), bias, residual, weight, shift, self.spec.eps)
             return F.layer_norm(linear(value, name, (name,), residual=residual), weight.shape, weight, shift, self.spec.eps)
 

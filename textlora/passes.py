@@ -1,6 +1,6 @@
 """What lies between the products of a block, with gradients: bias and GELU, and bias, residual sum and norm.
 
-On a CPU each is one pass of C (native/passes.c), which torch takes two to four for; the frozen base's bias, norm weight and shift get no gradient.
+On a CPU each is one pass of C (native/passes.c), which torch takes two to four for; the base's biases, norm weights and shifts get no gradient.
 Both write over the product they are given, which nobody else may read.
 """
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from textlora import native
 
 
-def fits(*frozen: Tensor) -> bool:
-    """Whether biases, weights and shifts (width,) of the base can be given here."""
-    return all(native.has_passes(tensor) and not tensor.requires_grad for tensor in frozen)
+def fits(*base: Tensor) -> bool:
+    """Whether these biases, weights and shifts (width,) of the base can be given here, where they get no gradient."""
+    return all(native.has_passes(tensor) for tensor in base)
 
 
-def add_gelu(product: Tensor, bias: Tensor) -> Tensor:
+def add_gelu(product: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu(product + bias)`, (T, width)."""
     if torch.is_grad_enabled() and product.requires_grad:
         return _Gelu.apply(product, bias)

@@ -31,7 +31,7 @@ INLINE float total(vector v)
 
 INLINE vector polynomial(vector t, const float *c, int degree)
 {
-    vector y = t - t + c[degree];
+    vector y = c[degree] - (vector){0};
     while (degree--) y = y * t + c[degree];
     return y;
 }
