@@ -30,6 +30,7 @@ from textlora.tokens import Encoded, pack
 ROOT = Path(__file__).resolve().parent.parent
 needs_amx = pytest.mark.skipif(not has_amx(), reason="this processor has no AMX, or nothing was compiled")
 needs_vectors = pytest.mark.skipif(not lanes(), reason="this processor has no AVX2, or nothing was compiled")
+needs_library = pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
 
 
 def draw(rows: int, inner: int, out: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -207,9 +208,6 @@ def test_no_attention_outside_its_bounds(wrong):
     with pytest.raises(ValueError, match=r"not for this|wanted"):
         native.attention_back(projected, out, torch.zeros_like(projected), starts, 4 if wrong == "texts" else texts, 3 if wrong == "heads" else heads)
     assert not out.any()
-
-
-needs_library = pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
 
 
 def layer_of(inner: int, out: int, r: int, column: int, scaled: bool, g: torch.Generator) -> native.AdaptedLayer:
@@ -402,7 +400,6 @@ def test_build_without_a_compiler_is_pure_python(compiler, tmp_path, monkeypatch
 
 
 WIDTHS = st.integers(1, 40).map(lambda n: 16 * n)
-needs_library = pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
 
 
 def passes_inputs(rows, width, size, seed):

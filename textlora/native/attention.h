@@ -12,62 +12,7 @@
 #define integers NAME(integers)
 #define loose NAME(loose)
 
-typedef float vector __attribute__((vector_size(4 * LANES)));
-typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* in memory, anywhere */
-typedef int32_t integers __attribute__((vector_size(4 * LANES)));
-
-INLINE vector NAME(load)(const float *from) { return *(const loose *)from; }
-
-INLINE void NAME(store)(float *to, vector v) { *(loose *)to = v; }
-
-INLINE vector NAME(all)(float x)
-{
-    return x - (vector){0};
-}
-
-INLINE vector NAME(where)(integers mask, vector a, vector b) { return (vector)((mask & (integers)a) | (~mask & (integers)b)); }
-
-/* 0, 1, 2, ... */
-INLINE integers NAME(places)(void)
-{
-    static const int32_t from[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    integers places;
-    memcpy(&places, from, sizeof places);
-    return places;
-}
-
-/* Each number beside the one half a vector, a quarter, ... away. */
-INLINE vector NAME(other)(vector v, int half)
-{
-    return __builtin_shuffle(v, NAME(places)() ^ half);
-}
-
-INLINE float NAME(total)(vector v)
-{
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half; half /= 2) v += NAME(other)(v, half);
-    return v[0];
-}
-
-INLINE float NAME(largest)(vector v)
-{
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half; half /= 2) {
-        vector w = NAME(other)(v, half);
-        v = NAME(where)(v < w, w, v);
-    }
-    return v[0];
-}
-
-/* e^x for x <= 0: 2^n 2^f with f from -1/2 to 1/2, coefficients by least squares, error 2e-9; nothing below e^-87. */
-INLINE vector NAME(exponential)(vector x)
-{
-    static const float C[] = {1.0f, 6.93147206e-1f, 2.40226469e-1f, 5.55032877e-2f, 9.61848912e-3f, 1.33999343e-3f, 1.53457690e-4f};
-    const float round = 12582912.0f; /* 1.5 2^23: the sum's last bits are the nearest whole number */
-    vector t = x * 1.44269504f, n = t + round, f = t - (n - round), y = NAME(all)(C[6]), none = {0};
-    for (int i = 5; i >= 0; i--) y = y * f + C[i];
-    return NAME(where)(x < -87.0f, none, (vector)((integers)y + ((integers)n << 23)));
-}
+#include "vectors.h"
 
 /* LANES vectors as the columns of what they were the rows of: each round puts the numbers of the first half and of the second in turns. */
 INLINE void NAME(transpose)(vector *rows)
@@ -106,21 +51,21 @@ INLINE void NAME(turn)(const float *keys, float *turned, long length, long strid
     }
 }
 
-/* Count rows of d numbers times a block of turned keys, wide vectors of them. */
-INLINE void NAME(dots)(const float *rows, const float *turned, int count, int wide, int d, vector (*sum)[2])
+/* sum (count, wide vectors) = a b: a (count, n), b (n, wide vectors), rows of a and b a_stride and b_stride apart. */
+INLINE void NAME(product)(const float *a, long a_stride, const float *b, long b_stride, long n, int count, int wide, vector (*sum)[2])
 {
 #pragma GCC unroll 8
     for (int r = 0; r < count; r++)
 #pragma GCC unroll 2
         for (int w = 0; w < wide; w++) sum[r][w] = (vector){0};
-    for (int i = 0; i < d; i++) {
-        vector key[2];
+    for (long k = 0; k < n; k++, b += b_stride) {
+        vector row[2];
 #pragma GCC unroll 2
-        for (int w = 0; w < wide; w++) key[w] = NAME(load)(turned + (i * wide + w) * LANES);
+        for (int w = 0; w < wide; w++) row[w] = NAME(load)(b + w * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < count; r++)
 #pragma GCC unroll 2
-            for (int w = 0; w < wide; w++) sum[r][w] += rows[r * d + i] * key[w];
+            for (int w = 0; w < wide; w++) sum[r][w] += a[r * a_stride + k] * row[w];
     }
 }
 
@@ -130,14 +75,14 @@ INLINE void NAME(scores)(const float *rows, const float *turned, float *to, long
     vector sum[ROWS][2];
     long k = 0;
     for (; length - k > LANES; k += 2 * LANES, turned += 2 * LANES * d) {
-        NAME(dots)(rows, turned, count, 2, d, sum);
+        NAME(product)(rows, d, turned, 2 * LANES, d, count, 2, sum);
 #pragma GCC unroll 8
         for (int r = 0; r < count; r++)
 #pragma GCC unroll 2
             for (int w = 0; w < 2; w++) NAME(store)(to + r * ROOM + k + w * LANES, sum[r][w]);
     }
     if (k < length) {
-        NAME(dots)(rows, turned, count, 1, d, sum);
+        NAME(product)(rows, d, turned, LANES, d, count, 1, sum);
 #pragma GCC unroll 8
         for (int r = 0; r < count; r++) NAME(store)(to + r * ROOM + k, sum[r][0]);
     }
@@ -170,19 +115,7 @@ INLINE void NAME(mean)(const float *shares, const float *values, long length, fl
     int wide = d > LANES ? 2 : 1;
     for (int part = 0; part < d; part += wide * LANES) {
         vector sum[ROWS][2];
-#pragma GCC unroll 8
-        for (int r = 0; r < count; r++)
-#pragma GCC unroll 2
-            for (int w = 0; w < wide; w++) sum[r][w] = (vector){0};
-        for (long k = 0; k < length; k++) {
-            vector value[2];
-#pragma GCC unroll 2
-            for (int w = 0; w < wide; w++) value[w] = NAME(load)(values + k * d + part + w * LANES);
-#pragma GCC unroll 8
-            for (int r = 0; r < count; r++)
-#pragma GCC unroll 2
-                for (int w = 0; w < wide; w++) sum[r][w] += shares[r * ROOM + k] * value[w];
-        }
+        NAME(product)(shares, ROOM, values + part, d, length, count, wide, sum);
 #pragma GCC unroll 8
         for (int r = 0; r < count; r++)
             for (int w = 0; w < wide && r < there; w++) NAME(store)(to + r * stride + part + w * LANES, sum[r][w] * factors[r]);

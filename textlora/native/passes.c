@@ -4,57 +4,22 @@
  * kinds of x86 processors and chosen when the library is loaded. Widths are multiples of LANES. Called by __init__.py, which checks all arguments.
  */
 #include <stdint.h>
+#include <string.h>
 
 #define EACH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float vector __attribute__((vector_size(64)));
-typedef float loose __attribute__((vector_size(64), aligned(4), may_alias)); /* in memory, anywhere */
-typedef int32_t integers __attribute__((vector_size(64)));
-
-enum { LANES = 16 };
-
-INLINE vector load(const float *from) { return *(const loose *)from; }
-
-INLINE void store(float *to, vector v) { *(loose *)to = v; }
-
-INLINE vector where(integers mask, vector a, vector b) { return (vector)((mask & (integers)a) | (~mask & (integers)b)); }
-
-INLINE float total(vector v)
-{
-    float sum[LANES];
-    store(sum, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-    return sum[0];
-}
-
-INLINE vector polynomial(vector t, const float *c, int degree)
-{
-    vector y = c[degree] - (vector){0};
-    while (degree--) y = y * t + c[degree];
-    return y;
-}
-
-/* e^x for -80 <= x <= 0: 2^n 2^f with f from -1/2 to 1/2, coefficients by least squares, error 2e-9. */
-INLINE vector exponential(vector x)
-{
-    static const float C[] = {1.0f, 6.93147206e-1f, 2.40226469e-1f, 5.55032877e-2f, 9.61848912e-3f, 1.33999343e-3f, 1.53457690e-4f};
-    const float round = 12582912.0f; /* 1.5 2^23: the sum's last bits are the nearest whole number */
-    vector t = x * 1.44269504f, n = t + round, f = t - (n - round);
-    return (vector)((integers)polynomial(f, C, 6) + ((integers)n << 23));
-}
+#define LANES 16
+#define NAME(f) f
+#include "vectors.h"
 
 /* The normal distribution: its share below x, and e^(-x^2 / 2). The share above |x| is the latter times a series in 1 / (1 + 0.275 |x|), the form of
  * Hastings (Abramowitz and Stegun 26.2.17); coefficients by least squares, weighted until no error stood out: 1.1e-8 of max(1, |x|). */
 INLINE vector normal(vector x, vector *density)
 {
     static const float C[] = {1.175734852e-1f, 4.359702712e-2f, 3.302184980e-1f, -3.263873931e-1f, 4.491637377e-1f, -1.141653442e-1f};
-    vector none = {0}, size = (vector)((integers)x & 0x7fffffff);
-    integers far = size > 12.0f; /* where the share is 0 or 1; infinity times nothing would not be nothing */
-    size = where(far, none, size);
-    vector t = 1.0f / (size * 0.275f + 1.0f);
-    *density = where(far, none, exponential(size * size * -0.5f));
+    vector size = (vector)((integers)x & 0x7fffffff), t = 1.0f / (size * 0.275f + 1.0f);
+    *density = exponential(size * size * -0.5f);
     vector above = *density * t * polynomial(t, C, 5);
     return where(x < 0.0f, above, 1.0f - above);
 }
