@@ -2,7 +2,6 @@
  *
  * Written in vectors of the compiler's, once (attention.h), compiled for AVX-512 and for AVX2. Called by __init__.py, which checks all arguments.
  */
-#include <cpuid.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -32,7 +31,7 @@ long textlora_attention_scratch(void) { return sizeof(struct room); }
 #include "attention.h"
 
 /* Of all functions here, in amx.c, lora.c and passes.c; __init__.py wants the one it knows. */
-int textlora_version(void) { return 4; }
+int textlora_version(void) { return 5; }
 
 /* Numbers in a vector of this processor's, 16 or 8; 0 where it has no AVX2, or the system does not save the registers. */
 int textlora_attention_lanes(void)

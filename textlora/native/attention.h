@@ -1,7 +1,7 @@
 /* Attention of one kind of processor: attention.c includes this once for each, with
  *   TARGET  what its functions are compiled for
  *   LANES   numbers in a vector
- *   ROWS    queries at a time, 4 or a multiple of it: as many as registers hold sums of, two vectors each
+ *   ROWS    queries at a time, 4 or 8: as many as registers hold sums of, two vectors each
  *   NAME(f) f with the kind's name behind it
  *
  * Of a text and a head the keys (and on the way back the values, too) are turned once, so that scores of one query are vectors: in blocks of two vectors of
@@ -153,7 +153,7 @@ INLINE void NAME(gather)(const float *from, long stride, float *rows, long there
         for (int i = 0; i < d; i += LANES) NAME(store)(rows + r * d + i, r < there ? NAME(load)(from + r * stride + i) * scale : (vector){0});
 }
 
-/* Queries at to at + there - 1 of a text and head: out. */
+/* Some queries of a text and head, there of them from q on: their rows of out. count is ROWS or half of it. */
 INLINE void NAME(forward)(const struct room *room, const float *q, long stride, float *out, long out_stride, long length, int there, int count, int d, float scale)
 {
     float shares[ROWS * ROOM] __attribute__((aligned(64))), rows[ROWS * WIDEST] __attribute__((aligned(64))), factors[ROWS];
