@@ -15,10 +15,13 @@ import numpy as np
 import torch
 
 from textlora.attention import attend
+from textlora.classifier import MIN_SHARE_ONE_CORE
 from textlora.families import EncoderSpec
 from textlora.hardware import Workers, side_by_side
+from textlora.native import lanes
 from textlora.products import dense, lays_out, prepare
 from textlora.tokens import Encoded, PackedBatch, pack
+from textlora.training import MIN_PIECE, PIECE_TOKENS, divide
 
 REPEAT_SECONDS = 0.05
 
@@ -74,8 +77,17 @@ def count(spec: EncoderSpec, lengths: Sequence[int], *, train: str | None, r: in
     return Work(products, attention, back)
 
 
+def mean_piece(lengths: Sequence[int], batch_size: int = 8) -> int:
+    """Tokens of a piece of a training step, in the mean."""
+    steps = [range(at, min(at + batch_size, len(lengths))) for at in range(0, len(lengths), batch_size)]
+    least = MIN_SHARE_ONE_CORE if lanes() else MIN_PIECE
+    count = sum(len(divide(np.array(lengths), list(rows), torch.get_num_threads(), PIECE_TOKENS["cpu"], least)) for rows in steps)
+    return round(sum(lengths) / count)
+
+
 def floor_seconds(spec: EncoderSpec, work: Work, piece_tokens: int, *, predicting: bool = False) -> tuple[float, dict[str, float]]:
-    """Seconds the work takes at measured rates, and the rates in GFLOP/s; `predicting` as the engine prepares weights for it."""
+    """Seconds the work takes at measured rates, and the rates in GFLOP/s: of torch's products in training, whichever the engine takes, `predicting` of
+    those on weights as the engine prepares them."""
     seconds, rates = 0.0, {}
     with side_by_side("cpu") as workers, torch.inference_mode(predicting), torch.no_grad():
         for (inner, outer), rows in sorted(work.products.items()):

@@ -9,9 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import median_ratio, write_result
-from floor import count, floor_seconds
+from floor import count, floor_seconds, mean_piece
 from systems import measure, random_base, read_rows
 
 from textlora.base import find_base
@@ -42,7 +41,7 @@ def table(name: str, folder: str, data: str, rows: int, pairs: int, systems: lis
             tuned = system == "tuned"
             runs[system].append(measure(system, folder, data, rows, tuned_batch if tuned else 8, tuned_threads if tuned else None))
             if system == "textlora":  # next to it: a machine's speed changes within a minute
-                floors.append(floor_seconds(spec, work, round(np.mean(lengths) * 4)))
+                floors.append(floor_seconds(spec, work, mean_piece(lengths)))
     seconds = {system: [run["seconds"] for run in made] for system, made in runs.items()}
     tokens = int(runs["textlora"][0]["tokens"])
     assert sum(lengths) == tokens

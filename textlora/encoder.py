@@ -13,15 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from textlora import passes
+from textlora import native, passes
 from textlora.attention import attend, attend_first, in_one_call
 from textlora.base import BaseWeights
 from textlora.errors import UsageError
+from textlora.families import SLOTS
 from textlora.lora import Lora, dora_scale, lora_linear
 from textlora.mixing import Folded, Mix
-from textlora.products import SplitWeight, Weight, activate, dense, filled_up, lays_out, prepare
+from textlora.native.block import Adapted, Block, Dense
+from textlora.products import SplitWeight, TwoWayWeight, Weight, activate, dense, filled_up, lays_out, prepare, prepare_for_training
 from textlora.tokens import Layout, PackedBatch
 
+DENSE = ("qkv", "attention_output", "intermediate", "output")
 Loras = Mapping[tuple[int, str], Lora]
 
 
@@ -39,18 +42,38 @@ class PackedEncoder:
                 block[f"qkv.{part}"] = torch.cat([block.pop(f"{slot}.{part}") for slot in ("query", "key", "value")])
             self.blocks.append(block)
         self.weights: list[dict[str, Weight]] | None = None
+        self.whole: list[Block] = []  # blocks that run in one call
+        self.in_steps = False  # whether batches are filled up to whole steps, so that shapes repeat
 
     def for_inference(self, precision: str = "float32") -> "PackedEncoder":
         """The same encoder in bfloat16, with its dense layers in 8 bits, or laid out for this processor: no gradients, adapters as a `Mix`."""
         made = copy.copy(self)
+        made.weights, made.whole = None, []
         if precision == "bfloat16":
             made.embeddings, *made.blocks = ({name: t.to(torch.bfloat16) for name, t in part.items()} for part in (self.embeddings, *self.blocks))
             return made
         if precision != "int8" and not lays_out(self.embeddings["word"]):
-            return self
-        names = ("qkv", "attention_output", "intermediate", "output")
-        made.weights = [{name: prepare(block[f"{name}.weight"], precision) for name in names} for block in self.blocks]
+            return made
+        made.in_steps = True
+        made.weights = [{name: prepare(block[f"{name}.weight"], precision) for name in DENSE} for block in self.blocks]
         return made
+
+    def for_training(self) -> "PackedEncoder":
+        """The same encoder with its dense layers laid out for this processor, forward and back: they can get no gradients."""
+        made = copy.copy(self)
+        made.weights = [{name: prepare_for_training(block[f"{name}.weight"]) for name in DENSE} for block in self.blocks]
+        made.whole = [made._whole(i) for i in range(self.spec.layers)] if made._fits_whole() else []
+        return made
+
+    def _fits_whole(self) -> bool:
+        spec = self.spec
+        narrow = spec.hidden // spec.heads in native.HEADS and not spec.hidden % native.PASS_LANES and not spec.intermediate % native.PASS_LANES
+        return narrow and spec.activation == "gelu" and all(isinstance(w, TwoWayWeight) for block in self.weights or [] for w in block.values())
+
+    def _whole(self, i: int) -> Block:
+        w = self.blocks[i]
+        dense = [Dense(weight.forward, weight.back, w[f"{name}.bias"]) for name, weight in self.weights[i].items()]
+        return Block(*dense, [(w[f"{norm}.weight"], w[f"{norm}.bias"]) for norm in ("attention_norm", "output_norm")], self.spec.heads, self.spec.eps)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,14 +85,9 @@ class PackedEncoder:
         return self.embeddings["word"].device
 
     @property
-    def in_steps(self) -> bool:
-        """Whether batches are filled up to whole steps, so that shapes repeat."""
-        return self.weights is not None
-
-    @property
     def one_core(self) -> bool:
         """Whether a product takes one core whatever torch is told: little work is then worth sharing out, too."""
-        return self.weights is not None and any(isinstance(weight, SplitWeight) for block in self.weights for weight in block.values())
+        return self.weights is not None and any(isinstance(weight, SplitWeight | TwoWayWeight) for block in self.weights for weight in block.values())
 
     def forward(
         self, batch: PackedBatch, loras: Loras | Mix, *, pooling: str = "first", dropout_seed: int | None = None, checkpointing: bool = False
@@ -110,8 +128,8 @@ class PackedEncoder:
         return x[: batch.tokens]
 
     def _filled(self, x: Tensor) -> Tensor:
-        """Rows that belong to nobody up to a whole number of steps, where weights are laid out."""
-        return x if self.weights is None else F.pad(x, (0, 0, 0, filled_up(len(x)) - len(x)))
+        """Rows that belong to nobody up to a whole number of steps, where shapes should repeat."""
+        return F.pad(x, (0, 0, 0, filled_up(len(x)) - len(x))) if self.in_steps else x
 
     def _layout(self, batch: PackedBatch) -> Layout:
         layout = batch.layout
@@ -140,7 +158,23 @@ class PackedEncoder:
         before = (counted - real.long())[first]
         return torch.where(real, counted - before - 1 + offset, offset - 1)
 
+    def _in_one_call(self, i: int, layout: Layout, loras: Loras | Mix, dropout_seed: int | None) -> list[Adapted] | None:
+        """The adapters of a block that `native.block` takes; None where it does not take the block."""
+        if not self.whole or isinstance(loras, Mix) or layout.longest > native.LONGEST:
+            return None
+        found = {slot: loras[i, slot] for slot in SLOTS if (i, slot) in loras}
+        columns = {slot: k * self.spec.hidden for k, slot in enumerate(("query", "key", "value"))}
+        plain = all(lora.magnitude is None and (dropout_seed is None or not lora.dropout) for lora in found.values())
+        return (
+            [Adapted(lora.A, lora.B, lora.scaling, columns[slot]) for slot, lora in found.items()]
+            if plain and found.keys() <= columns.keys()
+            else None
+        )
+
     def _block(self, i: int, x: Tensor, layout: Layout, loras: Loras | Mix, dropout_seed: int | None, only_first: bool) -> Tensor:
+        adapters = None if only_first else self._in_one_call(i, layout, loras, dropout_seed)
+        if adapters is not None:
+            return passes.block(x, self.whole[i], layout.cu_seqlens, adapters)
         w, hidden = self.blocks[i], self.spec.hidden
         generator = None if dropout_seed is None else torch.Generator(x.device).manual_seed(dropout_seed + i)
 
@@ -168,7 +202,7 @@ class PackedEncoder:
             lora = loras.get((i, slot))
             return None if lora is None else Folded(lora.A.to(x.dtype), (lora.scaling * lora.B).to(x.dtype), dora_scale(weight, lora))
 
-        plain = self.weights is None and not isinstance(loras, Mix)
+        plain = not self.in_steps and not isinstance(loras, Mix)
 
         def widened(value: Tensor) -> Tensor:
             name, bias = "intermediate", w["intermediate.bias"]

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textlora.products import TwoWayWeight, dense, dense_back
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -69,7 +71,7 @@ def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequ
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequence[tuple[int, Lora]], generator: torch.Generator | None = None
+    x: Tensor, weight: Tensor | TwoWayWeight, bias: Tensor | None, loras: Sequence[tuple[int, Lora]], generator: torch.Generator | None = None
 ) -> Tensor:
     """Dense layer with LoRA on slices of its output: x (T, in) to (T, out).
 
@@ -79,7 +81,7 @@ def lora_linear(
         generator: draws the dropout masks; None means no dropout.
     """
     if not loras:
-        return F.linear(x, weight, bias)
+        return dense(x, weight, bias)
     dora = any(lora.magnitude is not None for _, lora in loras)
     masks = [
         torch.rand(x.shape, generator=generator, device=x.device) >= lora.dropout if generator is not None and lora.dropout else None
@@ -112,7 +114,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, starts, scalings, keeps, masks, *pairs):
-        y = F.linear(x, weight, bias)
+        y = dense(x, weight, bias)
         dropped = any(mask is not None for mask in masks)
         groups = [[k] for k in range(len(starts))] if dropped else [list(range(len(starts)))]
         scaled = [(scaling * B).to(x.dtype) for scaling, B in zip(scalings, pairs[1::2], strict=True)]
@@ -122,18 +124,18 @@ class _LoraLinear(torch.autograd.Function):
             us.append(_masked(x, masks[group[0]], keeps[group[0]]) @ A.T)
             for k, u in zip(group, us[-1].split([scaled[k].shape[1] for k in group], 1), strict=True):
                 y[:, starts[k] : starts[k] + len(scaled[k])].addmm_(u, scaled[k].T)
-        ctx.save_for_backward(x, weight, *scaled, *joined, *us, *(mask for mask in masks if mask is not None))
-        ctx.groups, ctx.starts, ctx.scalings, ctx.keeps = groups, starts, scalings, keeps
+        ctx.save_for_backward(x, *scaled, *joined, *us, *(mask for mask in masks if mask is not None))
+        ctx.weight, ctx.groups, ctx.starts, ctx.scalings, ctx.keeps = weight, groups, starts, scalings, keeps
         ctx.masked, ctx.dtype = [mask is not None for mask in masks], pairs[0].dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
         n, m = len(ctx.starts), len(ctx.groups)
-        x, weight, *rest = ctx.saved_tensors
+        x, *rest = ctx.saved_tensors
         scaled, joined, us, given = rest[:n], rest[n : n + m], rest[n + m : n + 2 * m], iter(rest[n + 2 * m :])
         masks = [next(given) if masked else None for masked in ctx.masked]
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dx = dense_back(dy, ctx.weight) if ctx.needs_input_grad[0] else None
         grads: list[torch.Tensor] = []
         for group, A, u in zip(ctx.groups, joined, us, strict=True):
             ranks = [scaled[k].shape[1] for k in group]

@@ -44,6 +44,9 @@ class Model(Protocol):
 
     def load_trainable(self, tensors: Mapping[str, Tensor]) -> None: ...
 
+    def for_training(self) -> "Model":
+        """The same classifier, the very tensors, as it trains fastest."""
+
     def for_inference(self, precision: str) -> "Model":
         """The same classifier as it predicts fastest, for good; `precision` is one of `config.PRECISIONS`. Raises UsageError where that cannot be had."""
 
@@ -203,6 +206,11 @@ class PackedModel:
                     tensors = (lora.A, lora.scaling * lora.B, scale)
                     made[i, slot] = Folded(*(None if t is None else t.detach().to(dtype or self.dtype) for t in tensors))
         return FoldedAdapter(made)
+
+    def for_training(self) -> "PackedModel":
+        """This one, with the base's dense layers laid out forward and back."""
+        self.encoder = self.encoder.for_training()
+        return self
 
     def for_inference(self, precision: str) -> "PackedModel":
         """A copy that only predicts: with LoRA merged into the weights, in int8 beside them. Raises UsageError as `require_int8` does."""

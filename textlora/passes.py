@@ -1,13 +1,16 @@
-"""What lies between the products of a block, with gradients: bias and GELU, and bias, residual sum and norm.
+"""What lies between the products of a block, with gradients: bias and GELU, and bias, residual sum and norm; and a whole block.
 
-On a CPU each is one pass of C (native/passes.c), which torch takes two to four for; the base's biases, norm weights and shifts get no gradient.
-Both write over the product they are given, which nobody else may read.
+On a CPU each of the former is one pass of C (native/passes.c), which torch takes two to four for, and a block is one call (native/block.c). The base's
+tensors get no gradient.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from textlora import native
+from textlora.native.block import Adapted, Block
 
 
 def fits(*base: Tensor) -> bool:
@@ -16,7 +19,7 @@ def fits(*base: Tensor) -> bool:
 
 
 def add_gelu(product: Tensor, bias: Tensor | None) -> Tensor:
-    """`gelu(product + bias)`, (T, width)."""
+    """`gelu(product + bias)`, (T, width). Writes over the product, which nobody else may read."""
     if torch.is_grad_enabled() and product.requires_grad:
         return _Gelu.apply(product, bias)
     native.gelu(product, bias, product, False)
@@ -24,8 +27,14 @@ def add_gelu(product: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def add_norm(product: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """`layer_norm(product + bias + residual)`, (T, width); the last four of (width,)."""
+    """`layer_norm(product + bias + residual)`, (T, width); the last four of (width,). Writes over the product, which nobody else may read."""
     return _Norm.apply(product, bias, residual.contiguous(), weight, shift, eps)
+
+
+def block(x: Tensor, frozen: Block, cu_seqlens: Tensor, adapters: Sequence[Adapted]) -> Tensor:
+    """A whole block, (T, width) to (T, width), with LoRA on its query, key or value: x and every A and B get gradients."""
+    pairs = [tensor for one in adapters for tensor in (one.A, one.B)]
+    return _Block.apply(x.contiguous(), frozen, cu_seqlens, adapters, torch.is_grad_enabled() and any(t.requires_grad for t in (x, *pairs)), *pairs)
 
 
 class _Gelu(torch.autograd.Function):
@@ -60,3 +69,20 @@ class _Norm(torch.autograd.Function):
         native.norm_back(grad.contiguous(), weight, normed, scale)
         torch.autograd.graph.increment_version(normed)  # a second way back would find the gradient here: torch refuses it
         return normed, None, normed, None, None, None
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, frozen, cu_seqlens, adapters, with_gradient, *pairs):
+        y, kept = frozen.forward(x, cu_seqlens, adapters, with_gradient)
+        ctx.save_for_backward(x, kept, cu_seqlens, *pairs)
+        ctx.frozen, ctx.places = frozen, [(one.scaling, one.column) for one in adapters]
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, kept, cu_seqlens, *pairs = ctx.saved_tensors
+        adapters = [Adapted(A, B, *place) for A, B, place in zip(pairs[::2], pairs[1::2], ctx.places, strict=True)]
+        dx, found = ctx.frozen.back(grad.contiguous(), kept, x, cu_seqlens, adapters, ctx.needs_input_grad[0])
+        torch.autograd.graph.increment_version(kept)  # a second way back would find gradients here: torch refuses it
+        return dx, None, None, None, None, *(tensor for pair in found for tensor in pair)

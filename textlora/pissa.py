@@ -45,7 +45,7 @@ class PissaModel(PackedModel):
                 rest[f"{layer}.{slot}.weight"] = (weight.float() - self._scalings[full] * (B @ A)).to(weight.dtype)
                 self._trainable[f"{PREFIX}{full}.lora_A.weight"].copy_(A)
                 self._trainable[f"{PREFIX}{full}.lora_B.weight"].copy_(B)
-        self.encoder = PackedEncoder(replace(base, tensors=base.tensors | rest))
+        self.encoder = PackedEncoder(replace(base, tensors=base.tensors | rest)).for_training()
         self._starts = {full: starts[full] for full in self._slots}
 
     def ordinary(self) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -173,6 +173,7 @@ def prepare(config: TrainConfig, sources: Mapping[str, Any] | None = None) -> Pr
     )
     if config.gradient_checkpointing and reason:
         raise UsageError("--gradient-checkpointing: only on the packed path", f"this base takes the reference path: {reason}")
+    model = model.for_training()
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = open_tokenizer(files, model.max_length, config)
     sets = {split: EncodedSet(rows[split], encode_rows(tokenizer, rows[split]), labels[split]) for split in labels}

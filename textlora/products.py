@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from textlora.errors import UsageError
-from textlora.native import Panels, has_amx
+from textlora.native import Panels, Product, has_amx, lanes
 
 STEP = 32  # tokens; a batch is filled up to a whole number of steps ...
 MOST = 1024  # rows of one product
@@ -108,6 +108,36 @@ class SplitWeight(_BesidePlain):
         return y if residual is None else y.add_(residual)
 
 
+@dataclass(frozen=True)
+class TwoWayWeight(_BesidePlain):
+    """Weight (out, in) of a dense layer, float32, laid out for products forward and back, with gradients of x. One core computes a product."""
+
+    forward: Product
+    back: Product
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "TwoWayWeight":
+        return cls(weight, Product(weight), Product(weight, turned=True))
+
+    def product(self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+        """`f(x W^T + b) + residual`."""
+        late = bias is not None and bias.requires_grad
+        y = _TwoWay.apply(x, self, None if late else bias)
+        y = activate(y + bias if late else y, activation)
+        return y if residual is None else residual + y
+
+
+class _TwoWay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.weight = weight
+        return weight.forward(x.contiguous(), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.weight.back(grad.contiguous()), None, None
+
+
 class Int8Weight:
     """Weight of a dense layer: q (out, in) int8 and scale (out,) float32, `W = scale q`.
 
@@ -176,7 +206,7 @@ def exact_levels() -> int | None:
     return None
 
 
-Weight = Tensor | Int8Weight | LaidOutWeight | TurnedWeight | SplitWeight
+Weight = Tensor | Int8Weight | LaidOutWeight | TurnedWeight | SplitWeight | TwoWayWeight
 
 
 def activate(x: Tensor, name: str | None) -> Tensor:
@@ -192,13 +222,18 @@ def activate(x: Tensor, name: str | None) -> Tensor:
 
 def dense(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
     """A frozen dense layer and what follows it, `f(x W^T + b) + residual`: x (T, in) to (T, out)."""
-    if isinstance(weight, LaidOutWeight | TurnedWeight | SplitWeight):
+    if isinstance(weight, LaidOutWeight | TurnedWeight | SplitWeight | TwoWayWeight):
         return weight.product(x, bias, activation, residual)
     if isinstance(weight, Tensor):
         y = activate(F.linear(x, weight, bias), activation)
         return y if residual is None else residual + y
     y = activate(weight.product(x, bias), activation)
     return y if residual is None else y.add_(residual)
+
+
+def dense_back(grad: Tensor, weight: Tensor | TwoWayWeight) -> Tensor:
+    """The gradient of x in `x W^T`, `grad W`: (T, out) to (T, in)."""
+    return grad @ weight if isinstance(weight, Tensor) else weight.back(grad.contiguous())
 
 
 def lays_out(weight: Tensor) -> bool:
@@ -215,6 +250,12 @@ def prepare(weight: Tensor, precision: str) -> Weight:
     if precision == "high" and has_amx():
         return SplitWeight.of(weight)
     return (LaidOutWeight if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else TurnedWeight).of(weight)
+
+
+def prepare_for_training(weight: Tensor) -> Tensor | TwoWayWeight:
+    """A weight (out, in) as this processor multiplies it fastest forward and back."""
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.requires_grad
+    return TwoWayWeight.of(weight) if fits and lanes() else weight
 
 
 def filled_up(tokens: int) -> int:

@@ -224,6 +224,9 @@ class ReferenceModel:
         """PEFT file names -> float32 leaves: per layer A, B and magnitude, then the head."""
         return self._trainable
 
+    def for_training(self) -> "ReferenceModel":
+        return self
+
     def for_inference(self, precision: str) -> "ReferenceModel":
         if precision in ("float32", "high"):
             return self

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textlora.classifier import encoded_logits
+from textlora.classifier import MIN_SHARE_ONE_CORE, encoded_logits
 from textlora.config import MULTI_LABEL, REGRESSION, TrainConfig, default_rate
 from textlora.errors import TrainingError, UsageError
 from textlora.hardware import Workers, bounded_memory, peak_memory, side_by_side
@@ -26,7 +26,7 @@ from textlora.recorded import Filled, Recordings, fill_up
 from textlora.tokens import PackedBatch, pack, token_batches
 
 PIECE_TOKENS = {"cpu": 768, "cuda": 32768}  # on a CPU as fast as 2,048 and less memory (docs/log.md); what fills a GPU, where it fits
-MIN_PIECE = 96  # tokens of a thread below which one piece on all cores is faster
+MIN_PIECE = 96  # tokens of a thread below which one piece on all cores is faster; `classifier.MIN_SHARE_ONE_CORE` where a product takes one core
 KEPT_BYTES = 20  # of a token per layer and width for the backward pass in half precision, as measured (docs/log.md)
 
 
@@ -110,14 +110,14 @@ def plan(config: TrainConfig, lengths: np.ndarray) -> list[tuple[float, list[int
     return [step for step in steps if step[0] <= config.epochs + 1e-9] or steps[:1]
 
 
-def divide(lengths: np.ndarray, rows: Sequence[int], workers: int, piece_tokens: int) -> list[list[int]]:
-    """Rows of a step as pieces of nearly equal work, one per worker, or more where a piece would pass `piece_tokens`; the longest work first, so
-    that workers end together.
+def divide(lengths: np.ndarray, rows: Sequence[int], workers: int, piece_tokens: int, least: int = MIN_PIECE) -> list[list[int]]:
+    """Rows of a step as pieces of nearly equal work, one per worker, or more where a piece would pass `piece_tokens`, fewer where
+    one would have less than `least`; the longest work first, so that workers end together.
 
     A text's work is taken as `L (1 + L / 512)`: attention costs about as much as the rest at 512 tokens (384 wide).
     """
     tokens = int(lengths[rows].sum())
-    wanted = min(workers, max(1, tokens // MIN_PIECE))
+    wanted = min(workers, max(1, tokens // least))
     count = min(len(rows), wanted * math.ceil(tokens / (wanted * piece_tokens)))
     pieces: list[list[int]] = [[] for _ in range(count)]
     loads = [0.0] * count
@@ -156,6 +156,7 @@ class Trainer:
         self.train_set = prepared.sets["train"]
         self.lengths = self.train_set.lengths
         self.piece_tokens = piece_tokens(prepared)
+        self.least_piece = MIN_SHARE_ONE_CORE if getattr(self.model, "one_core", False) else MIN_PIECE
         self.steps = plan(self.config, self.lengths)
         self.peak_rate = self.config.learning_rate or default_rate(len(self.steps))
         self.loss = Loss(prepared)
@@ -245,7 +246,7 @@ class Trainer:
             for filled in self._filled.pop(self.step, None) or self._fill(self.step):
                 self.recordings.add(filled)
             return self.recordings.sums
-        pieces = divide(self.lengths, rows, workers.count, self.piece_tokens)
+        pieces = divide(self.lengths, rows, workers.count, self.piece_tokens, self.least_piece)
         found = []
         for parts in zip(*workers.map(self._piece, list(enumerate(pieces))), strict=True):
             known = [part for part in parts if part is not None]

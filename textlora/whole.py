@@ -60,6 +60,7 @@ class WholeModel(PackedModel):
         if not self._leaves:
             return self.encoder
         encoder = copy.copy(self.encoder)
+        encoder.weights, encoder.whole = None, []  # laid out, they are others and get no gradients
         place = lambda prefix, tensors: {name: self._placed(f"{prefix}.{name}", tensor) for name, tensor in tensors.items()}
         encoder.embeddings = place("embeddings", self.encoder.embeddings)
         encoder.blocks = [place(str(i), block) for i, block in enumerate(self.encoder.blocks)]
@@ -70,6 +71,10 @@ class WholeModel(PackedModel):
 
     def _base_tensor(self, ours: str) -> Tensor:
         return self._leaves.get(ours, self.base.tensors[ours])
+
+    @property
+    def one_core(self) -> bool:
+        return not self._leaves and super().one_core
 
     @property
     def mixes(self) -> bool:

@@ -1,5 +1,5 @@
 """What torch has no fast way for, in C: products on the matrix units (amx.c), attention (attention.c), the small products of many
-adapters (lora.c), what lies between the products of a block (passes.c).
+adapters (lora.c), what lies between the products of a block (passes.c), products with what follows them (product.c).
 
 They are there where the package was built with a C compiler on x86 Linux and the processor has what they use; everything works without.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-VERSION = 5  # of what is called here, as in attention.c
+VERSION = 6  # of what is called here, as in attention.c
 LONGEST = 512  # tokens of a text
 HEADS = (16, 32, 64)  # widths of a head
 MOST_RANK, LANES = 256, 8
@@ -41,6 +41,15 @@ def library() -> ctypes.CDLL | None:
     found.textlora_gelu.restype, found.textlora_gelu.argtypes = None, [_pointer] * 3 + [_long] * 2 + [_int]
     found.textlora_norm.restype, found.textlora_norm.argtypes = None, [_pointer] * 7 + [_long] * 2 + [_float]
     found.textlora_norm_back.restype, found.textlora_norm_back.argtypes = None, [_pointer] * 4 + [_long] * 2
+    found.textlora_product_size.restype, found.textlora_product_size.argtypes = _long, [_long] * 2 + [_int]
+    found.textlora_product_lay_out.restype = None
+    found.textlora_product_lay_out.argtypes = [_pointer] * 2 + [_long] * 4 + [_float, _int]
+    found.textlora_product.restype = None
+    found.textlora_product.argtypes = [_pointer, _long, _pointer, _pointer, _pointer, _long, _pointer] + [_long] * 3 + [_int] * 2
+    found.textlora_block_kept.restype, found.textlora_block_kept.argtypes = _long, [_pointer] * 2
+    found.textlora_block_scratch.restype, found.textlora_block_scratch.argtypes = _long, [_pointer] * 2
+    found.textlora_block.restype, found.textlora_block.argtypes = None, [_pointer] * 2
+    found.textlora_block_back.restype, found.textlora_block_back.argtypes = None, [_pointer] * 3
     found.textlora_amx_bytes.restype, found.textlora_amx_bytes.argtypes = _long, [_long, _long]
     found.textlora_amx_lay_out.restype, found.textlora_amx_lay_out.argtypes = None, [_pointer, _long, _long, _pointer]
     found.textlora_amx_scratch.restype, found.textlora_amx_scratch.argtypes = _long, []
@@ -51,7 +60,7 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def lanes() -> int:
-    """Numbers in a vector of those that `attention` computes with: 16 with AVX-512, 8 with AVX2; 0 where it does not run."""
+    """Numbers in a vector of those that `attention` and `Product` compute with: 16 with AVX-512, 8 with AVX2; 0 where they do not run."""
     return 0 if library() is None else library().textlora_attention_lanes()
 
 
@@ -62,17 +71,20 @@ def has_amx() -> bool:
 
 
 class _Room:
-    """Memory for C to work in: as many pieces as calls at the same time. They belong to no thread, since threads come and go."""
+    """Memory for C to work in: as many pieces as calls at the same time, each as large as was asked for. They belong to no thread, since threads come and
+    go."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
 
     @contextmanager
     def lent(self, size: int) -> Iterator[Tensor]:
-        """A piece of so many bytes, the same number each time, for as long as this lasts."""
+        """A piece of so many bytes or more, for as long as this lasts."""
         try:
             piece = self._free.pop()
         except IndexError:
+            piece = torch.empty(0, dtype=torch.uint8)
+        if piece.shape[0] < size:
             piece = torch.empty(size, dtype=torch.uint8)  # torch aligns to 64 bytes
         try:
             yield piece
@@ -80,7 +92,7 @@ class _Room:
             self._free.append(piece)
 
 
-_attention_room, _product_room = _Room(), _Room()
+attention_room, scratch_room, _product_room = _Room(), _Room(), _Room()
 
 
 def attention(projected: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, heads: int) -> None:
@@ -91,28 +103,25 @@ def attention(projected: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, he
         out: (T, H) float32; rows of those texts are written.
         cu_seqlens: (B+1,) int32; no text of these has more than `LONGEST` tokens.
     """
-    _check(out)
+    check(out)
     _attention(projected, None, out, out.shape, cu_seqlens, texts, heads)
 
 
 def attention_back(projected: Tensor, grad: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, heads: int) -> None:
     """The gradient of `projected`, (T, 3H), from that of what `attention` gives, (T, H); the rest as there."""
-    _check(grad)
-    _check(out, projected.shape)
+    check(grad)
+    check(out, projected.shape)
     _attention(projected, grad, out, grad.shape, cu_seqlens, texts, heads)
 
 
 def _attention(projected: Tensor, grad: Tensor | None, out: Tensor, shape: torch.Size, cu_seqlens: Tensor, texts: int, heads: int) -> None:
     rows, width = shape
-    _check(projected, (rows, 3 * width))
-    _check(cu_seqlens, dtype=torch.int32)
-    starts = cu_seqlens.numpy()[: texts + 1]
-    lengths = np.diff(starts)
-    inside = len(lengths) == texts and starts[0] == 0 and lengths.min(initial=0) >= 0 and lengths.max(initial=0) <= LONGEST and starts[-1] <= rows
-    if width % heads or width // heads not in HEADS or not inside or not lanes():
-        raise ValueError(f"{heads} heads of {width}, texts of {lengths.tolist()} tokens: not for this function")
+    check(projected, (rows, 3 * width))
+    check_texts(cu_seqlens[: texts + 1], rows)
+    if width % heads or width // heads not in HEADS or len(cu_seqlens) <= texts or not lanes():
+        raise ValueError(f"{heads} heads in a width of {width}: not for this function")
     d = width // heads
-    with _attention_room.lent(library().textlora_attention_scratch()) as room:
+    with attention_room.lent(library().textlora_attention_scratch()) as room:
         library().textlora_attention(*_addresses(projected, grad, out, cu_seqlens, room), texts, heads, d, d**-0.5, lanes())
 
 
@@ -150,8 +159,8 @@ def add_adapted(x: Tensor, y: Tensor, jobs: Sequence[tuple[int, int, AdaptedLaye
     if not jobs:
         return
     x, out = x.contiguous(), jobs[0][2].B.shape[1]
-    _check(x, (len(y), jobs[0][2].A.shape[1]))
-    _check(y)
+    check(x, (len(y), jobs[0][2].A.shape[1]))
+    check(y)
     table = np.array([(row, rows, *layer.words) for row, rows, layer in jobs], dtype=np.int64)
     alike = all(layer.A.shape[1] == x.shape[1] and layer.B.shape[1] == out for _, _, layer in jobs)
     first, rows, column = table[:, 0], table[:, 1], table[:, -1]
@@ -167,34 +176,58 @@ def has_passes(x: Tensor) -> bool:
 
 def gelu(h: Tensor, bias: Tensor | None, out: Tensor, slope: bool) -> None:
     """`out = gelu(h + bias)`, on one core; `h` becomes GELU's slope there or stays. (T, width) float32; `out` may be `h` where no slope is wanted."""
-    _check(h)
-    _check(out, h.shape)
-    _check(bias, (h.shape[1],))
-    _check_width(h)
+    check(h)
+    check(out, h.shape)
+    check(bias, (h.shape[1],))
+    check_width(h)
     library().textlora_gelu(*_addresses(h, bias, out), *h.shape, slope)
 
 
 def norm(y: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, out: Tensor, scale: Tensor, eps: float) -> None:
     """`out = layer_norm(y + bias + residual) weight + shift`, on one core. What `norm_back` needs: `y` becomes the sum normed, scale (T,) one by its
     deviation. (T, width) float32; the rest (width,)."""
-    _check(y)
+    check(y)
     for tensor in (residual, out):
-        _check(tensor, y.shape)
+        check(tensor, y.shape)
     for tensor in (bias, weight, shift):
-        _check(tensor, (y.shape[1],))
-    _check(scale, (len(y),))
-    _check_width(y)
+        check(tensor, (y.shape[1],))
+    check(scale, (len(y),))
+    check_width(y)
     library().textlora_norm(*_addresses(y, bias, residual, weight, shift, out, scale), *y.shape, eps)
 
 
 def norm_back(grad: Tensor, weight: Tensor, normed: Tensor, scale: Tensor) -> None:
     """The gradient of the sum in `norm` from that of `out`, written over the sum normed, on one core."""
-    _check(grad, normed.shape)
-    _check(normed)
-    _check(weight, (normed.shape[1],))
-    _check(scale, (len(normed),))
-    _check_width(normed)
+    check(grad, normed.shape)
+    check(normed)
+    check(weight, (normed.shape[1],))
+    check(scale, (len(normed),))
+    check_width(normed)
     library().textlora_norm_back(*_addresses(grad, weight, normed, scale), *normed.shape)
+
+
+class Product:
+    """Products with a frozen weight (out, in), float32 and on the CPU, or with it turned, on one core. No gradients."""
+
+    def __init__(self, weight: Tensor, turned: bool = False):
+        if not lanes():
+            raise ValueError("no vectors here")
+        plain = weight.detach().contiguous()
+        check(plain)
+        rows, columns = plain.shape
+        self.inner, self.out, steps = (rows, columns, (columns, 1)) if turned else (columns, rows, (1, columns))
+        self._laid_out = torch.empty(library().textlora_product_size(self.inner, self.out, lanes()))  # torch aligns to 64 bytes
+        self.address = self._laid_out.data_ptr()
+        library().textlora_product_lay_out(plain.data_ptr(), self.address, self.inner, self.out, *steps, 1.0, lanes())
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x W^T + b`: (T, in) to (T, out), contiguous."""
+        y = x.new_empty(x.shape[0], self.out)
+        check(x, (x.shape[0], self.inner))
+        check(bias, (self.out,))
+        places = (x.data_ptr(), self.inner, self.address, None if bias is None else bias.data_ptr(), y.data_ptr(), self.out, None)
+        library().textlora_product(*places, x.shape[0], self.inner, self.out, 0, lanes())
+        return y
 
 
 class Panels:
@@ -205,7 +238,7 @@ class Panels:
             raise ValueError("no matrix units here")
         self.out, self.inner = weight.shape
         plain = weight.detach().contiguous()
-        _check(plain)
+        check(plain)
         self._laid_out = torch.empty(library().textlora_amx_bytes(self.out, self.inner), dtype=torch.uint8)  # torch aligns to 64 bytes
         library().textlora_amx_lay_out(plain.data_ptr(), self.out, self.inner, self._laid_out.data_ptr())
 
@@ -213,15 +246,15 @@ class Panels:
         """`f(x W^T + b) + residual`, f GELU or nothing: x (T, in) to (T, out), on one core, without gradients."""
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         y = x.new_empty(len(x), self.out)
-        _check(x, (len(x), self.inner))
-        _check(bias, (self.out,))
-        _check(residual, y.shape)
+        check(x, (len(x), self.inner))
+        check(bias, (self.out,))
+        check(residual, y.shape)
         with _product_room.lent(library().textlora_amx_scratch()) as room:
             library().textlora_amx_product(*_addresses(x, self._laid_out, bias, residual, y, room), len(x), self.inner, self.out, gelu)
         return y
 
 
-def _check(tensor: Tensor | None, shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32) -> None:
+def check(tensor: Tensor | None, shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32) -> None:
     """Nothing else reaches C. Raises ValueError."""
     if tensor is None:
         return
@@ -229,7 +262,15 @@ def _check(tensor: Tensor | None, shape: tuple[int, ...] | None = None, dtype: t
         raise ValueError(f"{dtype} {shape} on the CPU wanted, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")
 
 
-def _check_width(tensor: Tensor) -> None:
+def check_texts(cu_seqlens: Tensor, rows: int) -> None:
+    check(cu_seqlens, dtype=torch.int32)
+    starts = cu_seqlens.numpy()
+    lengths = starts[1:] - starts[:-1]
+    if not (starts.size and starts[0] == 0 and starts[-1] <= rows and lengths.min(initial=0) >= 0 and lengths.max(initial=0) <= LONGEST):
+        raise ValueError(f"texts of {lengths.tolist()} tokens in {rows} rows: not for this function")
+
+
+def check_width(tensor: Tensor) -> None:
     if tensor.ndim != 2 or tensor.shape[1] % PASS_LANES:
         raise ValueError(f"rows of {tensor.shape[-1]} numbers: not a multiple of {PASS_LANES}")
 

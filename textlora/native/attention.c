@@ -2,8 +2,9 @@
  *
  * Written in vectors of the compiler's, once (attention.h), compiled for AVX-512 and for AVX2. Called by __init__.py, which checks all arguments.
  */
-#include <stdint.h>
 #include <string.h>
+
+#include "native.h"
 
 enum { LONGEST = 512, ROOM = LONGEST + 16 /* no power of two: rows at one place in the cache would push each other out */, WIDEST = 64 };
 
@@ -30,8 +31,8 @@ long textlora_attention_scratch(void) { return sizeof(struct room); }
 #define NAME(f) f##_of_8
 #include "attention.h"
 
-/* Of all functions here, in amx.c, lora.c and passes.c; __init__.py wants the one it knows. */
-int textlora_version(void) { return 5; }
+/* Of all functions here, in amx.c, lora.c, passes.c and product.c; __init__.py wants the one it knows. */
+int textlora_version(void) { return 6; }
 
 /* Numbers in a vector of this processor's, 16 or 8; 0 where it has no AVX2, or the system does not save the registers. */
 int textlora_attention_lanes(void)

@@ -3,7 +3,8 @@
  * Written for no processor in particular: vectors of sixteen, which compilers turn into what there is; each function is compiled for several
  * kinds of x86 processors and chosen when the library is loaded. Widths are multiples of LANES. Called by __init__.py, which checks all arguments.
  */
-#include <stdint.h>
+#include "native.h"
+
 #include <string.h>
 
 #define EACH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -12,17 +13,6 @@
 #define LANES 16
 #define NAME(f) f
 #include "vectors.h"
-
-/* The normal distribution: its share below x, and e^(-x^2 / 2). The share above |x| is the latter times a series in 1 / (1 + 0.275 |x|), the form of
- * Hastings (Abramowitz and Stegun 26.2.17); coefficients by least squares, weighted until no error stood out: 1.1e-8 of max(1, |x|). */
-INLINE vector normal(vector x, vector *density)
-{
-    static const float C[] = {1.175734852e-1f, 4.359702712e-2f, 3.302184980e-1f, -3.263873931e-1f, 4.491637377e-1f, -1.141653442e-1f};
-    vector size = (vector)((integers)x & 0x7fffffff), t = 1.0f / (size * 0.275f + 1.0f);
-    *density = exponential(size * size * -0.5f);
-    vector above = *density * t * polynomial(t, C, 5);
-    return where(x < 0.0f, above, 1.0f - above);
-}
 
 /* out = gelu(h + bias), rows of columns numbers; h becomes the slope there, or stays where slope is 0. */
 EACH void textlora_gelu(float *h, const float *bias, float *out, long rows, long columns, int slope)
