@@ -13,10 +13,12 @@ from support import settings as run_settings
 
 from textlora import native, passes
 from textlora.base import find_base
+from textlora.encoder import PackedEncoder
 from textlora.families import read_spec
 from textlora.lora import Lora, reference_linear
 from textlora.native import Product
 from textlora.native.block import Adapted, Block, Dense
+from textlora.prefix import build_prefix
 from textlora.prepare import prepare
 from textlora.products import TwoWayWeight, dense, dense_back, prepare_for_training
 from textlora.tokens import Encoded, pack
@@ -233,3 +235,20 @@ def test_a_step_is_that_of_plain_weights(tmp_path, family, changes):
         found.append(sums(trainer, [3, 9, 14]))
     for one, other in zip(*found, strict=True):
         near(one, other.double(), 2e-4, 1e-3)
+
+
+@needs_vectors
+@pytest.mark.parametrize("layers", ["all", "last:1"])
+def test_a_run_is_that_of_plain_weights(tmp_path, layers):
+    """Steps, evaluations and states below the lowest adapted block."""
+    base, runs = make_tiny("bert", tmp_path / "base", num_attention_heads=2, num_hidden_layers=3), []
+    for plain in (False, True):
+        prepared = prepare(run_settings(tmp_path, base, layers=layers, learning_rate=3e-3))
+        assert len(prepared.model.encoder.whole) == 3
+        if plain:
+            prepared.model.encoder = PackedEncoder(prepared.model.base)
+        runs.append(list(Trainer(prepared, build_prefix(prepared)).records()))
+    assert {record["kind"] for record in runs[0]} == {"step", "evaluation"}
+    for one, other in zip(*runs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    assert runs[0][0]["loss"] > runs[0][-2]["loss"]

@@ -59,21 +59,24 @@ class PackedEncoder:
         return made
 
     def for_training(self) -> "PackedEncoder":
-        """The same encoder with its dense layers laid out for this processor, forward and back: they can get no gradients."""
-        made = copy.copy(self)
-        made.weights = [{name: prepare_for_training(block[f"{name}.weight"]) for name in DENSE} for block in self.blocks]
-        made.whole = [made._whole(i) for i in range(self.spec.layers)] if made._fits_whole() else []
+        """The same encoder with its dense layers, where this processor has what that takes, laid out forward and back: they can get no gradients."""
+        made, spec = copy.copy(self), self.spec
+        weights = [{name: prepare_for_training(block[f"{name}.weight"]) for name in DENSE} for block in self.blocks]
+        if not all(isinstance(weight, TwoWayWeight) for block in weights for weight in block.values()):
+            return made
+        made.weights = weights
+        narrow = spec.hidden // spec.heads in native.HEADS and not spec.hidden % native.PASS_LANES and not spec.intermediate % native.PASS_LANES
+        made.whole = (
+            [self._whole(block, laid_out) for block, laid_out in zip(self.blocks, weights, strict=True)]
+            if narrow and spec.activation == "gelu"
+            else []
+        )
         return made
 
-    def _fits_whole(self) -> bool:
-        spec = self.spec
-        narrow = spec.hidden // spec.heads in native.HEADS and not spec.hidden % native.PASS_LANES and not spec.intermediate % native.PASS_LANES
-        return narrow and spec.activation == "gelu" and all(isinstance(w, TwoWayWeight) for block in self.weights or [] for w in block.values())
-
-    def _whole(self, i: int) -> Block:
-        w = self.blocks[i]
-        dense = [Dense(weight.forward, weight.back, w[f"{name}.bias"]) for name, weight in self.weights[i].items()]
-        return Block(*dense, [(w[f"{norm}.weight"], w[f"{norm}.bias"]) for norm in ("attention_norm", "output_norm")], self.spec.heads, self.spec.eps)
+    def _whole(self, block: dict[str, Tensor], weights: dict[str, TwoWayWeight]) -> Block:
+        dense = [Dense(weight.forward, weight.back, block[f"{name}.bias"]) for name, weight in weights.items()]
+        norms = [(block[f"{norm}.weight"], block[f"{norm}.bias"]) for norm in ("attention_norm", "output_norm")]
+        return Block(*dense, norms, self.spec.heads, self.spec.eps)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -208,9 +208,10 @@ class PackedModel:
         return FoldedAdapter(made)
 
     def for_training(self) -> "PackedModel":
-        """This one, with the base's dense layers laid out forward and back."""
-        self.encoder = self.encoder.for_training()
-        return self
+        """A copy over the same tensors, with the base's dense layers laid out forward and back."""
+        made = copy.copy(self)
+        made.encoder = self.encoder.for_training()
+        return made
 
     def for_inference(self, precision: str) -> "PackedModel":
         """A copy that only predicts: with LoRA merged into the weights, in int8 beside them. Raises UsageError as `require_int8` does."""
