@@ -29,7 +29,7 @@ Loras = Mapping[tuple[int, str], Lora]
 
 
 class PackedEncoder:
-    """The frozen encoder over packed batches. Holds the base's tensors, q, k and v stacked; never changes them."""
+    """The frozen encoder over packed batches. Holds the base's tensors, q, k and v stacked, of which the base's own become views; never changes them."""
 
     def __init__(self, weights: BaseWeights):
         self.spec = weights.spec
@@ -39,7 +39,9 @@ class PackedEncoder:
         for i in range(self.spec.layers):
             block = {name.removeprefix(f"{i}."): t for name, t in tensors.items() if name.startswith(f"{i}.")}
             for part in ("weight", "bias"):
-                block[f"qkv.{part}"] = torch.cat([block.pop(f"{slot}.{part}") for slot in ("query", "key", "value")])
+                slots = [f"{slot}.{part}" for slot in ("query", "key", "value")]
+                block[f"qkv.{part}"] = torch.cat([block.pop(slot) for slot in slots])
+                tensors |= {f"{i}.{slot}": rows for slot, rows in zip(slots, block[f"qkv.{part}"].chunk(3), strict=True)}  # once in memory
             self.blocks.append(block)
         self.weights: list[dict[str, Weight]] | None = None
         self.whole: list[Block] = []  # blocks that run in one call
