@@ -163,7 +163,7 @@ class PackedEncoder:
         before = (counted - real.long())[first]
         return torch.where(real, counted - before - 1 + offset, offset - 1)
 
-    def _in_one_call(self, i: int, layout: Layout, loras: Loras | Mix, dropout_seed: int | None) -> list[Adapted] | None:
+    def _whole_adapters(self, i: int, layout: Layout, loras: Loras | Mix, dropout_seed: int | None) -> list[Adapted] | None:
         """The adapters of a block that `native.block` takes; None where it does not take the block."""
         if not self.whole or isinstance(loras, Mix) or layout.longest > native.LONGEST:
             return None
@@ -177,7 +177,7 @@ class PackedEncoder:
         )
 
     def _block(self, i: int, x: Tensor, layout: Layout, loras: Loras | Mix, dropout_seed: int | None, only_first: bool) -> Tensor:
-        adapters = None if only_first else self._in_one_call(i, layout, loras, dropout_seed)
+        adapters = None if only_first else self._whole_adapters(i, layout, loras, dropout_seed)
         if adapters is not None:
             return passes.block(x, self.whole[i], layout.cu_seqlens, adapters)
         w, hidden = self.blocks[i], self.spec.hidden

@@ -1,7 +1,7 @@
 """Products of the frozen base: weights laid out once for the processor, in float32, for training both ways, or in 8-bit integers.
 
-In training torch's products pack a weight anew in every call, forward and back: a tenth of their time at 600 rows, a third at 60 (docs/log.md). Ours
-read it from panels (native/product.c).
+In training torch's products pack a weight anew in every call, forward and back: a tenth of their time at some 600 rows (docs/log.md). Ours read
+it from panels (native/product.c).
 
 For inference, with AVX-512 oneDNN runs float32 products 8 to 12% faster on weights laid out for it, and bias, GELU and residual in the same pass. Without,
 its GELU in that pass costs four times one of its own, and MKL on turned weights is a fifth faster (docs/log.md). oneDNN keeps up to a mebibyte
