@@ -21,7 +21,8 @@ from textlora.families import SLOTS
 from textlora.lora import Lora, dora_scale, lora_linear
 from textlora.mixing import Folded, Mix
 from textlora.native.block import Adapted, Block, Dense
-from textlora.products import SplitWeight, TwoWayWeight, Weight, activate, dense, filled_up, lays_out, prepare, prepare_for_training
+from textlora.native.encode import Blocks, Jobs
+from textlora.products import PanelWeight, SplitWeight, TwoWayWeight, Weight, activate, dense, filled_up, lays_out, prepare, prepare_for_training
 from textlora.tokens import Layout, PackedBatch
 
 DENSE = ("qkv", "attention_output", "intermediate", "output")
@@ -44,35 +45,42 @@ class PackedEncoder:
                 tensors |= {f"{i}.{slot}": rows for slot, rows in zip(slots, block[f"qkv.{part}"].chunk(3), strict=True)}  # once in memory
             self.blocks.append(block)
         self.weights: list[dict[str, Weight]] | None = None
-        self.whole: list[Block] = []  # blocks that run in one call
+        self.whole: list[Block] = []  # blocks in training, each in one call
+        self.together: Blocks | None = None  # all blocks when predicting, in one call
         self.in_steps = False  # whether batches are filled up to whole steps, so that shapes repeat
 
     def for_inference(self, precision: str = "float32") -> "PackedEncoder":
         """The same encoder in bfloat16, with its dense layers in 8 bits, or laid out for this processor: no gradients, adapters as a `Mix`."""
         made = copy.copy(self)
-        made.weights, made.whole = None, []
+        made.weights, made.whole, made.together = None, [], None
         if precision == "bfloat16":
             made.embeddings, *made.blocks = ({name: t.to(torch.bfloat16) for name, t in part.items()} for part in (self.embeddings, *self.blocks))
             return made
         if precision != "int8" and not lays_out(self.embeddings["word"]):
             return made
-        made.in_steps = True
-        made.weights = [{name: prepare(block[f"{name}.weight"], precision) for name in DENSE} for block in self.blocks]
+        at_once = precision != "int8" and self._in_c
+        made.in_steps = not at_once
+        made.weights = [{name: prepare(block[f"{name}.weight"], precision, at_once) for name in DENSE} for block in self.blocks]
+        if at_once:
+            panels = [{name: weight.panels for name, weight in block.items()} for block in made.weights]
+            made.together = Blocks(self.blocks, panels, self.spec.heads, self.spec.eps)
         return made
+
+    @property
+    def _in_c(self) -> bool:
+        """Whether compiled functions take whole blocks of this kind on this processor."""
+        spec = self.spec
+        narrow = spec.hidden // spec.heads in native.HEADS and not spec.hidden % native.PASS_LANES and not spec.intermediate % native.PASS_LANES
+        return narrow and spec.activation == "gelu" and spec.layers > 0 and native.lanes() > 0
 
     def for_training(self) -> "PackedEncoder":
         """The same encoder with its dense layers, where this processor has what that takes, laid out forward and back: they can get no gradients."""
-        made, spec = copy.copy(self), self.spec
+        made = copy.copy(self)
         weights = [{name: prepare_for_training(block[f"{name}.weight"]) for name in DENSE} for block in self.blocks]
         if not all(isinstance(weight, TwoWayWeight) for block in weights for weight in block.values()):
             return made
         made.weights = weights
-        narrow = spec.hidden // spec.heads in native.HEADS and not spec.hidden % native.PASS_LANES and not spec.intermediate % native.PASS_LANES
-        made.whole = (
-            [self._whole(block, laid_out) for block, laid_out in zip(self.blocks, weights, strict=True)]
-            if narrow and spec.activation == "gelu"
-            else []
-        )
+        made.whole = [self._whole(block, laid_out) for block, laid_out in zip(self.blocks, weights, strict=True)] if self._in_c else []
         return made
 
     def _whole(self, block: dict[str, Tensor], weights: dict[str, TwoWayWeight]) -> Block:
@@ -92,7 +100,8 @@ class PackedEncoder:
     @property
     def one_core(self) -> bool:
         """Whether a product takes one core whatever torch is told: little work is then worth sharing out, too."""
-        return self.weights is not None and any(isinstance(weight, SplitWeight | TwoWayWeight) for block in self.weights for weight in block.values())
+        kinds = SplitWeight | PanelWeight | TwoWayWeight
+        return self.weights is not None and any(isinstance(weight, kinds) for block in self.weights for weight in block.values())
 
     def forward(
         self, batch: PackedBatch, loras: Loras | Mix, *, pooling: str = "first", dropout_seed: int | None = None, checkpointing: bool = False
@@ -113,7 +122,10 @@ class PackedEncoder:
         """
         layout = self._layout(batch)
         x = self._filled(self._embed(batch) if batch.hidden is None else batch.hidden.to(self.dtype))
-        for i in range(batch.depth, self.spec.layers):
+        jobs = self._jobs(layout, loras, pooling)
+        if jobs is not None and batch.depth < self.spec.layers:
+            x = self.together.forward(x.contiguous(), layout.cu_seqlens, jobs, batch.depth, only_first=pooling == "first")
+        for i in range(batch.depth if jobs is None else self.spec.layers, self.spec.layers):
             last = i == self.spec.layers - 1 and pooling == "first"
             arguments = (i, x, layout, loras, dropout_seed, last)
             x = checkpoint(self._block, *arguments, use_reentrant=False, preserve_rng_state=False) if checkpointing else self._block(*arguments)
@@ -128,9 +140,20 @@ class PackedEncoder:
     def prefix(self, batch: PackedBatch, depth: int) -> Tensor:
         """Hidden states (T, H) at the input of block `depth`, no adapter below it. Raises UsageError as `forward` does."""
         layout, x = self._layout(batch), self._filled(self._embed(batch))
+        jobs = self._jobs(layout, {}, "mean")
+        if jobs is not None and depth:
+            return self.together.forward(x.contiguous(), layout.cu_seqlens, jobs, last=depth)
         for i in range(depth):
             x = self._block(i, x, layout, {}, None, False)
         return x[: batch.tokens]
+
+    def _jobs(self, layout: Layout, loras: Loras | Mix, pooling: str) -> Jobs | None:
+        """What a call of all blocks needs of the adapters; None where it does not take the batch."""
+        if self.together is None or layout.longest > native.LONGEST:
+            return None
+        if isinstance(loras, Mix):
+            return loras.jobs(self.spec.layers, pooling == "first")
+        return None if loras else Jobs.none(self.spec.layers)
 
     def _filled(self, x: Tensor) -> Tensor:
         """Rows that belong to nobody up to a whole number of steps, where shapes should repeat."""

@@ -6,10 +6,12 @@ For inference: no gradients.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from textlora.native import AdaptedLayer, add_adapted
+from textlora.native.encode import Jobs
 from textlora.products import Weight, activate, dense
 
 Place = tuple[int, str]
@@ -21,6 +23,7 @@ PRODUCTS = (
     ("intermediate",),
     ("output",),
 )  # slots of the encoder's dense layers
+WHOLE = (PRODUCTS[0], *PRODUCTS[3:])  # of a block that forms queries, keys and values of all tokens
 
 
 class Folded(NamedTuple):
@@ -68,6 +71,19 @@ class FoldedAdapter(dict[Place, Folded]):
         turned = {place: one.B.T.contiguous() for place, one in places.items()}
         made = {(layer, slots): joined(self, turned, layer, slots) for layer in {layer for layer, _ in self} for slots in PRODUCTS}
         self.joined = {place: one for place, one in made.items() if one is not None}
+        self.jobs = self._jobs()
+
+    def _jobs(self) -> np.ndarray | None:
+        """A row for each adapted layer: number of its product, in, out, then what `Jobs.words` has behind the rows; None where C cannot take it."""
+        if any(not one.compiled for one in self.joined.values()):
+            return None
+        found = [
+            (layer * len(WHOLE) + WHOLE.index(slots), one.A.shape[1], one.B.shape[1], *one.words)
+            for (layer, slots), joined in self.joined.items()
+            if slots in WHOLE
+            for one in joined.compiled
+        ]
+        return np.array(found, dtype=np.int64).reshape(-1, 8)
 
 
 class Mix:
@@ -103,6 +119,24 @@ class Mix:
                     scale[k] = one.scale
         owners = torch.tensor(self.owners, device=A.device)
         return Folded(A[owners], B[owners], None if scale is None else scale[owners])
+
+    def jobs(self, layers: int, only_first: bool) -> Jobs | None:
+        """What the adapters add in all products of an encoder; None where C cannot take one. `only_first`: the last block has a row per text."""
+        tables = [adapter.jobs for adapter in self.adapters]
+        if any(table is None for table in tables):
+            return None
+        if not any(len(table) for table in tables):
+            return Jobs.none(layers)
+        sizes = np.array([(tokens, texts) for (_, tokens), (_, texts) in zip(self.tokens, self.texts, strict=True)])
+        places = np.concatenate([sizes.cumsum(0) - sizes, sizes], 1)  # of each stretch: first token, first text, tokens, texts
+        table = np.concatenate([tables[owner] for owner, _ in self.tokens])
+        places = np.repeat(places, [len(tables[owner]) for owner, _ in self.tokens], axis=0)
+        count = layers * len(WHOLE)
+        as_texts = (table[:, 0] >= count - len(WHOLE)) & only_first
+        order = np.argsort(table[:, 0], kind="stable")
+        rows = np.where(as_texts[:, None], places[:, 1::2], places[:, ::2])
+        words = np.ascontiguousarray(np.concatenate([rows, table[:, 3:]], 1)[order])
+        return Jobs(words, np.searchsorted(table[order, 0], np.arange(count + 1)), table[order, 1:3])
 
     def linear(
         self,

@@ -112,6 +112,22 @@ class SplitWeight(_BesidePlain):
 
 
 @dataclass(frozen=True)
+class PanelWeight(_BesidePlain):
+    """Weight (out, in) of a dense layer, float32, laid out for products of our own. One core computes a product."""
+
+    panels: Product
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "PanelWeight":
+        return cls(weight, Product(weight))
+
+    def product(self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+        """`f(x W^T + b) + residual`."""
+        y = activate(self.panels(x.contiguous(), bias), activation)
+        return y if residual is None else y.add_(residual)
+
+
+@dataclass(frozen=True)
 class TwoWayWeight(_BesidePlain):
     """Weight (out, in) of a dense layer, float32, laid out for products forward and back, with gradients of x. One core computes a product."""
 
@@ -209,7 +225,7 @@ def exact_levels() -> int | None:
     return None
 
 
-Weight = Tensor | Int8Weight | LaidOutWeight | TurnedWeight | SplitWeight | TwoWayWeight
+Weight = Tensor | Int8Weight | LaidOutWeight | TurnedWeight | SplitWeight | PanelWeight | TwoWayWeight
 
 
 def activate(x: Tensor, name: str | None) -> Tensor:
@@ -225,7 +241,7 @@ def activate(x: Tensor, name: str | None) -> Tensor:
 
 def dense(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
     """A frozen dense layer and what follows it, `f(x W^T + b) + residual`: x (T, in) to (T, out)."""
-    if isinstance(weight, LaidOutWeight | TurnedWeight | SplitWeight | TwoWayWeight):
+    if isinstance(weight, LaidOutWeight | TurnedWeight | SplitWeight | PanelWeight | TwoWayWeight):
         return weight.product(x, bias, activation, residual)
     if isinstance(weight, Tensor):
         y = activate(F.linear(x, weight, bias), activation)
@@ -246,12 +262,15 @@ def lays_out(weight: Tensor) -> bool:
     return fits and torch.backends.mkldnn.is_available() and inner
 
 
-def prepare(weight: Tensor, precision: str) -> Weight:
-    """A weight (out, in) as this processor multiplies it fastest where `lays_out` holds, or in 8 bits; `precision` is one of `config.PRECISIONS`."""
+def prepare(weight: Tensor, precision: str, one_core: bool = False) -> Weight:
+    """A weight (out, in) as this processor multiplies it fastest where `lays_out` holds, or in 8 bits; `precision` is one of `config.PRECISIONS`.
+    `one_core`: in panels of our own."""
     if precision == "int8":
         return Int8Weight.of(weight)
     if precision == "high" and has_amx():
         return SplitWeight.of(weight)
+    if one_core:
+        return PanelWeight.of(weight)
     return (LaidOutWeight if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else TurnedWeight).of(weight)
 
 

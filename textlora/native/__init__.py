@@ -1,5 +1,6 @@
 """What torch has no fast way for, in C: products on the matrix units (amx.c), attention (attention.c), the small products of many
-adapters (lora.c), what lies between the products of a block (passes.c), products with what follows them (product.c).
+adapters (lora.c), what lies between the products of a block (passes.c), products with what follows them (product.c). block.py has a block in
+training in one call, encode.py all blocks when predicting.
 
 They are there where the package was built with a C compiler on x86 Linux and the processor has what they use; everything works without.
 """
@@ -16,13 +17,18 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-VERSION = 6  # of what is called here, as in attention.c
+VERSION = 7  # of what is called here, as in attention.c
 LONGEST = 512  # tokens of a text
 HEADS = (16, 32, 64)  # widths of a head
 MOST_RANK, LANES = 256, 8
 PASS_LANES = 16  # widths are multiples of it
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+
+
+def structure(name: str, **fields: type) -> type[ctypes.Structure]:
+    """A C structure of these fields, in order."""
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
 @cache
@@ -50,6 +56,8 @@ def library() -> ctypes.CDLL | None:
     found.textlora_block_scratch.restype, found.textlora_block_scratch.argtypes = _long, [_pointer] * 2
     found.textlora_block.restype, found.textlora_block.argtypes = None, [_pointer] * 2
     found.textlora_block_back.restype, found.textlora_block_back.argtypes = None, [_pointer] * 3
+    found.textlora_encode_scratch.restype, found.textlora_encode_scratch.argtypes = _long, [_pointer] * 2
+    found.textlora_encode.restype, found.textlora_encode.argtypes = None, [_pointer] * 2
     found.textlora_amx_bytes.restype, found.textlora_amx_bytes.argtypes = _long, [_long, _long]
     found.textlora_amx_lay_out.restype, found.textlora_amx_lay_out.argtypes = None, [_pointer, _long, _long, _pointer]
     found.textlora_amx_scratch.restype, found.textlora_amx_scratch.argtypes = _long, []
@@ -92,7 +100,7 @@ class _Room:
             self._free.append(piece)
 
 
-attention_room, scratch_room, _product_room = _Room(), _Room(), _Room()
+attention_room, scratch_room, split_room = _Room(), _Room(), _Room()
 
 
 def attention(projected: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, heads: int) -> None:
@@ -216,8 +224,8 @@ class Product:
         check(plain)
         rows, columns = plain.shape
         self.inner, self.out, steps = (rows, columns, (columns, 1)) if turned else (columns, rows, (1, columns))
-        self._laid_out = torch.empty(library().textlora_product_size(self.inner, self.out, lanes()))  # torch aligns to 64 bytes
-        self.address = self._laid_out.data_ptr()
+        self.panels = torch.empty(library().textlora_product_size(self.inner, self.out, lanes()))  # torch aligns to 64 bytes
+        self.address = self.panels.data_ptr()
         library().textlora_product_lay_out(plain.data_ptr(), self.address, self.inner, self.out, *steps, 1.0, lanes())
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -240,7 +248,8 @@ class Panels:
         plain = weight.detach().contiguous()
         check(plain)
         self._laid_out = torch.empty(library().textlora_amx_bytes(self.out, self.inner), dtype=torch.uint8)  # torch aligns to 64 bytes
-        library().textlora_amx_lay_out(plain.data_ptr(), self.out, self.inner, self._laid_out.data_ptr())
+        self.address = self._laid_out.data_ptr()
+        library().textlora_amx_lay_out(plain.data_ptr(), self.out, self.inner, self.address)
 
     def product(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool) -> Tensor:
         """`f(x W^T + b) + residual`, f GELU or nothing: x (T, in) to (T, out), on one core, without gradients."""
@@ -249,7 +258,7 @@ class Panels:
         check(x, (len(x), self.inner))
         check(bias, (self.out,))
         check(residual, y.shape)
-        with _product_room.lent(library().textlora_amx_scratch()) as room:
+        with split_room.lent(library().textlora_amx_scratch()) as room:
             library().textlora_amx_product(*_addresses(x, self._laid_out, bias, residual, y, room), len(x), self.inner, self.out, gelu)
         return y
 

@@ -7,19 +7,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from textlora import native
-from textlora.native import HEADS, PASS_LANES, Product, attention_room, check, check_texts, library, scratch_room
+from textlora.native import HEADS, PASS_LANES, Product, attention_room, check, check_texts, library, scratch_room, structure
 
 MOST = 3  # adapters of a block
 
-
-def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
-
-
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-_Dense = _structure("_Dense", forward=_pointer, back=_pointer, bias=_pointer)
-_Norm = _structure("_Norm", weight=_pointer, shift=_pointer)
-_Frozen = _structure(
+_Dense = structure("_Dense", forward=_pointer, back=_pointer, bias=_pointer)
+_Norm = structure("_Norm", weight=_pointer, shift=_pointer)
+_Frozen = structure(
     "_Frozen",
     qkv=_Dense,
     output=_Dense,
@@ -33,8 +28,8 @@ _Frozen = _structure(
     eps=_float,
     lanes=_int,
 )
-_Adapter = _structure("_Adapter", A=_pointer, B=_pointer, dA=_pointer, dB=_pointer, r=_long, column=_long, scaling=_float)
-_Call = _structure(
+_Adapter = structure("_Adapter", A=_pointer, B=_pointer, dA=_pointer, dB=_pointer, r=_long, column=_long, scaling=_float)
+_Call = structure(
     "_Call", x=_pointer, starts=_pointer, kept=_pointer, y=_pointer, scratch=_pointer, room=_pointer,
     rows=_long, texts=_long, adapters=_long, rank=_long, slopes=_int, adapter=_Adapter * MOST,
 )  # fmt: skip

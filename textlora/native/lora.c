@@ -3,20 +3,15 @@
  * Written for no processor in particular: vectors of eight, which compilers turn into what there is; each function is compiled for several
  * kinds of x86 processors and chosen when the library is loaded. Called by __init__.py, which checks all arguments.
  */
-#include <stdint.h>
 #include <string.h>
+
+#include "native.h"
 
 #define EACH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 
 typedef float vector __attribute__((vector_size(32), aligned(4)));
 
 enum { LANES = 8, ROWS = 4, MOST_RANK = 256 };
-
-struct job {
-    int64_t row, rows; /* of x and y */
-    const float *A, *B, *scale; /* (r, in), (r, out) with s in it, and DoRA's factor (out) or nothing */
-    int64_t r, column; /* of y, the first of out */
-};
 
 static inline __attribute__((always_inline)) vector load(const float *from)
 {
