@@ -166,13 +166,16 @@ class PackedEncoder:
         return layout
 
     def _embed(self, batch: PackedBatch) -> Tensor:
-        e = self.embeddings
-        x = F.embedding(batch.ids, e["word"])
-        if "type" in e:
-            types = batch.type_ids if self.spec.family.uses_type_ids else torch.zeros_like(batch.type_ids)
-            x = x + F.embedding(types, e["type"])
-        x = x + F.embedding(self._positions(batch), e["position"])
-        x = F.layer_norm(x, x.shape[-1:], e["norm.weight"], e["norm.bias"], self.spec.eps)
+        e, names = self.embeddings, [name for name in ("word", "type", "position") if name in self.embeddings]
+        types = batch.type_ids if self.spec.family.uses_type_ids else torch.zeros_like(batch.type_ids)
+        places = {"word": batch.ids, "position": self._positions(batch), "type": types}
+        if (self.together or self.whole) and not e["word"].shape[1] % native.PASS_LANES:
+            x = native.embed([places[name] for name in names], [e[name] for name in names], e["norm.weight"], e["norm.bias"], self.spec.eps)
+        else:
+            x = F.embedding(places["word"], e["word"])
+            for name in names[1:]:
+                x = x + F.embedding(places[name], e[name])
+            x = F.layer_norm(x, x.shape[-1:], e["norm.weight"], e["norm.bias"], self.spec.eps)
         return F.linear(x, e["project.weight"], e["project.bias"]) if "project.weight" in e else x
 
     def _positions(self, batch: PackedBatch) -> Tensor:

@@ -44,9 +44,10 @@ def library() -> ctypes.CDLL | None:
     found.textlora_attention.argtypes = [_pointer] * 5 + [_long] * 3 + [_float, _int]
     found.textlora_attention_scratch.restype, found.textlora_attention_scratch.argtypes = _long, []
     found.textlora_lora.restype, found.textlora_lora.argtypes = None, [_pointer] * 3 + [_long] * 4
-    found.textlora_gelu.restype, found.textlora_gelu.argtypes = None, [_pointer] * 3 + [_long] * 2 + [_int]
+    found.textlora_gelu.restype, found.textlora_gelu.argtypes = None, [_pointer] * 3 + [_long] * 2 + [_int] * 2
     found.textlora_norm.restype, found.textlora_norm.argtypes = None, [_pointer] * 7 + [_long] * 2 + [_float]
     found.textlora_norm_back.restype, found.textlora_norm_back.argtypes = None, [_pointer] * 4 + [_long] * 2
+    found.textlora_embed.restype, found.textlora_embed.argtypes = None, [_pointer] * 9 + [_long] * 2 + [_float]
     found.textlora_product_size.restype, found.textlora_product_size.argtypes = _long, [_long] * 2 + [_int]
     found.textlora_product_lay_out.restype = None
     found.textlora_product_lay_out.argtypes = [_pointer] * 2 + [_long] * 4 + [_float, _int]
@@ -179,7 +180,7 @@ def add_adapted(x: Tensor, y: Tensor, jobs: Sequence[tuple[int, int, AdaptedLaye
 
 def has_passes(x: Tensor) -> bool:
     """Whether `gelu`, `norm` and `norm_back` take tensors like this one, (..., width)."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not x.shape[-1] % PASS_LANES and library() is not None
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not x.shape[-1] % PASS_LANES and lanes() > 0
 
 
 def gelu(h: Tensor, bias: Tensor | None, out: Tensor, slope: bool) -> None:
@@ -188,7 +189,9 @@ def gelu(h: Tensor, bias: Tensor | None, out: Tensor, slope: bool) -> None:
     check(out, h.shape)
     check(bias, (h.shape[1],))
     check_width(h)
-    library().textlora_gelu(*_addresses(h, bias, out), *h.shape, slope)
+    if not lanes():
+        raise ValueError("no vectors here")
+    library().textlora_gelu(*_addresses(h, bias, out), *h.shape, slope, lanes())
 
 
 def norm(y: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, out: Tensor, scale: Tensor, eps: float) -> None:
@@ -212,6 +215,33 @@ def norm_back(grad: Tensor, weight: Tensor, normed: Tensor, scale: Tensor) -> No
     check(scale, (len(normed),))
     check_width(normed)
     library().textlora_norm_back(*_addresses(grad, weight, normed, scale), *normed.shape)
+
+
+def embed(places: Sequence[Tensor], tables: Sequence[Tensor], weight: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """`layer_norm` of the sum of rows, one of each table: (T, width), on one core.
+
+    Args:
+        places: (T,) int64 each, rows of words, of token types where the base has them, and of positions.
+        tables: (..., width) float32, in the same order.
+        weight, shift: (width,).
+
+    Raises:
+        ValueError: a place outside its table, or anything else that C must not get.
+    """
+    width = tables[0].shape[1]
+    for at, table in zip(places, tables, strict=True):
+        check(at, places[0].shape, torch.int64)
+        check(table, (len(table), width))
+        low, high = at.aminmax()
+        if low < 0 or high >= len(table):
+            raise ValueError(f"place {int(low)} or {int(high)} in a table of {len(table)} rows")
+    for tensor in (weight, shift):
+        check(tensor, (width,))
+    check_width(tables[0])
+    out = tables[0].new_empty(len(places[0]), width)
+    named = [[given[0], given[1] if len(given) == 3 else None, given[-1]] for given in (places, tables)]
+    library().textlora_embed(*_addresses(*named[0], *named[1], weight, shift, out), *out.shape, eps)
+    return out
 
 
 class Product:

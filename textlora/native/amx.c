@@ -21,6 +21,10 @@
 
 #define AMX __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")))
 #define INLINE AMX static inline __attribute__((always_inline))
+#define LANES 16
+#define NAME(f) f
+#include "vectors.h"
+#include "gelu.h"
 
 enum { SIDE = 32, TILE = 1024, PAIR = 2 * TILE, STEP = 2 * PAIR, MOST_STEPS = 32, MOST_BLOCKS = 8, SCRATCH = 1 << 20 };
 
@@ -133,24 +137,6 @@ INLINE void multiply(const uint8_t *x, const uint8_t *w, long steps, float *sum)
     _tile_stored(0, sum, 128); _tile_stored(1, sum + 16, 128); _tile_stored(2, sum + 16 * SIDE, 128); _tile_stored(3, sum + 16 * SIDE + 16, 128);
 }
 
-INLINE __m512 polynomial(__m512 t, const float *c, int degree)
-{
-    __m512 y = _mm512_set1_ps(c[degree]);
-    while (degree--) y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(c[degree]));
-    return y;
-}
-
-/* x (1 + erf(x / sqrt 2)) / 2, with erf(z) = z P(z^2) / Q(z^2) up to 3.92, where it is 1 - 3e-8; coefficients by least squares, error 2e-8. */
-INLINE __m512 gelu(__m512 x)
-{
-    static const float P[] = {1.12837904f, 1.92482180e-1f, 5.30234535e-2f, 3.85620107e-3f, 2.87198767e-4f, 2.03686091e-6f};
-    static const float Q[] = {1.0f, 5.03914667e-1f, 1.14968247e-1f, 1.51481840e-2f, 1.18515044e-3f, 3.80778533e-5f};
-    __m512 limit = _mm512_set1_ps(3.92f), half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f)), z = _mm512_mul_ps(x, _mm512_set1_ps(0.70710678f));
-    z = _mm512_min_ps(_mm512_max_ps(z, _mm512_sub_ps(_mm512_setzero_ps(), limit)), limit);
-    __m512 t = _mm512_mul_ps(z, z), erf = _mm512_div_ps(_mm512_mul_ps(z, polynomial(t, P, 5)), polynomial(t, Q, 5));
-    return _mm512_fmadd_ps(half, erf, half);
-}
-
 /* A panel of y, of rows of out numbers each: f(sum + bias + so_far) + residual, what is missing left out. */
 INLINE void put(const float *sum, const float *bias, const float *so_far, const float *residual, float *y, long rows, long columns, long out, int with_gelu)
 {
@@ -162,7 +148,7 @@ INLINE void put(const float *sum, const float *bias, const float *so_far, const 
             u = _mm512_add_ps(u, _mm512_maskz_loadu_ps(left, so_far + r * out));
             v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(right, so_far + r * out + 16));
         }
-        if (with_gelu) u = gelu(u), v = gelu(v);
+        if (with_gelu) u = gelu(u, 0), v = gelu(v, 0);
         if (residual) {
             u = _mm512_add_ps(u, _mm512_maskz_loadu_ps(left, residual + r * out));
             v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(right, residual + r * out + 16));

@@ -18,7 +18,7 @@
 #define NAME(f) f
 #include "vectors.h"
 
-enum { QKV, OUTPUT, UP, DOWN, PRODUCTS, TEXTS = 32 /* at a time in the last block */, LONGEST = 512 };
+enum { QKV, OUTPUT, UP, DOWN, PRODUCTS, LONGEST = 512, TEXTS = 32 /* at a time in the last block */, PIECE = 128 /* rows at a time behind attention */ };
 
 /* Panels of product.c, or of amx.c where the encoder has `halves`. */
 struct dense { const void *panels; const float *bias; };
@@ -46,12 +46,10 @@ struct batch {
     int firsts;
 };
 
-static long wide_of(const struct encoder *e) { return e->inner > 4 * e->width ? e->inner : 4 * e->width; }
-
 long textlora_encode_scratch(const struct encoder *e, const struct batch *b)
 {
     long last = TEXTS * (e->heads + 1) * e->width + e->heads * (LONGEST + LANES);
-    return b->rows * (3 * e->width + wide_of(e) + 1) + last;
+    return b->rows * 5 * e->width + PIECE * (2 * e->width + e->inner) + last;
 }
 
 static const struct job *first_job(const struct batch *b, long i, int p) { return b->jobs + b->ends[PRODUCTS * i + p]; }
@@ -70,8 +68,19 @@ EACH static void multiply(float *y, const float *factor, long width)
     for (long i = 0; i < width; i += LANES) store(y + i, load(y + i) * load(factor + i));
 }
 
-/* y = x W^T with what adapters add to it, and the bias where `biased`; GELU of that in the third. */
-static void product(const struct encoder *e, const struct batch *b, long i, int p, const float *x, float *y, long rows, int biased)
+/* Of an adapter's rows those among at to at + rows, counted from at. */
+static struct job among(const struct job *job, long at, long rows)
+{
+    struct job part = *job;
+    long first = job->row > at ? job->row - at : 0, last = job->row + job->rows - at;
+    part.row = first;
+    part.rows = (last < rows ? last : rows) - first;
+    if (part.rows < 0) part.rows = 0;
+    return part;
+}
+
+/* y = x W^T of rows at to at + rows of a batch, with what adapters add to it, and the bias where `biased`; GELU of that in the third. */
+static void product(const struct encoder *e, const struct batch *b, long i, int p, const float *x, float *y, long at, long rows, int biased)
 {
     const struct dense *d = e->blocks[i].of + p;
     long inner = p == DOWN ? e->inner : e->width, out = p == QKV ? 3 * e->width : p == UP ? e->inner : e->width, jobs = jobs_of(b, i, p);
@@ -80,20 +89,29 @@ static void product(const struct encoder *e, const struct batch *b, long i, int 
     if (e->halves) textlora_amx_product(x, d->panels, bias, 0, y, b->split, rows, inner, out, then == GELU);
     else textlora_product(x, inner, d->panels, bias, y, out, 0, rows, inner, out, then, e->lanes);
     if (!jobs) return;
-    textlora_lora(x, y, first_job(b, i, p), jobs, inner, out, p == QKV ? e->width : out);
-    if (p == UP) textlora_gelu(y, d->bias, y, rows, out, 0);
+    for (const struct job *job = first_job(b, i, p), *end = job + jobs; job < end; job++) {
+        struct job part = among(job, at, rows);
+        textlora_lora(x, y, &part, 1, inner, out, p == QKV ? e->width : out);
+    }
+    if (p == UP) textlora_gelu(y, d->bias, y, rows, out, 0, e->lanes);
     else if (biased) shift(y, d->bias, 1, rows, out);
 }
 
-/* What comes behind attention. wide: (rows, inner), which may be where context is; sum and between (rows, width). */
-static void rest(const struct encoder *e, const struct batch *b, long i, const float *context, const float *x, float *sum, float *between, float *wide, float *scale, float *y, long rows)
+/* What comes behind attention, x and context (rows, width) to y, which may be x: some rows at a time, so that what lies between stays in a core's cache.
+ * room: PIECE (2 width + inner) numbers. */
+static void rest(const struct encoder *e, const struct batch *b, long i, const float *context, const float *x, float *room, float *y, long rows)
 {
     const struct block *k = e->blocks + i;
-    product(e, b, i, OUTPUT, context, sum, rows, 0);
-    textlora_norm(sum, k->of[OUTPUT].bias, x, k->first.weight, k->first.shift, between, scale, rows, e->width, e->eps);
-    product(e, b, i, UP, between, wide, rows, 1);
-    product(e, b, i, DOWN, wide, sum, rows, 0);
-    textlora_norm(sum, k->of[DOWN].bias, between, k->second.weight, k->second.shift, y, scale, rows, e->width, e->eps);
+    long H = e->width;
+    float *sum = room, *between = sum + PIECE * H, *wide = between + PIECE * H;
+    for (long at = 0; at < rows; at += PIECE, context += PIECE * H, x += PIECE * H, y += PIECE * H) {
+        long count = rows - at < PIECE ? rows - at : PIECE;
+        product(e, b, i, OUTPUT, context, sum, at, count, 0);
+        textlora_norm(sum, k->of[OUTPUT].bias, x, k->first.weight, k->first.shift, between, 0, count, H, e->eps);
+        product(e, b, i, UP, between, wide, at, count, 1);
+        product(e, b, i, DOWN, wide, sum, at, count, 0);
+        textlora_norm(sum, k->of[DOWN].bias, between, k->second.weight, k->second.shift, y, 0, count, H, e->eps);
+    }
 }
 
 /* Shares of one query's scores of a text; places behind the last up to a whole vector are written. */
@@ -164,17 +182,6 @@ EACH static void add_to_values(const struct job *job, const float *means, float 
     if (job->scale) multiply(to, job->scale, width);
 }
 
-/* Of an adapter's texts those among at to at + count, counted from at. */
-static struct job among(const struct job *job, long at, long count)
-{
-    struct job part = *job;
-    long first = job->row > at ? job->row - at : 0, last = job->row + job->rows - at;
-    part.row = first;
-    part.rows = (last < count ? last : count) - first;
-    if (part.rows < 0) part.rows = 0;
-    return part;
-}
-
 /* Attention of the first tokens of count texts from at on, in the last block: their context (count, width) and x (count, width). means: (count, heads,
  * width), q (count, width), shares (heads, LONGEST + LANES). */
 static void look_first(const struct encoder *e, const struct batch *b, const float *x, long at, long count, float *firsts, float *q, float *means, float *shares, float *context)
@@ -211,21 +218,21 @@ static void look_first(const struct encoder *e, const struct batch *b, const flo
 void textlora_encode(const struct encoder *e, const struct batch *b)
 {
     long T = b->rows, H = e->width, d = H / e->heads;
-    float *sum = b->scratch, *between = sum + T * H, *state = between + T * H, *wide = state + T * H, *context = wide + 3 * T * H, *scale = wide + T * wide_of(e);
-    float *q = scale + T, *shares = q + TEXTS * H, *means = shares + e->heads * (LONGEST + LANES);
+    float *state = b->scratch, *s = state + T * H, *context = s + 3 * T * H, *room = context + T * H;
+    float *q = room + PIECE * (2 * H + e->inner), *shares = q + TEXTS * H, *means = shares + e->heads * (LONGEST + LANES);
     const float *x = b->x;
     for (long i = b->first; i < b->last - (b->firsts ? 1 : 0); i++) {
         float *y = i == b->last - 1 ? b->y : state;
-        product(e, b, i, QKV, x, wide, T, 1);
-        textlora_attention(wide, 0, context, b->starts, b->room, b->texts, e->heads, d, 1 / __builtin_sqrtf((float)d), e->lanes);
-        rest(e, b, i, context, x, sum, between, wide, scale, y, T);
+        product(e, b, i, QKV, x, s, 0, T, 1);
+        textlora_attention(s, 0, context, b->starts, b->room, b->texts, e->heads, d, 1 / __builtin_sqrtf((float)d), e->lanes);
+        rest(e, b, i, context, x, room, y, T);
         x = y;
     }
     if (!b->firsts) return;
-    float *firsts = wide + b->texts * H; /* and their contexts from wide on */
+    float *firsts = s;
     for (long at = 0; at < b->texts; at += TEXTS) {
         long count = b->texts - at < TEXTS ? b->texts - at : TEXTS;
-        look_first(e, b, x, at, count, firsts + at * H, q, means, shares, wide + at * H);
+        look_first(e, b, x, at, count, firsts + at * H, q, means, shares, context + at * H);
     }
-    rest(e, b, b->last - 1, wide, firsts, sum, between, wide, scale, b->y, b->texts);
+    rest(e, b, b->last - 1, context, firsts, room, b->y, b->texts);
 }

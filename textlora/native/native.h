@@ -18,6 +18,6 @@ long textlora_product_size(long inner, long out, int lanes);
 void textlora_product_lay_out(const float *w, float *to, long inner, long out, long next_in, long next_out, float factor, int lanes);
 void textlora_product(const float *x, long x_stride, const float *panels, const float *bias, float *y, long y_stride, float *slope, long rows, long inner, long out, int then, int lanes);
 void textlora_cross(const float *a, long a_stride, const float *b, long b_stride, float *to, long rows, long count, long columns, float factor, int lanes);
-void textlora_gelu(float *h, const float *bias, float *out, long rows, long columns, int slope);
+void textlora_gelu(float *h, const float *bias, float *out, long rows, long columns, int slope, int lanes);
 void textlora_lora(const float *x, float *y, const struct job *jobs, long count, long in, long width, long out);
 void textlora_amx_product(const float *x, const uint8_t *w, const float *bias, const float *residual, float *y, uint8_t *scratch, long rows, long in, long out, int with_gelu);

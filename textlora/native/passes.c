@@ -1,11 +1,11 @@
-/* What lies between the products of a block, each in one pass over memory: bias and GELU, and bias, residual and norm, forward and back.
+/* Bias, residual and norm in one pass over memory, forward and back, and embeddings.
  *
  * Written for no processor in particular: vectors of sixteen, which compilers turn into what there is; each function is compiled for several
  * kinds of x86 processors and chosen when the library is loaded. Widths are multiples of LANES. Called by __init__.py, which checks all arguments.
  */
-#include "native.h"
-
 #include <string.h>
+
+#include "native.h"
 
 #define EACH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -14,20 +14,7 @@
 #define NAME(f) f
 #include "vectors.h"
 
-/* out = gelu(h + bias), rows of columns numbers; h becomes the slope there, or stays where slope is 0. */
-EACH void textlora_gelu(float *h, const float *bias, float *out, long rows, long columns, int slope)
-{
-    for (long r = 0; r < rows; r++, h += columns, out += columns)
-        for (long i = 0; i < columns; i += LANES) {
-            vector x = load(h + i);
-            if (bias) x += load(bias + i);
-            vector density, share = normal(x, &density);
-            store(out + i, x * share);
-            if (slope) store(h + i, share + x * density * 0.398942280f);
-        }
-}
-
-/* s = y + bias + residual, x = (s - mean) / deviation of each row, out = x weight + shift; y becomes x, scale (rows) 1 / deviation. */
+/* s = y + bias + residual, x = (s - mean) / deviation of each row, out = x weight + shift; y becomes x, scale (rows), if wanted, 1 / deviation. */
 EACH void textlora_norm(float *y, const float *bias, const float *residual, const float *weight, const float *shift, float *out, float *scale, long rows, long width, float eps)
 {
     for (long r = 0; r < rows; r++, y += width, residual += width, out += width) {
@@ -49,7 +36,7 @@ EACH void textlora_norm(float *y, const float *bias, const float *residual, cons
             store(y + i, x);
             store(out + i, x * load(weight + i) + load(shift + i));
         }
-        scale[r] = one;
+        if (scale) scale[r] = one;
     }
 }
 
@@ -65,5 +52,15 @@ EACH void textlora_norm_back(const float *d, const float *weight, float *x, cons
         }
         float mean = total(sum) / width, share = total(along) / width;
         for (long i = 0; i < width; i += LANES) store(x + i, (load(d + i) * load(weight + i) - mean - load(x + i) * share) * scale[r]);
+    }
+}
+
+/* out = layer_norm(word + type + position), a row of each of three tables for a token; type may be missing. */
+void textlora_embed(const int64_t *ids, const int64_t *types, const int64_t *positions, const float *word, const float *type, const float *position,
+                    const float *weight, const float *shift, float *out, long rows, long width, float eps)
+{
+    for (long r = 0; r < rows; r++) {
+        memcpy(out + r * width, word + ids[r] * width, width * sizeof(float));
+        textlora_norm(out + r * width, type ? type + types[r] * width : 0, position + positions[r] * width, weight, shift, out + r * width, 0, 1, width, eps);
     }
 }

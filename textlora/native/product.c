@@ -1,4 +1,4 @@
-/* Float32 products of the frozen base on one core, with what follows them: in training torch's multiply anew-packed weights and leave the rest to passes
+/* Float32 products of the frozen base on one core, with what follows them, and GELU alone: in training torch's multiply anew-packed weights and leave the rest to passes
  * of their own.
  *
  * Written in vectors of the compiler's, once (product.h), compiled for AVX-512 and for AVX2. Called by __init__.py, which checks all arguments.
@@ -58,4 +58,11 @@ void textlora_cross(const float *a, long a_stride, const float *b, long b_stride
 {
     if (lanes == 16) cross_of_16(a, a_stride, b, b_stride, to, rows, count, columns, factor);
     else cross_of_8(a, a_stride, b, b_stride, to, rows, count, columns, factor);
+}
+
+/* out = gelu(h + bias), (rows, columns); h becomes the slope there, or stays where slope is 0. columns a multiple of 16. */
+void textlora_gelu(float *h, const float *bias, float *out, long rows, long columns, int slope, int lanes)
+{
+    if (lanes == 16) bend_of_16(h, bias, out, rows, columns, slope);
+    else bend_of_8(h, bias, out, rows, columns, slope);
 }

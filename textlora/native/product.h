@@ -16,6 +16,7 @@
 #define PANEL (WIDE * LANES)
 
 #include "vectors.h"
+#include "gelu.h"
 
 /* sum += row[i] panel for one step of the inner dimension, count rows and wide vectors. */
 INLINE void NAME(step)(const float *const *row, long i, const float *panel, int count, int wide, vector (*sum)[WIDE])
@@ -54,16 +55,44 @@ INLINE void NAME(tile)(const float *x, long x_stride, const float *panel, float 
         for (int v = 0; v < wide; v++) NAME(store)(tile + r * PANEL + v * LANES, sum[r][v]);
 }
 
+/* Of whole rows, of half as many, and of one vector: functions of their own, or the compiler does not keep all sums in registers. */
+TARGET __attribute__((noinline)) static void NAME(whole)(const float *x, long x_stride, const float *panel, float *tile, long inner, long there, const float *next)
+{
+    NAME(tile)(x, x_stride, panel, tile, inner, there, ROWS, WIDE, next);
+}
+
+TARGET __attribute__((noinline)) static void NAME(half)(const float *x, long x_stride, const float *panel, float *tile, long inner, long there, const float *next)
+{
+    NAME(tile)(x, x_stride, panel, tile, inner, there, ROWS / 2, WIDE, next);
+}
+
+TARGET __attribute__((noinline)) static void NAME(narrow)(const float *x, long x_stride, const float *panel, float *tile, long inner, long there, const float *next)
+{
+    NAME(tile)(x, x_stride, panel, tile, inner, there, ROWS, 1, next);
+}
+
 /* One vector of a tile, with its bias, to where it belongs. */
 INLINE void NAME(put)(vector s, float *y, float *slope, int then)
 {
     if (then == GELU) {
-        vector density, share = NAME(normal)(s, &density);
-        if (slope) NAME(store)(slope, share + s * density * 0.398942280f);
-        s *= share;
+        vector one;
+        s = NAME(gelu)(s, slope ? &one : 0);
+        if (slope) NAME(store)(slope, one);
     } else if (then == TIMES) s *= NAME(load)(y);
     else if (then == PLUS) s += NAME(load)(y);
     NAME(store)(y, s);
+}
+
+/* out = gelu(h + bias), rows of columns numbers, a multiple of LANES; h becomes the slope there, or stays where slope is 0. */
+TARGET static void NAME(bend)(float *h, const float *bias, float *out, long rows, long columns, int slope)
+{
+    for (long r = 0; r < rows; r++, h += columns, out += columns)
+        for (long i = 0; i < columns; i += LANES) {
+            vector x = NAME(load)(h + i), one;
+            if (bias) x += NAME(load)(bias + i);
+            NAME(store)(out + i, NAME(gelu)(x, slope ? &one : 0));
+            if (slope) NAME(store)(h + i, one);
+        }
 }
 
 /* A tile of there rows and columns to y and slope, rows of which are out numbers apart. */
@@ -133,9 +162,9 @@ TARGET static void NAME(product)(const float *x, long x_stride, const float *pan
                 else if (p + 4 * PANEL >= out && called * 16 < (after - end) * x_stride) ahead = x + end * x_stride + called * 16, called += calls;
                 NAME(expect)(to, there, y_stride);
                 if (slope) NAME(expect)(beside, there, y_stride);
-                if (width < PANEL) NAME(tile)(from, x_stride, panel, tile, inner, there, ROWS, 1, ahead);
-                else if (there > ROWS / 2) NAME(tile)(from, x_stride, panel, tile, inner, there, ROWS, WIDE, ahead);
-                else NAME(tile)(from, x_stride, panel, tile, inner, there, ROWS / 2, WIDE, ahead);
+                if (width < PANEL) NAME(narrow)(from, x_stride, panel, tile, inner, there, ahead);
+                else if (there > ROWS / 2) NAME(whole)(from, x_stride, panel, tile, inner, there, ahead);
+                else NAME(half)(from, x_stride, panel, tile, inner, there, ahead);
                 NAME(finish)(tile, bias ? bias + p : 0, to, beside, there, out - p < width ? out - p : width, y_stride, then);
             }
         }

@@ -59,14 +59,3 @@ INLINE vector NAME(exponential)(vector x)
     vector t = x * 1.44269504f, n = t + round, y = NAME(polynomial)(t - (n - round), C, 6), none = {0};
     return NAME(where)(x < -87.0f, none, (vector)((integers)y + ((integers)n << 23)));
 }
-
-/* The normal distribution: its share below x, and e^(-x^2 / 2). The share above |x| is the latter times a series in 1 / (1 + 0.275 |x|), the form of
- * Hastings (Abramowitz and Stegun 26.2.17); coefficients by least squares, weighted until no error stood out: 1.1e-8 of max(1, |x|). */
-INLINE vector NAME(normal)(vector x, vector *density)
-{
-    static const float C[] = {1.175734852e-1f, 4.359702712e-2f, 3.302184980e-1f, -3.263873931e-1f, 4.491637377e-1f, -1.141653442e-1f};
-    vector size = (vector)((integers)x & 0x7fffffff), t = 1.0f / (size * 0.275f + 1.0f);
-    *density = NAME(exponential)(size * size * -0.5f);
-    vector above = *density * t * NAME(polynomial)(t, C, 5);
-    return NAME(where)(x < 0.0f, above, 1.0f - above);
-}
