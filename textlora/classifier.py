@@ -23,6 +23,7 @@ from textlora.model import Model, open_model
 from textlora.tokens import Encoded, TextTokenizer, even_batches, load_tokenizer, pack
 
 EVAL_TOKENS = {"cpu": 1024, "cuda": 65536}  # of a forward when predicting: more is slower on a CPU, and holds more memory (docs/log.md)
+EVAL_TOKENS_AT_ONCE = 512  # where a forward is one call, and little lies between two of them
 MIN_SHARE, MIN_SHARE_ONE_CORE = 192, 32  # tokens of a thread below which one batch on all cores is faster (docs/log.md)
 GOLDEN_TOLERANCE = 1e-3
 GOLDEN_FLOOR = 0.01  # a smaller scale of logits counts as this
@@ -206,7 +207,7 @@ def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | 
             return np.asarray(rows)[batch.rows.numpy()], model.forward(batch).float()
 
     with bounded_memory(model), contextlib.nullcontext(workers) if workers else side_by_side(device, model.path == "packed") as workers:
-        parts = workers.map(compute, even_batches(lengths, order, eval_tokens(device), workers.count, min_share(model)))
+        parts = workers.map(compute, even_batches(lengths, order, eval_tokens(model), workers.count, min_share(model)))
     result = np.empty((len(encoded), parts[0][1].shape[1]), dtype=np.float32)
     for rows, logits in parts:  # only now are they waited for: a GPU works while the next batch is packed
         result[rows] = logits.cpu().numpy()
@@ -218,9 +219,9 @@ def min_share(model: Any) -> int:
     return MIN_SHARE_ONE_CORE if getattr(model, "one_core", False) else MIN_SHARE
 
 
-def eval_tokens(device: str | torch.device) -> int:
-    """Tokens of one forward when predicting on a device."""
-    return EVAL_TOKENS[torch.device(device).type]
+def eval_tokens(model: Any) -> int:
+    """Tokens of one forward when predicting with a model or an encoder."""
+    return EVAL_TOKENS_AT_ONCE if getattr(model, "at_once", False) else EVAL_TOKENS[torch.device(getattr(model, "device", "cpu")).type]
 
 
 @contextlib.contextmanager

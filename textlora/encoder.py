@@ -103,6 +103,11 @@ class PackedEncoder:
         kinds = SplitWeight | PanelWeight | TwoWayWeight
         return self.weights is not None and any(isinstance(weight, kinds) for block in self.weights for weight in block.values())
 
+    @property
+    def at_once(self) -> bool:
+        """Whether all blocks are one call."""
+        return self.together is not None
+
     def forward(
         self, batch: PackedBatch, loras: Loras | Mix, *, pooling: str = "first", dropout_seed: int | None = None, checkpointing: bool = False
     ) -> Tensor:

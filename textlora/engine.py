@@ -175,7 +175,7 @@ class AdapterEngine:
         least = min_share(self.bank.running)
         workers = min(workers, max(1, int(work) // least))
         jobs = []
-        for members in even_batches(loads, np.argsort(lengths, kind="stable"), eval_tokens(self.bank.device), workers, least):
+        for members in even_batches(loads, np.argsort(lengths, kind="stable"), eval_tokens(self.bank.running), workers, least):
             asking = [(t, i) for t, g in enumerate(members) for i in groups[g]]
             asking.sort(key=lambda one: owners[one[1]])  # an adapter's rows side by side
             jobs.append((_Job([encoded[g] for g in members], [(t, owners[i]) for t, i in asking]), [i for _, i in asking]))

@@ -243,6 +243,10 @@ class PackedModel:
     def one_core(self) -> bool:
         return self.encoder.one_core
 
+    @property
+    def at_once(self) -> bool:
+        return self.encoder.at_once
+
     def _base_tensor(self, ours: str) -> Tensor:
         name = next((name for name, own in self._own.items() if own == ours), None)
         return self.base.tensors[ours] if name is None else self._trainable[name]

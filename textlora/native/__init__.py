@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, AttributeError):
         return None
     found.textlora_attention.restype = None
-    found.textlora_attention.argtypes = [_pointer] * 5 + [_long] * 3 + [_float, _int]
+    found.textlora_attention.argtypes = [_pointer] * 5 + [_long] * 5 + [_float, _int]
     found.textlora_attention_scratch.restype, found.textlora_attention_scratch.argtypes = _long, []
     found.textlora_lora.restype, found.textlora_lora.argtypes = None, [_pointer] * 3 + [_long] * 4
     found.textlora_gelu.restype, found.textlora_gelu.argtypes = None, [_pointer] * 3 + [_long] * 2 + [_int] * 2
@@ -131,7 +131,7 @@ def _attention(projected: Tensor, grad: Tensor | None, out: Tensor, shape: torch
         raise ValueError(f"{heads} heads in a width of {width}: not for this function")
     d = width // heads
     with attention_room.lent(library().textlora_attention_scratch()) as room:
-        library().textlora_attention(*_addresses(projected, grad, out, cu_seqlens, room), texts, heads, d, d**-0.5, lanes())
+        library().textlora_attention(*_addresses(projected, grad, out, cu_seqlens, room), texts, heads, 0, heads, d, d**-0.5, lanes())
 
 
 class AdaptedLayer(NamedTuple):

@@ -216,11 +216,11 @@ INLINE void NAME(head)(struct room *room, const float *q, const float *grad, flo
         }
 }
 
-TARGET static void NAME(attention)(const float *qkv, const float *grad, float *out, const int32_t *starts, struct room *room, long texts, long heads, long d, float scale)
+TARGET static void NAME(attention)(const float *qkv, const float *grad, float *out, const int32_t *starts, struct room *room, long texts, long heads, long first, long last, long d, float scale)
 {
     long width = heads * d;
     for (long n = 0; n < texts; n++)
-        for (long h = 0; h < heads; h++) {
+        for (long h = first; h < last; h++) {
             long at = starts[n] * width + h * d, length = starts[n + 1] - starts[n];
             const float *q = qkv + starts[n] * 3 * width + h * d;
             float *dq = out + starts[n] * 3 * width + h * d;

@@ -103,7 +103,7 @@ void textlora_block(const struct frozen *f, const struct call *c)
         textlora_product_lay_out(a->B, panels, a->r, H, 1, a->r, a->scaling, f->lanes);
         textlora_product(k.u + at, c->rank, panels, 0, k.s + a->column, 3 * H, 0, T, a->r, H, PLUS, f->lanes);
     }
-    textlora_attention(k.s, 0, context, c->starts, c->room, c->texts, f->heads, H / f->heads, 1 / __builtin_sqrtf((float)H / f->heads), f->lanes);
+    textlora_attention(k.s, 0, context, c->starts, c->room, c->texts, f->heads, 0, f->heads, H / f->heads, 1 / __builtin_sqrtf((float)H / f->heads), f->lanes);
     product(f, c, context, f->output.forward, 0, k.first, 0, H, H, STORE);
     textlora_norm(k.first, f->output.bias, c->x, f->first.weight, f->first.shift, between, k.one, T, H, f->eps);
     product(f, c, between, f->up.forward, f->up.bias, wide, c->slopes ? k.slope : 0, H, f->inner, GELU);
@@ -122,7 +122,7 @@ void textlora_block_back(const struct frozen *f, const struct call *c, const flo
     product(f, c, k.slope, f->up.back, 0, k.second, 0, f->inner, H, PLUS);
     textlora_norm_back(k.second, f->first.weight, k.first, k.one, T, H);
     product(f, c, k.first, f->output.back, 0, context, 0, H, H, STORE);
-    textlora_attention(k.s, context, ds, c->starts, c->room, c->texts, f->heads, H / f->heads, 1 / __builtin_sqrtf((float)H / f->heads), f->lanes);
+    textlora_attention(k.s, context, ds, c->starts, c->room, c->texts, f->heads, 0, f->heads, H / f->heads, 1 / __builtin_sqrtf((float)H / f->heads), f->lanes);
     if (c->y) {
         memcpy(c->y, k.first, T * H * sizeof(float));
         product(f, c, ds, f->qkv.back, 0, c->y, 0, 3 * H, H, PLUS);

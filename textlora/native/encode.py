@@ -1,4 +1,5 @@
-"""The blocks of the frozen encoder for prediction (encode.c), with the adapters that own the texts of a batch: one call a batch, on one core."""
+"""The blocks of the frozen encoder for prediction (encode.c), with the adapters that own the texts of a batch: one call a batch,
+on as many cores as torch has threads where it is called."""
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from textlora.native import HEADS, MOST_RANK, PASS_LANES, Panels, Product, atten
 
 PRODUCTS = ("qkv", "attention_output", "intermediate", "output")
 NORMS = ("attention_norm", "output_norm")
+CORES, CORE_ROWS = 64, 32  # at most, and rows for each at least: all read all weights
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _Block = structure("_Block", pointers=_pointer * (2 * len(PRODUCTS) + 2 * len(NORMS)))
@@ -21,8 +23,8 @@ _Encoder = structure(
     eps=_float, lanes=_int, halves=_int,
 )  # fmt: skip
 _Batch = structure(
-    "_Batch", x=_pointer, y=_pointer, starts=_pointer, jobs=_pointer, ends=_pointer, scratch=_pointer, room=_pointer, split=_pointer,
-    rows=_long, texts=_long, first=_long, last=_long, firsts=_int,
+    "_Batch", x=_pointer, y=_pointer, starts=_pointer, jobs=_pointer, ends=_pointer, scratch=_pointer, rooms=_pointer, halves=_pointer,
+    rows=_long, texts=_long, first=_long, last=_long, firsts=_int, cores=_int,
 )  # fmt: skip
 
 
@@ -103,13 +105,13 @@ class Blocks:
         y = x.new_empty(texts if only_first else rows, self.width)
         batch = _Batch(
             x=x.data_ptr(), y=y.data_ptr(), starts=cu_seqlens.data_ptr(), jobs=jobs.words.ctypes.data, ends=jobs.ends.ctypes.data,
-            rows=rows, texts=texts, first=first, last=last, firsts=only_first,
+            rows=rows, texts=texts, first=first, last=last, firsts=only_first, cores=max(1, min(torch.get_num_threads(), rows // CORE_ROWS, CORES)),
         )  # fmt: skip
         given = ctypes.byref(self._encoder), ctypes.byref(batch)
-        scratch, room = 4 * library().textlora_encode_scratch(*given), library().textlora_attention_scratch()
-        split = library().textlora_amx_scratch() if self._encoder.halves else 0
-        with scratch_room.lent(scratch) as numbers, attention_room.lent(room) as texts_room, split_room.lent(split) as halves:
-            batch.scratch, batch.room, batch.split = numbers.data_ptr(), texts_room.data_ptr(), halves.data_ptr()
+        scratch, room = 4 * library().textlora_encode_scratch(*given), batch.cores * library().textlora_attention_scratch()
+        halves = batch.cores * library().textlora_amx_scratch() if self._encoder.halves else 0
+        with scratch_room.lent(scratch) as numbers, attention_room.lent(room) as rooms, split_room.lent(halves) as split:
+            batch.scratch, batch.rooms, batch.halves = numbers.data_ptr(), rooms.data_ptr(), split.data_ptr()
             library().textlora_encode(*given)
         return y
 

@@ -11,7 +11,8 @@ struct job {
     int64_t r, column; /* of y, the first of out */
 };
 
-void textlora_attention(const float *qkv, const float *grad, float *out, const int32_t *starts, struct room *room, long texts, long heads, long d, float scale, int lanes);
+void textlora_attention(const float *qkv, const float *grad, float *out, const int32_t *starts, struct room *room, long texts, long heads, long first, long last, long d, float scale, int lanes);
+long textlora_attention_scratch(void);
 void textlora_norm(float *y, const float *bias, const float *residual, const float *weight, const float *shift, float *out, float *scale, long rows, long width, float eps);
 void textlora_norm_back(const float *d, const float *weight, float *x, const float *scale, long rows, long width);
 long textlora_product_size(long inner, long out, int lanes);
@@ -21,3 +22,4 @@ void textlora_cross(const float *a, long a_stride, const float *b, long b_stride
 void textlora_gelu(float *h, const float *bias, float *out, long rows, long columns, int slope, int lanes);
 void textlora_lora(const float *x, float *y, const struct job *jobs, long count, long in, long width, long out);
 void textlora_amx_product(const float *x, const uint8_t *w, const float *bias, const float *residual, float *y, uint8_t *scratch, long rows, long in, long out, int with_gelu);
+long textlora_amx_scratch(void);
