@@ -93,7 +93,7 @@ def floor_seconds(spec: EncoderSpec, work: Work, piece_tokens: int, *, predictin
         for (inner, outer), rows in sorted(work.products.items()):
             tokens = min(piece_tokens, rows)
             x, weight = torch.randn(tokens, inner), torch.randn(outer, inner)
-            made = prepare(weight, "float32") if predicting and lays_out(weight) else weight
+            made = prepare(weight, "float32", lanes() > 0) if predicting and lays_out(weight) else weight
             rate = 2 * tokens * inner * outer * _calls_per_second(workers, lambda x=x, made=made: dense(x, made, None))
             rates[f"product {inner} to {outer}"] = rate / 1e9
             seconds += 2 * rows * inner * outer / rate

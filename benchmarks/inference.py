@@ -131,7 +131,7 @@ def measure(name: str, data: Path, adapter: Path, rows: int, pairs: int) -> dict
                 systems["transformers pipeline"] = lambda: pipe(texts)
             taken, floors = {system: [] for system in systems}, []
             for _ in range(pairs):
-                floors.append(floor_seconds(spec, work, eval_tokens("cpu"), predicting=True)[0])
+                floors.append(floor_seconds(spec, work, eval_tokens(classifier.running), predicting=True)[0])
                 for system, run in systems.items():
                     start = time.perf_counter()
                     run()
