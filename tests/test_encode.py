@@ -148,10 +148,10 @@ def test_no_call_outside_its_bounds(wrong):
     starts = torch.tensor({"empty": [0, 0, 9], "long": [0, 600], "rows": [0, 4, 8]}.get(wrong, [0, 4, 9]), dtype=torch.int32)
     one = adapter([(0, "key")], 32, 64, 3, False, g)
     jobs = Mix([one], [0, 0], [4, 5]).jobs(2, False)
-    if wrong in ("rank", "column", "address", "row", "many"):
-        jobs.words[0, {"rank": 5, "column": 6, "address": 2, "row": 0, "many": 1}[wrong]] = {"rank": 300, "column": 5, "address": 0, "row": -1, "many": 10}[
-            wrong
-        ]
+    spoilt = {"rank": (5, 300), "column": (6, 5), "address": (2, 0), "row": (0, -1), "many": (1, 10)}
+    if wrong in spoilt:
+        place, value = spoilt[wrong]
+        jobs.words[0, place] = value
     if wrong in ("in", "out"):
         jobs.widths[0, int(wrong == "out")] = 64
     if wrong in ("order", "type"):
@@ -162,7 +162,9 @@ def test_no_call_outside_its_bounds(wrong):
             in_c(frozen(2, 32, 64, g), 4)
         return
     with pytest.raises(ValueError, match=r"wanted|blocks|jobs|layer|texts"):
-        made.forward(x.double() if wrong == "x" else x, starts, jobs, 2 if wrong == "blocks" else 0, 1 if wrong == "first" else None, wrong == "first")
+        made.forward(
+            x.double() if wrong == "x" else x, starts, jobs, 2 if wrong == "blocks" else 0, 1 if wrong == "first" else None, wrong == "first"
+        )
 
 
 @needs_vectors
@@ -211,7 +213,10 @@ def bases(tmp_path_factory):
 def test_what_predicts_is_what_was_trained(family, precision, bases):
     """Merged and mixed, in one call, against the adapter beside the plain base, for every kind of adapter."""
     base, folders = bases(family)
-    engine, tolerance = engine_of(folders, base, precision=precision), 3e-5 if precision == "float32" else 1e-2  # tiny random weights magnify rounding
+    engine, tolerance = (
+        engine_of(folders, base, precision=precision),
+        3e-5 if precision == "float32" else 1e-2,
+    )  # tiny random weights magnify rounding
     texts, picked = random_texts(45, 4), [k % len(KINDS) for k in range(45)]
     pairs = [random_texts(1, i)[0] if KINDS[k].pairs else None for i, k in enumerate(picked)]
     mixed = engine.predict(texts, [folders[k].name for k in picked], pairs)

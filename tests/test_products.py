@@ -80,7 +80,7 @@ def test_filled_up():
 @pytest.mark.parametrize("family", FAST)
 def test_what_predicts_is_what_was_trained(family, kind, adapters, tiny_base, monkeypatch):  # noqa: F811
     """Merged, laid out and filled up against the adapter beside the plain base, for every kind of adapter; the engine against both."""
-    monkeypatch.setattr(encoder, "prepare", lambda weight, _: kind.of(weight))
+    monkeypatch.setattr(encoder, "prepare", lambda weight, *_: kind.of(weight))
     folders, base = adapters(family), tiny_base(family)
     engine = engine_of(folders, base)
     for folder, made in zip(folders, KINDS, strict=True):

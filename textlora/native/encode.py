@@ -10,7 +10,20 @@ import torch
 from torch import Tensor
 
 from textlora import native
-from textlora.native import HEADS, MOST_RANK, PASS_LANES, Panels, Product, attention_room, check, check_texts, library, scratch_room, split_room, structure
+from textlora.native import (
+    HEADS,
+    MOST_RANK,
+    PASS_LANES,
+    Panels,
+    Product,
+    attention_room,
+    check,
+    check_texts,
+    library,
+    scratch_room,
+    split_room,
+    structure,
+)
 
 PRODUCTS = ("qkv", "attention_output", "intermediate", "output")
 NORMS = ("attention_norm", "output_norm")
@@ -63,8 +76,18 @@ class Blocks:
         inner, width = weights[0]["intermediate"].out, weights[0]["intermediate"].inner
         self._shapes = np.array([(width, 3 * width), (width, width), (width, inner), (inner, width)])
         kinds = {type(weight) for block in weights for weight in block.values()}
-        fits = all((block[name].inner, block[name].out) == tuple(shape) for block in weights for name, shape in zip(PRODUCTS, self._shapes, strict=True))
-        if not fits or len(kinds) != 1 or width % heads or width // heads not in HEADS or width % PASS_LANES or inner % PASS_LANES or not native.lanes():
+        fits = all(
+            (block[name].inner, block[name].out) == tuple(shape) for block in weights for name, shape in zip(PRODUCTS, self._shapes, strict=True)
+        )
+        if (
+            not fits
+            or len(kinds) != 1
+            or width % heads
+            or width // heads not in HEADS
+            or width % PASS_LANES
+            or inner % PASS_LANES
+            or not native.lanes()
+        ):
             raise ValueError(f"{heads} heads in a width of {width}, {inner} inside: not for this function")
         self.layers, self.width, d = len(blocks), width, width // heads
         query, key, value = blocks[-1]["qkv.weight"].split(width)
