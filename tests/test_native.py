@@ -449,7 +449,18 @@ def test_passes_without_gradients_are_the_same_bits_and_rows_stand_alone():
 
 
 @needs_library
-def test_gelu_at_the_ends_of_float32_and_without_numbers():
+def test_gelu_everywhere(lanes):
+    """The pieces of its polynomials and where they meet: to rounding."""
+    x = torch.linspace(-8, 8, 160_016).view(-1, 16)
+    leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    out, wanted = passes.add_gelu(leaf * 1, None), torch.nn.functional.gelu(wide)
+    assert ((out - wanted).abs() <= 6e-8 * x.abs().clamp(min=1)).all()
+    slopes = [torch.autograd.grad(y.sum(), of)[0] for y, of in ((out, leaf), (wanted, wide))]
+    assert (slopes[0] - slopes[1]).abs().max() <= 1.5e-7
+
+
+@needs_library
+def test_gelu_at_the_ends_of_float32_and_without_numbers(lanes):
     x = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, 5.0, -5.0, 11.9, -11.9, 12.1, -12.1, 100.0, -100.0, 3e38, -3e38, torch.nan, 1.0]])
     leaf = x.clone().requires_grad_()
     out = passes.add_gelu(leaf * 1, torch.zeros(16))

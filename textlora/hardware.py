@@ -3,8 +3,9 @@
 import resource
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -44,17 +45,40 @@ def peak_memory(device: str) -> int:
 
 
 class Workers:
-    """Several threads that each run torch on one core: on a CPU faster than one thread that spreads every operation over all cores,
-    since small operations are not spread at all (docs/log.md). Results do not depend on which thread did what."""
+    """Several threads, the calling one among them, that each run torch on one core: on a CPU faster than one thread that spreads every operation
+    over all cores, since small operations are not spread at all (docs/log.md). Results do not depend on which thread did what."""
 
-    def __init__(self, count: int, pool: ThreadPoolExecutor | None):
-        self.count, self._pool = count, pool
+    def __init__(self, count: int, others: ThreadPoolExecutor | None):
+        self.count, self._others = count, others
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`function` of each item, in order. A single item is computed in the calling thread, with all cores."""
-        if self._pool is None or len(items) < 2:
+        """`function` of each item, begun in order. A single item is computed in the calling thread, with all cores. The first failure ends it."""
+        if self._others is None or len(items) < 2:
             return [function(item) for item in items]
-        return list(self._pool.map(function, items))
+        todo, done = deque(enumerate(items)), {}
+
+        def work() -> None:
+            while todo:
+                try:
+                    place, item = todo.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                try:
+                    done[place] = function(item)
+                except BaseException:
+                    todo.clear()
+                    raise
+
+        others = [self._others.submit(work) for _ in range(min(self.count, len(items)) - 1)]
+        torch.set_num_threads(1)
+        try:
+            work()
+        finally:
+            wait(others)
+            torch.set_num_threads(self.count)
+        for other in others:
+            other.result()
+        return [done[place] for place in range(len(items))]
 
 
 @contextmanager
@@ -64,9 +88,9 @@ def side_by_side(device: str | torch.device, parallel: bool = True) -> Iterator[
     if not parallel or torch.device(device).type != "cpu" or count == 1:
         yield Workers(1, None)
         return
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(count - 1, initializer=torch.set_num_threads, initargs=(1,)) as others:
         try:
-            yield Workers(count, pool)
+            yield Workers(count, others)
         finally:
             torch.set_num_threads(count)
 
