@@ -36,7 +36,7 @@ class Compile(BuildHookInterface):
             made.unlink(missing_ok=True)  # an older one would be another version's
             why = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
             self.app.display_warning(
-                f"textlora/native was not compiled, so training and short texts are slower and --precision high is plain float32: {why}"
+                f"textlora/native was not compiled, so training and predictions are slower and --precision high is plain float32: {why}"
             )
             return
         build_data["artifacts"].append(MADE)

@@ -132,7 +132,7 @@ def batch_of(lengths: list[int]):
 
 @pytest.fixture(params=[16, 8])
 def kind(request, monkeypatch):
-    """Attention in vectors of so many numbers, where this processor has them."""
+    """Attention and GELU in vectors of so many numbers, where this processor has them."""
     if native.lanes() < request.param:
         pytest.skip("not on this processor, or nothing was compiled")
     monkeypatch.setattr(native, "lanes", lambda: request.param)
@@ -449,7 +449,7 @@ def test_passes_without_gradients_are_the_same_bits_and_rows_stand_alone():
 
 
 @needs_library
-def test_gelu_everywhere(lanes):
+def test_gelu_everywhere(kind):
     """The pieces of its polynomials and where they meet: to rounding."""
     x = torch.linspace(-8, 8, 160_016).view(-1, 16)
     leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -460,7 +460,7 @@ def test_gelu_everywhere(lanes):
 
 
 @needs_library
-def test_gelu_at_the_ends_of_float32_and_without_numbers(lanes):
+def test_gelu_at_the_ends_of_float32_and_without_numbers(kind):
     x = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, 5.0, -5.0, 11.9, -11.9, 12.1, -12.1, 100.0, -100.0, 3e38, -3e38, torch.nan, 1.0]])
     leaf = x.clone().requires_grad_()
     out = passes.add_gelu(leaf * 1, torch.zeros(16))

@@ -160,7 +160,7 @@ class PackedModel:
 
     def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
         if self._folded is not None:
-            adapter = Mix([self._folded], [0] * batch.size, batch.cu_seqlens.diff().tolist())
+            adapter = Mix([self._folded], [0] * batch.size, batch.cu_seqlens.diff().tolist()) if self._folded else {}
             return self.head(self.encoder.forward(batch, adapter, pooling=self.pooling))
         seed = dropout_seed if self.lora.lora_dropout else None
         keep_less = self.gradient_checkpointing and torch.is_grad_enabled()

@@ -232,9 +232,10 @@ def embed(places: Sequence[Tensor], tables: Sequence[Tensor], weight: Tensor, sh
     for at, table in zip(places, tables, strict=True):
         check(at, places[0].shape, torch.int64)
         check(table, (len(table), width))
-        low, high = at.aminmax()
+        numbers = at.numpy()
+        low, high = numbers.min(initial=0), numbers.max(initial=0)
         if low < 0 or high >= len(table):
-            raise ValueError(f"place {int(low)} or {int(high)} in a table of {len(table)} rows")
+            raise ValueError(f"place {low} or {high} in a table of {len(table)} rows")
     for tensor in (weight, shift):
         check(tensor, (width,))
     check_width(tables[0])
@@ -301,11 +302,13 @@ def check(tensor: Tensor | None, shape: tuple[int, ...] | None = None, dtype: to
         raise ValueError(f"{dtype} {shape} on the CPU wanted, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")
 
 
-def check_texts(cu_seqlens: Tensor, rows: int) -> None:
+def check_texts(cu_seqlens: Tensor, rows: int, least: int = 0) -> None:
+    """Texts of `least` to `LONGEST` tokens, one behind the other, in so many rows; in all of them where none may be empty. Raises ValueError."""
     check(cu_seqlens, dtype=torch.int32)
     starts = cu_seqlens.numpy()
     lengths = starts[1:] - starts[:-1]
-    if not (starts.size and starts[0] == 0 and starts[-1] <= rows and lengths.min(initial=0) >= 0 and lengths.max(initial=0) <= LONGEST):
+    inside = starts.size and starts[0] == 0 and (starts[-1] == rows if least else starts[-1] <= rows)
+    if not (inside and lengths.min(initial=least) >= least and lengths.max(initial=least) <= LONGEST):
         raise ValueError(f"texts of {lengths.tolist()} tokens in {rows} rows: not for this function")
 
 

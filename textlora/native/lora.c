@@ -1,7 +1,7 @@
 /* The small products of many adapters in one batch: y += (x A^T) B for each stretch of rows and the adapter that owns it, in one call.
  *
  * Written for no processor in particular: vectors of eight, which compilers turn into what there is; each function is compiled for several
- * kinds of x86 processors and chosen when the library is loaded. Called by __init__.py, which checks all arguments.
+ * kinds of x86 processors and chosen when the library is loaded. Called by __init__.py, which checks all arguments, and by encode.c.
  */
 #include <string.h>
 

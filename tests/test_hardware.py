@@ -1,0 +1,64 @@
+"""Threads side by side: who computes what, in which order, on how many cores, and what a failure leaves."""
+
+import threading
+
+import pytest
+import torch
+
+from textlora.hardware import side_by_side
+
+
+@pytest.fixture
+def three():
+    count = torch.get_num_threads()
+    torch.set_num_threads(3)
+    with side_by_side("cpu") as workers:
+        yield workers
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(count)
+
+
+def test_results_come_in_order_and_the_calling_thread_helps(three):
+    together, seen = threading.Barrier(3, timeout=30), set()
+
+    def compute(item):
+        if item < 3:  # so that each thread takes one of the first three
+            together.wait()
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        return item * 10
+
+    assert three.count == 3
+    assert three.map(compute, range(50)) == [item * 10 for item in range(50)]
+    assert {cores for _, cores in seen} == {1}
+    assert len({thread for thread, _ in seen}) == 3
+    assert threading.get_ident() in {thread for thread, _ in seen}
+
+
+@pytest.mark.parametrize("items", [[], [7]])
+def test_one_item_has_all_cores(three, items):
+    assert three.map(lambda item: (item, torch.get_num_threads(), threading.get_ident()), items) == [(i, 3, threading.get_ident()) for i in items]
+
+
+@pytest.mark.parametrize("helper", [True, False])
+def test_a_failure_ends_it_and_leaves_workers_at_work(three, helper):
+    caller, begun, together = threading.get_ident(), [], threading.Barrier(3, timeout=30)
+
+    def compute(item):
+        begun.append(item)
+        together.wait()
+        if (threading.get_ident() != caller) == helper:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        three.map(compute, range(3))
+    with pytest.raises(ZeroDivisionError):
+        three.map(lambda item: begun.append(item) or 1 / item, range(100))
+    assert len(begun) < 50
+    assert three.map(str, range(5)) == list("01234")
+
+
+def test_one_worker_where_nothing_is_gained():
+    for device, parallel in (("cuda", True), ("cpu", False)):
+        with side_by_side(device, parallel) as workers:
+            assert workers.count == 1
+            assert workers.map(lambda item: threading.get_ident(), range(3)) == [threading.get_ident()] * 3
