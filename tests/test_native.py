@@ -454,7 +454,7 @@ def test_gelu_everywhere(kind):
     x = torch.linspace(-8, 8, 160_016).view(-1, 16)
     leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
     out, wanted = passes.add_gelu(leaf * 1, None), torch.nn.functional.gelu(wide)
-    assert ((out - wanted).abs() <= 6e-8 * x.abs().clamp(min=1)).all()
+    assert ((out - wanted).abs() <= 1e-7 * x.abs().clamp(min=1)).all()
     slopes = [torch.autograd.grad(y.sum(), of)[0] for y, of in ((out, leaf), (wanted, wide))]
     assert (slopes[0] - slopes[1]).abs().max() <= 1.5e-7
 
