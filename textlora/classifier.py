@@ -63,7 +63,7 @@ class TextClassifier:
             problem_type: task of such a folder; default single-label, or regression for one label.
             precision: of predictions, after the check. "high" has faster products on CPUs with AMX, logits within 1e-4, and is float32 on others
                 (docs/decisions/native.md); "bfloat16" is for GPUs; "int8" runs the base's dense layers in 8 bits (docs/decisions/int8.md):
-                on CPUs only, 1.3 to 2.2 times as fast. Logits differ in the second digit.
+                on CPUs only, 1.3 to 1.8 times as fast. Logits differ in the second digit.
             verify: recompute the golden examples in float32; a logit may differ by 1e-3 x max(|logit|, s), s the largest of them, at most 1.
 
         Raises:

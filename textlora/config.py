@@ -20,7 +20,7 @@ from textlora.errors import UsageError
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = {"single-label": SINGLE_LABEL, "multi-label": MULTI_LABEL, "regression": REGRESSION}  # ours -> transformers'
 PRECISIONS = ("float32", "high", "bfloat16", "int8")  # of inference
-PRECISION_HELP = "Arithmetic of the base. high is float32 with faster, slightly less exact products on CPUs that have AMX; bfloat16 is for GPUs; int8, for CPUs, is 1.3 to 2.2 times as fast and the least exact."
+PRECISION_HELP = "Arithmetic of the base. high is float32 with faster, slightly less exact products on CPUs that have AMX; bfloat16 is for GPUs; int8, for CPUs, is 1.3 to 1.8 times as fast and the least exact."
 TRUNCATIONS = ("head", "tail", "head-tail")
 
 
