@@ -48,7 +48,7 @@ class Jobs:
 
     Attributes:
         words: (n, 7) int64: first row, rows, addresses of A (r, in), B (r, out) with s in it and DoRA's factor (out,) or 0, r, first column.
-            Of query, key and value of the last block, where only first tokens are wanted, and of all its other products, rows are texts.
+            In the last block, where only first tokens are wanted, rows are texts.
         ends: (4 blocks + 1,) int64: the jobs of product p of block i are `ends[4 i + p]` to `ends[4 i + p + 1]`.
         widths: (n, 2) int64, in and out of each.
     """
