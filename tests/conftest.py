@@ -14,6 +14,7 @@ from support import Cli, Trained, trained
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from textlora import native
 from textlora.base import BaseFiles, find_base
 from textlora.config import LoraConfig
 from textlora.model import Model, open_model
@@ -161,6 +162,15 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return made[family]
 
     return get
+
+
+@pytest.fixture(params=[16, 8])
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """AVX-512 and AVX2, each where the processor has it."""
+    if native.lanes() < request.param:
+        pytest.skip(f"no vectors of {request.param} here")
+    monkeypatch.setattr(native, "lanes", lambda: request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -27,15 +27,6 @@ from textlora.training import Trainer
 needs_vectors = pytest.mark.skipif(not native.lanes(), reason="this processor has no AVX2, or nothing was compiled")
 
 
-@pytest.fixture(params=[16, 8])
-def lanes(request, monkeypatch):
-    """AVX-512 and AVX2, each where the processor has it."""
-    if native.lanes() < request.param:
-        pytest.skip(f"no vectors of {request.param} here")
-    monkeypatch.setattr(native, "lanes", lambda: request.param)
-    return request.param
-
-
 def near(found: torch.Tensor, expected: torch.Tensor, bound: float, floor: float = 0.0) -> None:
     """To `bound` of the largest number, or of `floor` where all are small."""
     assert found.shape == expected.shape

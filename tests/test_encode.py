@@ -26,15 +26,6 @@ SLOTS = ("query", "key", "value", "attention_output", "intermediate", "output")
 needs_vectors = pytest.mark.skipif(not native.lanes(), reason="this processor has no AVX2, or nothing was compiled")
 
 
-@pytest.fixture(params=[16, 8])
-def lanes(request, monkeypatch):
-    """AVX-512 and AVX2, each where the processor has it."""
-    if native.lanes() < request.param:
-        pytest.skip(f"no vectors of {request.param} here")
-    monkeypatch.setattr(native, "lanes", lambda: request.param)
-    return request.param
-
-
 def frozen(layers: int, width: int, inner: int, g: torch.Generator) -> list[dict[str, torch.Tensor]]:
     """Blocks whose sums stay about one."""
     shapes = {"qkv": (3 * width, width), "attention_output": (width, width), "intermediate": (inner, width), "output": (width, inner)}
