@@ -77,7 +77,7 @@ def textlora_run(folder: str, rows: list[dict[str, Any]], full: bool, batch_size
 def train_everything(prepared: Any) -> None:
     """Turn the packed model into full fine-tuning: every tensor of the encoder carries a gradient, A and B are gone."""
     model = prepared.model
-    model.encoder.weights, model.encoder.whole = None, []  # laid out, they get no gradients
+    model.encoder = model.encoder.plain()  # laid out, weights get no gradients
     leaves = {f"embeddings.{name}": tensor for name, tensor in model.encoder.embeddings.items()}
     leaves |= {f"{i}.{name}": tensor for i, block in enumerate(model.encoder.blocks) for name, tensor in block.items()}
     model._slots = {}

@@ -49,10 +49,15 @@ class PackedEncoder:
         self.together: Blocks | None = None  # all blocks when predicting, in one call
         self.in_steps = False  # whether batches are filled up to whole steps, so that shapes repeat
 
+    def plain(self) -> "PackedEncoder":
+        """The same encoder on its tensors as they are, which may get gradients."""
+        made = copy.copy(self)
+        made.weights, made.whole, made.together, made.in_steps = None, [], None, False
+        return made
+
     def for_inference(self, precision: str = "float32") -> "PackedEncoder":
         """The same encoder in bfloat16, with its dense layers in 8 bits, or laid out for this processor: no gradients, adapters as a `Mix`."""
-        made = copy.copy(self)
-        made.weights, made.whole, made.together = None, [], None
+        made = self.plain()
         if precision == "bfloat16":
             made.embeddings, *made.blocks = ({name: t.to(torch.bfloat16) for name, t in part.items()} for part in (self.embeddings, *self.blocks))
             return made

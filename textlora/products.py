@@ -3,7 +3,7 @@
 In training torch's products pack a weight anew in every call, forward and back: a tenth of their time at some 600 rows (docs/log.md). Ours read
 it from panels (native/product.c).
 
-For inference, with AVX-512 oneDNN runs float32 products 8 to 12% faster on weights laid out for it, and bias, GELU and residual in the same pass. Without,
+So do predictions where all blocks are one call (native/encode.py). Elsewhere, with AVX-512 oneDNN runs float32 products 8 to 12% faster on weights laid out for it, and bias, GELU and residual in the same pass. Without,
 its GELU in that pass costs four times one of its own, and MKL on turned weights is a fifth faster (docs/log.md). oneDNN keeps up to a mebibyte
 for each shape it has seen, and packed batches hardly repeat one: so rows come in steps, and products of more rows are cut.
 

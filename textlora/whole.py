@@ -3,7 +3,6 @@
 `textlora compare` needs these beside LoRA. They run on the same `PackedBatch`, encoder and loop; only what carries a gradient differs.
 """
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,8 +58,7 @@ class WholeModel(PackedModel):
         """The base's encoder with the trained tensors in their places, in the precision of the base."""
         if not self._leaves:
             return self.encoder
-        encoder = copy.copy(self.encoder)
-        encoder.weights, encoder.whole = None, []  # laid out, they are others and get no gradients
+        encoder = self.encoder.plain()  # laid out, weights are others and get no gradients
         place = lambda prefix, tensors: {name: self._placed(f"{prefix}.{name}", tensor) for name, tensor in tensors.items()}
         encoder.embeddings = place("embeddings", self.encoder.embeddings)
         encoder.blocks = [place(str(i), block) for i, block in enumerate(self.encoder.blocks)]

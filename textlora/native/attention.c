@@ -41,8 +41,8 @@ int textlora_attention_lanes(void)
     return __builtin_cpu_supports("x86-64-v4") ? 16 : __builtin_cpu_supports("x86-64-v3") ? 8 : 0;
 }
 
-/* softmax(scale q k^T) v of each text and of heads `first` to `last` - 1: qkv (T, 3 heads d), out (T, heads d), starts (texts + 1); d 16, 32 or 64, texts of LONGEST at most.
- * With grad (T, heads d), the gradient of that, out is the gradient of qkv. room is scratch; lanes as textlora_attention_lanes says, or 8 where that is 16. */
+/* softmax(scale q k^T) v of each text and of heads `first` to `last` - 1: qkv (T, 3 heads d), out (T, heads d), starts (texts + 1);
+ * d 16, 32 or 64, texts of LONGEST at most. With grad (T, heads d), the gradient of that, out is the gradient of qkv. room is scratch; lanes as textlora_attention_lanes says, or 8 where that is 16. */
 void textlora_attention(const float *qkv, const float *grad, float *out, const int32_t *starts, struct room *room, long texts, long heads, long first, long last, long d, float scale, int lanes)
 {
     if (lanes == 16) attention_of_16(qkv, grad, out, starts, room, texts, heads, first, last, d, scale);

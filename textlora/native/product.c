@@ -1,5 +1,5 @@
-/* Float32 products of the frozen base on one core, with what follows them, and GELU alone: in training torch's multiply anew-packed weights and leave the rest to passes
- * of their own.
+/* Float32 products of the frozen base on one core, with what follows them, and GELU alone: torch's multiply anew-packed weights
+ * and leave the rest to passes of their own.
  *
  * Written in vectors of the compiler's, once (product.h), compiled for AVX-512 and for AVX2. Called by __init__.py, which checks all arguments.
  */
