@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from textlora.errors import UsageError
+from textlora.native import Crew
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,24 +56,25 @@ class Workers:
         """`function` of each item, begun in order. A single item is computed in the calling thread, with all cores. The first failure ends it."""
         if self._others is None or len(items) < 2:
             return [function(item) for item in items]
-        todo, done = deque(enumerate(items)), {}
+        todo, done, crew = deque(enumerate(items)), {}, Crew(self.count)
 
-        def work() -> None:
-            while todo:
-                try:
-                    place, item = todo.popleft()
-                except IndexError:  # another thread took the last one
-                    return
-                try:
-                    done[place] = function(item)
-                except BaseException:
-                    todo.clear()
-                    raise
+        def work(number: int) -> None:
+            with crew.member(number):
+                while todo:
+                    try:
+                        place, item = todo.popleft()
+                    except IndexError:  # another thread took the last one
+                        return
+                    try:
+                        done[place] = function(item)
+                    except BaseException:
+                        todo.clear()
+                        raise
 
-        others = [self._others.submit(work) for _ in range(min(self.count, len(items)) - 1)]
+        others = [self._others.submit(work, number) for number in range(1, self.count)]
         torch.set_num_threads(1)
         try:
-            work()
+            work(0)
         finally:
             wait(others)
             torch.set_num_threads(self.count)

@@ -6,6 +6,7 @@ They are there where the package was built with a C compiler on x86 Linux and th
 """
 
 import ctypes
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-VERSION = 7  # of what is called here, as in attention.c
+VERSION = 8  # of what is called here, as in attention.c
 LONGEST = 512  # tokens of a text
 HEADS = (16, 32, 64)  # widths of a head
 MOST_RANK, LANES = 256, 8
 PASS_LANES = 16  # widths are multiples of it
+HANDS, HELPERS, HAND_ROWS = 64, 8, 32  # threads in a call of its own, and those that help with one, at most; rows for each at least, as all read all weights
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
@@ -57,6 +59,9 @@ def library() -> ctypes.CDLL | None:
     found.textlora_block_scratch.restype, found.textlora_block_scratch.argtypes = _long, [_pointer] * 2
     found.textlora_block.restype, found.textlora_block.argtypes = None, [_pointer] * 2
     found.textlora_block_back.restype, found.textlora_block_back.argtypes = None, [_pointer] * 3
+    found.textlora_join.restype, found.textlora_join.argtypes = None, [_pointer, _int, _int]
+    found.textlora_group.restype, found.textlora_group.argtypes = _int, []
+    found.textlora_help.restype, found.textlora_help.argtypes = None, []
     found.textlora_encode_scratch.restype, found.textlora_encode_scratch.argtypes = _long, [_pointer] * 2
     found.textlora_encode.restype, found.textlora_encode.argtypes = None, [_pointer] * 2
     found.textlora_amx_bytes.restype, found.textlora_amx_bytes.argtypes = _long, [_long, _long]
@@ -102,6 +107,34 @@ class _Room:
 
 
 attention_room, scratch_room, split_room = _Room(), _Room(), _Room()
+
+
+class Crew:
+    """Threads that do work of their own and then help with what others of them are at (crew.c): a call of C is cut into chunks that anybody may take."""
+
+    def __init__(self, size: int):
+        self.size, self._busy, self._lock = size, ctypes.c_int(size), threading.Lock()
+
+    @contextmanager
+    def member(self, number: int) -> Iterator[None]:
+        """What a thread does meanwhile is its own work; then it helps until all have done theirs. Each number below the size is taken once."""
+        if library() is None:
+            yield
+            return
+        library().textlora_join(ctypes.byref(self._busy), number, self.size)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy.value -= 1
+            library().textlora_help()
+            library().textlora_join(None, 0, 0)
+
+
+def hands(rows: int) -> int:
+    """Threads that a call on so many rows may have: of this thread's crew, or as many as torch has here."""
+    group = library().textlora_group()
+    return max(1, min(HELPERS if group else HANDS, group or torch.get_num_threads(), rows // HAND_ROWS))
 
 
 def attention(projected: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, heads: int) -> None:

@@ -8,8 +8,6 @@
  *
  * Composed of the other files' functions. Called by encode.py, which checks all arguments.
  */
-#include <pthread.h>
-#include <sched.h>
 #include <string.h>
 
 #include "native.h"
@@ -20,7 +18,7 @@
 #define NAME(f) f
 #include "vectors.h"
 
-enum { QKV, OUTPUT, UP, DOWN, PRODUCTS, LONGEST = 512, CORES = 64, TEXTS = 32 /* at a time in the last block */, PIECE = 128 /* rows at a time behind attention */ };
+enum { QKV, OUTPUT, UP, DOWN, PRODUCTS, LONGEST = 512, TEXTS = 32 /* at a time in the last block */, PIECE = 128 /* rows at a time */, GROUPS = 8 /* of texts, where there are that many */ };
 
 /* Panels of product.c, or of amx.c where the encoder has `halves`. */
 struct dense { const void *panels; const float *bias; };
@@ -44,40 +42,27 @@ struct batch {
     float *scratch; /* textlora_encode_scratch numbers */
     uint8_t *rooms, *halves; /* scratch of attention.c and, with `halves`, of amx.c, one after the other for each core */
     long rows, texts, first, last;
-    int firsts, cores; /* so many threads share the rows, of products, and the heads, of attention */
+    int firsts, hands; /* so many threads may share the rows, of products, and the heads or texts, of attention */
 };
 
-/* What one of the threads of a call has: its number and scratch, and a place to meet the others. */
-struct team { int size, arrived, round; };
-struct part { const struct encoder *e; const struct batch *b; struct team *team; int number; uint8_t *halves; };
+/* What a stage of block i works on, `piece` of so many rows at a time. */
+struct stage {
+    const struct encoder *e;
+    const struct batch *b;
+    long i, rows, piece;
+    const float *x, *residual;
+    float *y, *firsts;
+};
 
 static long own_scratch(const struct encoder *e)
 {
     return PIECE * (2 * e->width + e->inner) + TEXTS * (e->heads + 1) * e->width + e->heads * (LONGEST + LANES);
 }
 
-long textlora_encode_scratch(const struct encoder *e, const struct batch *b) { return b->rows * 5 * e->width + b->cores * own_scratch(e); }
+long textlora_encode_scratch(const struct encoder *e, const struct batch *b) { return b->rows * 5 * e->width + b->hands * own_scratch(e); }
 
-/* Returns when all threads of a call are here. */
-static void meet(struct team *team)
-{
-    int round = __atomic_load_n(&team->round, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == team->size) {
-        __atomic_store_n(&team->arrived, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&team->round, round + 1, __ATOMIC_RELEASE);
-        return;
-    }
-    for (long turn = 0; __atomic_load_n(&team->round, __ATOMIC_ACQUIRE) == round; turn++)
-        if (turn < 1 << 14) __builtin_ia32_pause();
-        else sched_yield();
-}
-
-/* The first of this thread's share of count things, in steps; that of the next is where it ends. */
-static long share(const struct part *p, int number, long count, long step)
-{
-    long steps = (count + step - 1) / step, at = steps * number / p->team->size * step;
-    return at < count ? at : count;
-}
+/* A thread's own part of a call's scratch. */
+static float *own(const struct encoder *e, const struct batch *b, int number) { return b->scratch + b->rows * 5 * e->width + number * own_scratch(e); }
 
 static const struct job *first_job(const struct batch *b, long i, int p) { return b->jobs + b->ends[PRODUCTS * i + p]; }
 
@@ -107,15 +92,13 @@ static struct job among(const struct job *job, long at, long rows)
 }
 
 /* y = x W^T of rows at to at + rows of a batch, with what adapters add to it, and the bias where `biased`; GELU of that in the third. */
-static void product(const struct part *part, long i, int p, const float *x, float *y, long at, long rows, int biased)
+static void product(const struct encoder *e, const struct batch *b, int number, long i, int p, const float *x, float *y, long at, long rows, int biased)
 {
-    const struct encoder *e = part->e;
-    const struct batch *b = part->b;
     const struct dense *d = e->blocks[i].of + p;
     long inner = p == DOWN ? e->inner : e->width, out = p == QKV ? 3 * e->width : p == UP ? e->inner : e->width, jobs = jobs_of(b, i, p);
     int then = p == UP && !jobs ? GELU : STORE;
     const float *bias = biased && !jobs ? d->bias : 0; /* an adapter may have a factor on what is before the bias */
-    if (e->halves) textlora_amx_product(x, d->panels, bias, 0, y, part->halves, rows, inner, out, then == GELU);
+    if (e->halves) textlora_amx_product(x, d->panels, bias, 0, y, b->halves + number * textlora_amx_scratch(), rows, inner, out, then == GELU);
     else textlora_product(x, inner, d->panels, bias, y, out, 0, rows, inner, out, then, e->lanes);
     if (!jobs) return;
     for (const struct job *job = first_job(b, i, p), *end = job + jobs; job < end; job++) {
@@ -126,22 +109,41 @@ static void product(const struct part *part, long i, int p, const float *x, floa
     else if (biased) shift(y, d->bias, 1, rows, out);
 }
 
-/* What comes behind attention for rows at to end, x and context to y, which may be x: some rows at a time, so that what lies between stays in a core's
- * cache. room: PIECE (2 width + inner) numbers. */
-static void rest(const struct part *p, long i, const float *context, const float *x, float *room, float *y, long at, long end)
+/* Query, key and value of some rows. */
+static void project(const void *what, long chunk, int number)
 {
-    const struct encoder *e = p->e;
-    const struct block *k = e->blocks + i;
-    long H = e->width, count;
-    float *sum = room, *between = sum + PIECE * H, *wide = between + PIECE * H;
-    for (; at < end; at += count) {
-        count = end - at < PIECE ? end - at : PIECE;
-        product(p, i, OUTPUT, context + at * H, sum, at, count, 0);
-        textlora_norm(sum, k->of[OUTPUT].bias, x + at * H, k->first.weight, k->first.shift, between, 0, count, H, e->eps);
-        product(p, i, UP, between, wide, at, count, 1);
-        product(p, i, DOWN, wide, sum, at, count, 0);
-        textlora_norm(sum, k->of[DOWN].bias, between, k->second.weight, k->second.shift, y + at * H, 0, count, H, e->eps);
-    }
+    const struct stage *s = what;
+    long H = s->e->width, at = chunk * s->piece, count = s->rows - at < s->piece ? s->rows - at : s->piece;
+    product(s->e, s->b, number, s->i, QKV, s->x + at * H, s->y + at * 3 * H, at, count, 1);
+}
+
+/* Attention of some texts, or of a head where texts are few. */
+static void attend(const void *what, long chunk, int number)
+{
+    const struct stage *s = what;
+    const struct encoder *e = s->e;
+    long texts = s->b->texts, d = e->width / e->heads, some = (texts + GROUPS - 1) / GROUPS, at = chunk * some, all = texts >= GROUPS;
+    struct room *room = (struct room *)(s->b->rooms + number * textlora_attention_scratch());
+    if (!all) at = 0, some = texts;
+    else if (at >= texts) return;
+    else if (texts - at < some) some = texts - at;
+    textlora_attention(s->x, 0, s->y, s->b->starts + at, room, some, e->heads, all ? 0 : chunk, all ? e->heads : chunk + 1, d, 1 / __builtin_sqrtf((float)d), e->lanes);
+}
+
+/* What comes behind attention for some rows, of context and residual, so that what lies between stays in a core's cache. */
+static void rest(const void *what, long chunk, int number)
+{
+    const struct stage *s = what;
+    const struct encoder *e = s->e;
+    const struct batch *b = s->b;
+    const struct block *k = e->blocks + s->i;
+    long H = e->width, at = chunk * s->piece, count = s->rows - at < s->piece ? s->rows - at : s->piece;
+    float *sum = own(e, b, number), *between = sum + PIECE * H, *wide = between + PIECE * H;
+    product(e, b, number, s->i, OUTPUT, s->x + at * H, sum, at, count, 0);
+    textlora_norm(sum, k->of[OUTPUT].bias, s->residual + at * H, k->first.weight, k->first.shift, between, 0, count, H, e->eps);
+    product(e, b, number, s->i, UP, between, wide, at, count, 1);
+    product(e, b, number, s->i, DOWN, wide, sum, at, count, 0);
+    textlora_norm(sum, k->of[DOWN].bias, between, k->second.weight, k->second.shift, s->y + at * H, 0, count, H, e->eps);
 }
 
 /* Shares of one query's scores of a text; places behind the last up to a whole vector are written. */
@@ -244,55 +246,44 @@ static void look_first(const struct encoder *e, const struct batch *b, const flo
     shift(context, bias + 2 * H, 1, count, H);
 }
 
-/* A thread's share of blocks `first` to `last` - 1. Threads wait for each other where one needs others' rows: before attention and behind it. */
-static void encode(const struct part *p)
+/* The first tokens of some texts. */
+static void look_at_some(const void *what, long chunk, int number)
 {
-    const struct encoder *e = p->e;
-    const struct batch *b = p->b;
-    long T = b->rows, H = e->width, d = H / e->heads;
-    float *state = b->scratch, *s = state + T * H, *context = s + 3 * T * H, *room = context + T * H + p->number * own_scratch(e);
-    float *q = room + PIECE * (2 * H + e->inner), *shares = q + TEXTS * H, *means = shares + e->heads * (LONGEST + LANES);
-    struct room *texts = (struct room *)(b->rooms + p->number * textlora_attention_scratch());
-    long row = share(p, p->number, T, 8), end = share(p, p->number + 1, T, 8), head = share(p, p->number, e->heads, 1), heads = share(p, p->number + 1, e->heads, 1);
+    const struct stage *s = what;
+    const struct encoder *e = s->e;
+    long H = e->width, at = chunk * s->piece, count = s->rows - at < s->piece ? s->rows - at : s->piece;
+    float *q = own(e, s->b, number) + PIECE * (2 * H + e->inner), *shares = q + TEXTS * H, *means = shares + e->heads * (LONGEST + LANES);
+    look_first(e, s->b, s->x, at, count, s->firsts + at * H, q, means, shares, s->y + at * H);
+}
+
+static long pieces(long rows, long piece) { return (rows + piece - 1) / piece; }
+
+/* So many rows that each hand gets some, `most` at most, a multiple of 8. */
+static long piece_of(long rows, long most, int hands)
+{
+    long count = pieces(rows, most) > hands ? pieces(rows, most) : hands;
+    return (pieces(rows, count) + 7) / 8 * 8;
+}
+
+static void encode(const void *encoder, const void *batch)
+{
+    const struct encoder *e = encoder;
+    const struct batch *b = batch;
+    long T = b->rows, H = e->width, n = b->texts, piece = piece_of(T, PIECE, b->hands), last = b->last - (b->firsts ? 1 : 0);
+    float *state = b->scratch, *s = state + T * H, *context = s + 3 * T * H, *firsts = s;
     const float *x = b->x;
-    for (long i = b->first; i < b->last - (b->firsts ? 1 : 0); i++) {
+    for (long i = b->first; i < last; i++) {
         float *y = i == b->last - 1 ? b->y : state;
-        product(p, i, QKV, x + row * H, s + row * 3 * H, row, end - row, 1);
-        meet(p->team);
-        textlora_attention(s, 0, context, b->starts, texts, b->texts, e->heads, head, heads, d, 1 / __builtin_sqrtf((float)d), e->lanes);
-        meet(p->team);
-        rest(p, i, context, x, room, y, row, end);
+        textlora_share(project, &(struct stage){e, b, i, T, piece, .x = x, .y = s}, pieces(T, piece), b->hands);
+        textlora_share(attend, &(struct stage){e, b, i, T, piece, .x = s, .y = context}, n < GROUPS ? e->heads : GROUPS, b->hands);
+        textlora_share(rest, &(struct stage){e, b, i, T, piece, .x = context, .residual = x, .y = y}, pieces(T, piece), b->hands);
         x = y;
     }
     if (!b->firsts) return;
-    meet(p->team);
-    float *firsts = s;
-    row = share(p, p->number, b->texts, 8), end = share(p, p->number + 1, b->texts, 8);
-    for (long at = row; at < end; at += TEXTS) {
-        long count = end - at < TEXTS ? end - at : TEXTS;
-        look_first(e, b, x, at, count, firsts + at * H, q, means, shares, context + at * H);
-    }
-    rest(p, b->last - 1, context, firsts, room, b->y, row, end);
+    piece = piece_of(n, TEXTS, n < 16 ? 1 : b->hands);
+    textlora_share(look_at_some, &(struct stage){e, b, last, n, piece, .x = x, .y = context, .firsts = firsts}, pieces(n, piece), b->hands);
+    textlora_share(rest, &(struct stage){e, b, last, n, piece, .x = context, .residual = firsts, .y = b->y}, pieces(n, piece), b->hands);
 }
 
-static void *join(void *part)
-{
-    struct part *p = part;
-    while (!__atomic_load_n(&p->team->size, __ATOMIC_ACQUIRE)) sched_yield();
-    encode(p);
-    return 0;
-}
-
-/* Blocks `first` to `last` - 1 of a batch, on at most `cores` cores. */
-void textlora_encode(const struct encoder *e, const struct batch *b)
-{
-    struct team team = {0};
-    struct part parts[CORES];
-    pthread_t threads[CORES];
-    int size = 1;
-    for (int n = 0; n < b->cores; n++) parts[n] = (struct part){e, b, &team, n, b->halves + n * textlora_amx_scratch()};
-    while (size < b->cores && !pthread_create(threads + size, 0, join, parts + size)) size++;
-    __atomic_store_n(&team.size, size, __ATOMIC_RELEASE);
-    encode(parts);
-    for (int n = 1; n < size; n++) pthread_join(threads[n], 0);
-}
+/* Blocks `first` to `last` - 1 of a batch. */
+void textlora_encode(const struct encoder *e, const struct batch *b) { textlora_with_hands(encode, e, b, b->hands); }

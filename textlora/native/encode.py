@@ -20,6 +20,7 @@ from textlora.native import (
     attention_room,
     check,
     check_texts,
+    hands,
     library,
     scratch_room,
     split_room,
@@ -28,7 +29,6 @@ from textlora.native import (
 
 PRODUCTS = ("qkv", "attention_output", "intermediate", "output")
 NORMS = ("attention_norm", "output_norm")
-CORES, CORE_ROWS = 64, 32  # at most, and rows for each at least: all read all weights
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _Block = structure("_Block", pointers=_pointer * (2 * len(PRODUCTS) + 2 * len(NORMS)))
@@ -38,7 +38,7 @@ _Encoder = structure(
 )  # fmt: skip
 _Batch = structure(
     "_Batch", x=_pointer, y=_pointer, starts=_pointer, jobs=_pointer, ends=_pointer, scratch=_pointer, rooms=_pointer, halves=_pointer,
-    rows=_long, texts=_long, first=_long, last=_long, firsts=_int, cores=_int,
+    rows=_long, texts=_long, first=_long, last=_long, firsts=_int, hands=_int,
 )  # fmt: skip
 
 
@@ -130,11 +130,11 @@ class Blocks:
         y = x.new_empty(texts if only_first else rows, self.width)
         batch = _Batch(
             x=x.data_ptr(), y=y.data_ptr(), starts=cu_seqlens.data_ptr(), jobs=jobs.words.ctypes.data, ends=jobs.ends.ctypes.data,
-            rows=rows, texts=texts, first=first, last=last, firsts=only_first, cores=max(1, min(torch.get_num_threads(), rows // CORE_ROWS, CORES)),
+            rows=rows, texts=texts, first=first, last=last, firsts=only_first, hands=hands(rows),
         )  # fmt: skip
         given = ctypes.byref(self._encoder), ctypes.byref(batch)
-        scratch, room = 4 * library().textlora_encode_scratch(*given), batch.cores * library().textlora_attention_scratch()
-        halves = batch.cores * library().textlora_amx_scratch() if self._encoder.halves else 0
+        scratch, room = 4 * library().textlora_encode_scratch(*given), batch.hands * library().textlora_attention_scratch()
+        halves = batch.hands * library().textlora_amx_scratch() if self._encoder.halves else 0
         with scratch_room.lent(scratch) as numbers, attention_room.lent(room) as rooms, split_room.lent(halves) as split:
             batch.scratch, batch.rooms, batch.halves = numbers.data_ptr(), rooms.data_ptr(), split.data_ptr()
             library().textlora_encode(*given)

@@ -4,6 +4,9 @@
 struct room;
 enum { STORE, GELU, TIMES, PLUS };
 
+/* A chunk of something, by the thread of that number. */
+typedef void work(const void *what, long chunk, int number);
+
 /* An adapter's layer on rows of a batch. */
 struct job {
     int64_t row, rows; /* of x and y */
@@ -23,3 +26,5 @@ void textlora_gelu(float *h, const float *bias, float *out, long rows, long colu
 void textlora_lora(const float *x, float *y, const struct job *jobs, long count, long in, long width, long out);
 void textlora_amx_product(const float *x, const uint8_t *w, const float *bias, const float *residual, float *y, uint8_t *scratch, long rows, long in, long out, int with_gelu);
 long textlora_amx_scratch(void);
+void textlora_share(work *work, const void *what, long chunks, int hands);
+void textlora_with_hands(void (*call)(const void *, const void *), const void *first, const void *second, int hands);
