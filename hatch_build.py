@@ -11,7 +11,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 MADE = "textlora/native/_kernels.so"
-SOURCES = tuple(f"textlora/native/{name}.c" for name in ("amx", "attention", "block", "crew", "encode", "lora", "passes", "product"))
+SOURCES = tuple(f"textlora/native/{name}.c" for name in ("amx", "attention", "crew", "encode", "first", "lora", "passes", "product", "train"))
 COMMAND = ["-O3", "-std=gnu11", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC", "-pthread"]  # psabi: only inlined functions return vectors
 
 

@@ -1,10 +1,13 @@
 """Threads side by side: who computes what, in which order, on how many cores, and what a failure leaves."""
 
+import ctypes
 import threading
+import time
 
 import pytest
 import torch
 
+from textlora import native
 from textlora.hardware import side_by_side
 
 
@@ -62,3 +65,31 @@ def test_one_worker_where_nothing_is_gained():
         with side_by_side(device, parallel) as workers:
             assert workers.count == 1
             assert workers.map(lambda item: threading.get_ident(), range(3)) == [threading.get_ident()] * 3
+
+
+@pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
+@pytest.mark.parametrize("hands", [1, 2, 3])
+def test_who_has_no_work_helps(three, hands):
+    """Each chunk of a call is done once, by threads whose numbers are below what the call has room for; each number is one thread."""
+    done, lock = [], threading.Lock()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
+    def work(_, chunk, number):
+        time.sleep(0.001)
+        with lock:
+            done.append((chunk, number, threading.get_ident()))
+
+    def compute(item):
+        if item == 0:
+            for _ in range(3):
+                native.library().textlora_share(work, None, ctypes.c_long(60), hands)
+        return item
+
+    for _ in range(5):
+        done.clear()
+        assert three.map(compute, range(2)) == [0, 1]
+        assert sorted(chunk for chunk, _, _ in done) == sorted(list(range(60)) * 3)
+        assert {number for _, number, _ in done} == set(range(hands))
+        assert len({(number, thread) for _, number, thread in done}) == hands
+    native.library().textlora_share(work, None, ctypes.c_long(4), hands)  # this thread has no crew now
+    assert {thread for _, _, thread in done[-4:]} == {threading.get_ident()}

@@ -20,12 +20,13 @@ from textlora.errors import UsageError
 from textlora.families import SLOTS
 from textlora.lora import Lora, dora_scale, lora_linear
 from textlora.mixing import Folded, Mix
-from textlora.native.block import Adapted, Block, Dense
-from textlora.native.encode import Blocks, Jobs
+from textlora.native import encode, train
+from textlora.native.encode import Jobs
 from textlora.products import PanelWeight, SplitWeight, TwoWayWeight, Weight, activate, dense, filled_up, lays_out, prepare, prepare_for_training
 from textlora.tokens import Layout, PackedBatch
 
 DENSE = ("qkv", "attention_output", "intermediate", "output")
+STACKED = ("query", "key", "value")
 Loras = Mapping[tuple[int, str], Lora]
 
 
@@ -40,19 +41,18 @@ class PackedEncoder:
         for i in range(self.spec.layers):
             block = {name.removeprefix(f"{i}."): t for name, t in tensors.items() if name.startswith(f"{i}.")}
             for part in ("weight", "bias"):
-                slots = [f"{slot}.{part}" for slot in ("query", "key", "value")]
+                slots = [f"{slot}.{part}" for slot in STACKED]
                 block[f"qkv.{part}"] = torch.cat([block.pop(slot) for slot in slots])
                 tensors |= {f"{i}.{slot}": rows for slot, rows in zip(slots, block[f"qkv.{part}"].chunk(3), strict=True)}  # once in memory
             self.blocks.append(block)
         self.weights: list[dict[str, Weight]] | None = None
-        self.whole: list[Block] = []  # blocks in training, each in one call
-        self.together: Blocks | None = None  # all blocks when predicting, in one call
+        self.together: encode.Blocks | train.Blocks | None = None  # all blocks in one call, when predicting or in training
         self.in_steps = False  # whether batches are filled up to whole steps, so that shapes repeat
 
     def plain(self) -> "PackedEncoder":
         """The same encoder on its tensors as they are, which may get gradients."""
         made = copy.copy(self)
-        made.weights, made.whole, made.together, made.in_steps = None, [], None, False
+        made.weights, made.together, made.in_steps = None, None, False
         return made
 
     def for_inference(self, precision: str = "float32") -> "PackedEncoder":
@@ -68,7 +68,7 @@ class PackedEncoder:
         made.weights = [{name: prepare(block[f"{name}.weight"], precision, at_once) for name in DENSE} for block in self.blocks]
         if at_once:
             panels = [{name: weight.panels for name, weight in block.items()} for block in made.weights]
-            made.together = Blocks(self.blocks, panels, self.spec.heads, self.spec.eps)
+            made.together = encode.Blocks(self.blocks, panels, self.spec.heads, self.spec.eps)
         return made
 
     @property
@@ -85,13 +85,10 @@ class PackedEncoder:
         if not all(isinstance(weight, TwoWayWeight) for block in weights for weight in block.values()):
             return made
         made.weights = weights
-        made.whole = [self._whole(block, laid_out) for block, laid_out in zip(self.blocks, weights, strict=True)] if self._in_c else []
+        if self._in_c:
+            both = [{name: train.Both(weight.forward, weight.back) for name, weight in block.items()} for block in weights]
+            made.together = train.Blocks(self.blocks, both, self.spec.heads, self.spec.eps)
         return made
-
-    def _whole(self, block: dict[str, Tensor], weights: dict[str, TwoWayWeight]) -> Block:
-        dense = [Dense(weight.forward, weight.back, block[f"{name}.bias"]) for name, weight in weights.items()]
-        norms = [(block[f"{norm}.weight"], block[f"{norm}.bias"]) for norm in ("attention_norm", "output_norm")]
-        return Block(*dense, norms, self.spec.heads, self.spec.eps)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,14 +129,12 @@ class PackedEncoder:
         """
         layout = self._layout(batch)
         x = self._filled(self._embed(batch) if batch.hidden is None else batch.hidden.to(self.dtype))
-        jobs = self._jobs(layout, loras, pooling)
-        if jobs is not None and batch.depth < self.spec.layers:
-            x = self.together.forward(x.contiguous(), layout.cu_seqlens, jobs, batch.depth, only_first=pooling == "first")
-        for i in range(batch.depth if jobs is None else self.spec.layers, self.spec.layers):
-            last = i == self.spec.layers - 1 and pooling == "first"
-            arguments = (i, x, layout, loras, dropout_seed, last)
+        only_first = pooling == "first"
+        x, done = self._at_once(x, batch.depth, self.spec.layers, layout, loras, dropout_seed, only_first, checkpointing)
+        for i in range(done, self.spec.layers):
+            arguments = (i, x, layout, loras, dropout_seed, only_first and i == self.spec.layers - 1)
             x = checkpoint(self._block, *arguments, use_reentrant=False, preserve_rng_state=False) if checkpointing else self._block(*arguments)
-        if pooling == "first":
+        if only_first:
             return x if self.spec.layers else x.index_select(0, layout.cu_seqlens[:-1])
         if not in_one_call(x):
             return torch.stack([part.mean(0) for part in x[: batch.tokens].split(batch.cu_seqlens.diff().tolist())])
@@ -150,20 +145,38 @@ class PackedEncoder:
     def prefix(self, batch: PackedBatch, depth: int) -> Tensor:
         """Hidden states (T, H) at the input of block `depth`, no adapter below it. Raises UsageError as `forward` does."""
         layout, x = self._layout(batch), self._filled(self._embed(batch))
-        jobs = self._jobs(layout, {}, "mean")
-        if jobs is not None and depth:
-            return self.together.forward(x.contiguous(), layout.cu_seqlens, jobs, last=depth)
-        for i in range(depth):
+        x, done = self._at_once(x, 0, depth, layout, {}, None, False, False)
+        for i in range(done, depth):
             x = self._block(i, x, layout, {}, None, False)
         return x[: batch.tokens]
 
-    def _jobs(self, layout: Layout, loras: Loras | Mix, pooling: str) -> Jobs | None:
-        """What a call of all blocks needs of the adapters; None where it does not take the batch."""
-        if self.together is None or layout.longest > native.LONGEST:
-            return None
+    def _at_once(
+        self, x: Tensor, first: int, last: int, layout: Layout, loras: Loras | Mix, dropout_seed: int | None, only_first: bool, checkpointing: bool
+    ) -> tuple[Tensor, int]:
+        """Blocks from `first` on in one call, as many before `last` as it takes: what they give, and the block to go on with."""
+        if self.together is None or layout.longest > native.LONGEST or first == last:
+            return x, first
+        if isinstance(self.together, train.Blocks):
+            adapters, end = self._adapted(first, last, loras, dropout_seed)
+            if end == first:
+                return x, first
+            only_first = only_first and end == self.spec.layers
+            return passes.blocks(x, self.together, layout.cu_seqlens, adapters, first, end, only_first, checkpointing), end
+        jobs = loras.jobs(self.spec.layers, only_first) if isinstance(loras, Mix) else None if loras else Jobs.none(self.spec.layers)
+        return (x, first) if jobs is None else (self.together.forward(x.contiguous(), layout.cu_seqlens, jobs, first, last, only_first), last)
+
+    def _adapted(self, first: int, last: int, loras: Loras | Mix, dropout_seed: int | None) -> tuple[list[train.Adapted], int]:
+        """The adapters of blocks from `first` on that `native.train` takes, and the first block that it does not take."""
+        found: list[train.Adapted] = []
         if isinstance(loras, Mix):
-            return loras.jobs(self.spec.layers, pooling == "first")
-        return None if loras else Jobs.none(self.spec.layers)
+            return found, first
+        for i in range(first, last):
+            its = {slot: loras[i, slot] for slot in SLOTS if (i, slot) in loras}
+            plain = all(lora.magnitude is None and (dropout_seed is None or not lora.dropout) for lora in its.values())
+            if not plain or not its.keys() <= set(STACKED):
+                return found, i
+            found += [train.Adapted(lora.A, lora.B, lora.scaling, i, STACKED.index(slot) * self.spec.hidden) for slot, lora in its.items()]
+        return found, last
 
     def _filled(self, x: Tensor) -> Tensor:
         """Rows that belong to nobody up to a whole number of steps, where shapes should repeat."""
@@ -179,7 +192,7 @@ class PackedEncoder:
         e, names = self.embeddings, [name for name in ("word", "type", "position") if name in self.embeddings]
         types = batch.type_ids if self.spec.family.uses_type_ids else torch.zeros_like(batch.type_ids)
         places = {"word": batch.ids, "position": self._positions(batch), "type": types}
-        if (self.together or self.whole) and not e["word"].shape[1] % native.PASS_LANES:
+        if self.together and not e["word"].shape[1] % native.PASS_LANES:
             x = native.embed([places[name] for name in names], [e[name] for name in names], e["norm.weight"], e["norm.bias"], self.spec.eps)
         else:
             x = F.embedding(places["word"], e["word"])
@@ -199,23 +212,7 @@ class PackedEncoder:
         before = (counted - real.long())[first]
         return torch.where(real, counted - before - 1 + offset, offset - 1)
 
-    def _whole_adapters(self, i: int, layout: Layout, loras: Loras | Mix, dropout_seed: int | None) -> list[Adapted] | None:
-        """The adapters of a block that `native.block` takes; None where it does not take the block."""
-        if not self.whole or isinstance(loras, Mix) or layout.longest > native.LONGEST:
-            return None
-        found = {slot: loras[i, slot] for slot in SLOTS if (i, slot) in loras}
-        columns = {slot: k * self.spec.hidden for k, slot in enumerate(("query", "key", "value"))}
-        plain = all(lora.magnitude is None and (dropout_seed is None or not lora.dropout) for lora in found.values())
-        return (
-            [Adapted(lora.A, lora.B, lora.scaling, columns[slot]) for slot, lora in found.items()]
-            if plain and found.keys() <= columns.keys()
-            else None
-        )
-
     def _block(self, i: int, x: Tensor, layout: Layout, loras: Loras | Mix, dropout_seed: int | None, only_first: bool) -> Tensor:
-        adapters = None if only_first else self._whole_adapters(i, layout, loras, dropout_seed)
-        if adapters is not None:
-            return passes.block(x, self.whole[i], layout.cu_seqlens, adapters)
         w, hidden = self.blocks[i], self.spec.hidden
         generator = None if dropout_seed is None else torch.Generator(x.device).manual_seed(dropout_seed + i)
 
@@ -259,7 +256,7 @@ class PackedEncoder:
             return F.layer_norm(linear(value, name, (name,), residual=residual), weight.shape, weight, shift, self.spec.eps)
 
         if not only_first:
-            context = attend(linear(x, "qkv", ("query", "key", "value")), None, layout, self.spec.heads)
+            context = attend(linear(x, "qkv", STACKED), None, layout, self.spec.heads)
         else:
             tokens, x = x, x.index_select(0, layout.cu_seqlens[:-1])
             queries = linear(x, "qkv", ("query",), slice(hidden))

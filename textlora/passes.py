@@ -1,16 +1,17 @@
-"""What lies between the products of a block, with gradients: bias and GELU, and bias, residual sum and norm; and a whole block.
+"""What lies between the products of a block, with gradients: bias and GELU, and bias, residual sum and norm; and whole blocks.
 
-On a CPU each of the former is one pass of C (native/passes.c), which torch takes two to four for, and a block is one call (native/block.c). The base's
+On a CPU each of the former is one pass of C (native/passes.c), which torch takes two to four for, and all blocks are one call (native/train.c). The base's
 tensors get no gradient.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from textlora import native
-from textlora.native.block import Adapted, Block
+from textlora.native.train import Adapted, Blocks, Piece
 
 
 def fits(*base: Tensor) -> bool:
@@ -31,10 +32,17 @@ def add_norm(product: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, sh
     return _Norm.apply(product, bias, residual.contiguous(), weight, shift, eps)
 
 
-def block(x: Tensor, frozen: Block, cu_seqlens: Tensor, adapters: Sequence[Adapted]) -> Tensor:
-    """A whole block, (T, width) to (T, width), with LoRA on its query, key or value: x and every A and B get gradients."""
+def blocks(
+    x: Tensor, frozen: Blocks, cu_seqlens: Tensor, adapters: Sequence[Adapted], first: int, last: int, only_first: bool, again: bool
+) -> Tensor:
+    """Blocks `first` to `last` - 1, (T, width) to (T, width), or (B, width) with `only_first`, with LoRA on query, key or value, in order of blocks and
+    columns: x and every A and B get gradients. `again`: keep each block's input alone for the way back."""
     pairs = [tensor for one in adapters for tensor in (one.A, one.B)]
-    return _Block.apply(x.contiguous(), frozen, cu_seqlens, adapters, torch.is_grad_enabled() and any(t.requires_grad for t in (x, *pairs)), *pairs)
+    lowest = last
+    if torch.is_grad_enabled():
+        wanted = [one.block for one in adapters if one.A.requires_grad or one.B.requires_grad]
+        lowest = first if x.requires_grad else min(wanted, default=last)
+    return _Blocks.apply(x.contiguous(), frozen, Piece(cu_seqlens, adapters, first, last, lowest, only_first, again), *pairs)
 
 
 class _Gelu(torch.autograd.Function):
@@ -71,18 +79,18 @@ class _Norm(torch.autograd.Function):
         return normed, None, normed, None, None, None
 
 
-class _Block(torch.autograd.Function):
+class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, frozen, cu_seqlens, adapters, with_gradient, *pairs):
-        y, kept = frozen.forward(x, cu_seqlens, adapters, with_gradient)
-        ctx.save_for_backward(x, kept, cu_seqlens, *pairs)
-        ctx.frozen, ctx.places = frozen, [(one.scaling, one.column) for one in adapters]
+    def forward(ctx, x, frozen, piece, *pairs):
+        y, kept = frozen.forward(x, piece)
+        ctx.save_for_backward(x, kept, piece.cu_seqlens, *pairs)
+        ctx.frozen, ctx.piece = frozen, replace(piece, adapters=[replace(one, A=None, B=None) for one in piece.adapters])
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, kept, cu_seqlens, *pairs = ctx.saved_tensors
-        adapters = [Adapted(A, B, *place) for A, B, place in zip(pairs[::2], pairs[1::2], ctx.places, strict=True)]
-        dx, found = ctx.frozen.back(grad.contiguous(), kept, x, cu_seqlens, adapters, ctx.needs_input_grad[0])
+        x, kept, _, *pairs = ctx.saved_tensors
+        adapters = [replace(one, A=A, B=B) for one, A, B in zip(ctx.piece.adapters, pairs[::2], pairs[1::2], strict=True)]
+        dx, found = ctx.frozen.back(grad.contiguous(), kept, x, replace(ctx.piece, adapters=adapters), ctx.needs_input_grad[0])
         torch.autograd.graph.increment_version(kept)  # a second way back would find gradients here: torch refuses it
-        return dx, None, None, None, None, *(tensor for pair in found for tensor in pair)
+        return dx, None, None, *(tensor for pair in found for tensor in pair)

@@ -25,7 +25,7 @@ from textlora.prepare import EncodedSet, Prepared
 from textlora.recorded import Filled, Recordings, fill_up
 from textlora.tokens import PackedBatch, pack, token_batches
 
-PIECE_TOKENS = {"cpu": 768, "cuda": 32768}  # on a CPU as fast as 2,048 and less memory (docs/log.md); what fills a GPU, where it fits
+PIECE_TOKENS = {"cpu": 384, "cuda": 32768}  # on a CPU as fast as 2,048 and less memory (docs/log.md); what fills a GPU, where it fits
 MIN_PIECE = 96  # tokens of a thread below which one piece on all cores is faster; `classifier.MIN_SHARE_ONE_CORE` where a product takes one core
 KEPT_BYTES = 20  # of a token per layer and width for the backward pass in half precision, as measured (docs/log.md)
 

@@ -1,6 +1,6 @@
 """What torch has no fast way for, in C: products on the matrix units (amx.c), attention (attention.c), the small products of many
-adapters (lora.c), what lies between the products of a block (passes.c), products with what follows them (product.c). block.py has a block in
-training in one call, encode.py all blocks when predicting.
+adapters (lora.c), what lies between the products of a block (passes.c), products with what follows them (product.c). train.py has all blocks in training,
+encode.py when predicting, in one call, which several threads may share (crew.c).
 
 They are there where the package was built with a C compiler on x86 Linux and the processor has what they use; everything works without.
 """
@@ -23,7 +23,8 @@ LONGEST = 512  # tokens of a text
 HEADS = (16, 32, 64)  # widths of a head
 MOST_RANK, LANES = 256, 8
 PASS_LANES = 16  # widths are multiples of it
-HANDS, HELPERS, HAND_ROWS = 64, 8, 32  # threads in a call of its own, and those that help with one, at most; rows for each at least, as all read all weights
+HANDS, HELPERS = 64, 8  # threads of a call that has no crew, and of one that has, at most
+HAND_ROWS = 32  # for each at least: all read all weights
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
@@ -55,10 +56,10 @@ def library() -> ctypes.CDLL | None:
     found.textlora_product_lay_out.argtypes = [_pointer] * 2 + [_long] * 4 + [_float, _int]
     found.textlora_product.restype = None
     found.textlora_product.argtypes = [_pointer, _long, _pointer, _pointer, _pointer, _long, _pointer] + [_long] * 3 + [_int] * 2
-    found.textlora_block_kept.restype, found.textlora_block_kept.argtypes = _long, [_pointer] * 2
-    found.textlora_block_scratch.restype, found.textlora_block_scratch.argtypes = _long, [_pointer] * 2
-    found.textlora_block.restype, found.textlora_block.argtypes = None, [_pointer] * 2
-    found.textlora_block_back.restype, found.textlora_block_back.argtypes = None, [_pointer] * 3
+    found.textlora_train_kept.restype, found.textlora_train_kept.argtypes = _long, [_pointer] * 2
+    found.textlora_train_scratch.restype, found.textlora_train_scratch.argtypes = _long, [_pointer] * 2
+    found.textlora_train.restype, found.textlora_train.argtypes = None, [_pointer] * 2
+    found.textlora_train_back.restype, found.textlora_train_back.argtypes = None, [_pointer] * 2
     found.textlora_join.restype, found.textlora_join.argtypes = None, [_pointer, _int, _int]
     found.textlora_group.restype, found.textlora_group.argtypes = _int, []
     found.textlora_help.restype, found.textlora_help.argtypes = None, []

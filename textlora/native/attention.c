@@ -6,7 +6,7 @@
 
 #include "native.h"
 
-enum { LONGEST = 512, ROOM = LONGEST + 16 /* no power of two: rows at one place in the cache would push each other out */, WIDEST = 64 };
+enum { LONGEST = 512, ROOM = LONGEST + 16 /* no power of two: rows at one place in the cache would push each other out */, WIDEST = 64, GROUPS = 8 /* of texts, where there are that many */ };
 
 /* Of a text and a head: keys and values turned, rows of values, or of keys on the way back, and gradients. */
 struct room {
@@ -47,4 +47,15 @@ void textlora_attention(const float *qkv, const float *grad, float *out, const i
 {
     if (lanes == 16) attention_of_16(qkv, grad, out, starts, room, texts, heads, first, last, d, scale);
     else attention_of_8(qkv, grad, out, starts, room, texts, heads, first, last, d, scale);
+}
+
+/* Chunks of that which do not depend on each other: some texts, or a head of all where texts are few. */
+long textlora_attention_chunks(long texts, long heads) { return texts < GROUPS ? heads : GROUPS; }
+
+/* One of these chunks, by the thread of that number, whose scratch lies in rooms; the rest as above. */
+void textlora_attention_chunk(const float *qkv, const float *grad, float *out, const int32_t *starts, uint8_t *rooms, long texts, long heads, long d, int lanes, long chunk, int number)
+{
+    struct room *room = (struct room *)(rooms + number * sizeof(struct room));
+    long all = texts >= GROUPS, at = all ? texts * chunk / GROUPS : 0, end = all ? texts * (chunk + 1) / GROUPS : texts;
+    textlora_attention(qkv, grad, out, starts + at, room, end - at, heads, all ? 0 : chunk, all ? heads : chunk + 1, d, 1 / __builtin_sqrtf((float)d), lanes);
 }

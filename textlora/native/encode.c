@@ -18,7 +18,7 @@
 #define NAME(f) f
 #include "vectors.h"
 
-enum { QKV, OUTPUT, UP, DOWN, PRODUCTS, LONGEST = 512, TEXTS = 32 /* at a time in the last block */, PIECE = 128 /* rows at a time */, GROUPS = 8 /* of texts, where there are that many */ };
+enum { QKV, OUTPUT, UP, DOWN, PRODUCTS, LONGEST = 512, TEXTS = 32 /* at a time in the last block */, PIECE = 128 /* rows at a time */ };
 
 /* Panels of product.c, or of amx.c where the encoder has `halves`. */
 struct dense { const void *panels; const float *bias; };
@@ -117,17 +117,11 @@ static void project(const void *what, long chunk, int number)
     product(s->e, s->b, number, s->i, QKV, s->x + at * H, s->y + at * 3 * H, at, count, 1);
 }
 
-/* Attention of some texts, or of a head where texts are few. */
 static void attend(const void *what, long chunk, int number)
 {
     const struct stage *s = what;
     const struct encoder *e = s->e;
-    long texts = s->b->texts, d = e->width / e->heads, some = (texts + GROUPS - 1) / GROUPS, at = chunk * some, all = texts >= GROUPS;
-    struct room *room = (struct room *)(s->b->rooms + number * textlora_attention_scratch());
-    if (!all) at = 0, some = texts;
-    else if (at >= texts) return;
-    else if (texts - at < some) some = texts - at;
-    textlora_attention(s->x, 0, s->y, s->b->starts + at, room, some, e->heads, all ? 0 : chunk, all ? e->heads : chunk + 1, d, 1 / __builtin_sqrtf((float)d), e->lanes);
+    textlora_attention_chunk(s->x, 0, s->y, s->b->starts, s->b->rooms, s->b->texts, e->heads, e->width / e->heads, e->lanes, chunk, number);
 }
 
 /* What comes behind attention for some rows, of context and residual, so that what lies between stays in a core's cache. */
@@ -275,7 +269,7 @@ static void encode(const void *encoder, const void *batch)
     for (long i = b->first; i < last; i++) {
         float *y = i == b->last - 1 ? b->y : state;
         textlora_share(project, &(struct stage){e, b, i, T, piece, .x = x, .y = s}, pieces(T, piece), b->hands);
-        textlora_share(attend, &(struct stage){e, b, i, T, piece, .x = s, .y = context}, n < GROUPS ? e->heads : GROUPS, b->hands);
+        textlora_share(attend, &(struct stage){e, b, i, T, piece, .x = s, .y = context}, textlora_attention_chunks(n, e->heads), b->hands);
         textlora_share(rest, &(struct stage){e, b, i, T, piece, .x = context, .residual = x, .y = y}, pieces(T, piece), b->hands);
         x = y;
     }

@@ -16,6 +16,8 @@ struct job {
 
 void textlora_attention(const float *qkv, const float *grad, float *out, const int32_t *starts, struct room *room, long texts, long heads, long first, long last, long d, float scale, int lanes);
 long textlora_attention_scratch(void);
+long textlora_attention_chunks(long texts, long heads);
+void textlora_attention_chunk(const float *qkv, const float *grad, float *out, const int32_t *starts, uint8_t *rooms, long texts, long heads, long d, int lanes, long chunk, int number);
 void textlora_norm(float *y, const float *bias, const float *residual, const float *weight, const float *shift, float *out, float *scale, long rows, long width, float eps);
 void textlora_norm_back(const float *d, const float *weight, float *x, const float *scale, long rows, long width);
 long textlora_product_size(long inner, long out, int lanes);
