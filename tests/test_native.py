@@ -395,7 +395,7 @@ def test_build_without_a_compiler_is_pure_python(compiler, tmp_path, monkeypatch
     assert data == {"artifacts": [], "pure_python": True}
     if sys.platform == "linux" and platform.machine() == "x86_64":
         assert sorted(os.listdir(tmp_path / "textlora" / "native")) == [
-            f"{name}.c" for name in ("amx", "attention", "block", "encode", "lora", "passes", "product")
+            f"{name}.c" for name in ("amx", "attention", "crew", "encode", "first", "lora", "passes", "product", "train")
         ]
         assert len(said) == 1
         assert "not compiled" in said[0]

@@ -23,7 +23,7 @@ from textlora.model import Model, open_model
 from textlora.tokens import Encoded, TextTokenizer, even_batches, load_tokenizer, pack
 
 EVAL_TOKENS = {"cpu": 1024, "cuda": 65536}  # of a forward when predicting: more is slower on a CPU, and holds more memory (docs/log.md)
-EVAL_TOKENS_AT_ONCE = 512  # where a forward is one call, and little lies between two of them
+EVAL_TOKENS_AT_ONCE = 1024  # where a forward is one call: threads without a batch help with it
 MIN_SHARE, MIN_SHARE_ONE_CORE = 192, 32  # tokens of a thread below which one batch on all cores is faster (docs/log.md)
 GOLDEN_TOLERANCE = 1e-3
 GOLDEN_FLOOR = 0.01  # a smaller scale of logits counts as this

@@ -1,7 +1,7 @@
 """The training loop: a generator of step and evaluation records over any `Model`. Knows no files and prints nothing.
 
 Only A, B, DoRA's magnitudes and the head carry gradients. A step takes `batch_size x gradient_accumulation_steps` rows, computed in
-pieces of at most 768 tokens or so (32,768 on a GPU), on a CPU side by side, each by one core; memory does not grow with the batch. Every random draw comes
+pieces of at most 384 tokens or so (32,768 on a GPU), on a CPU side by side; memory does not grow with the batch. Every random draw comes
 from (seed, epoch) or (seed, step, piece), and the pieces' gradients are summed in order.
 """
 
@@ -25,7 +25,7 @@ from textlora.prepare import EncodedSet, Prepared
 from textlora.recorded import Filled, Recordings, fill_up
 from textlora.tokens import PackedBatch, pack, token_batches
 
-PIECE_TOKENS = {"cpu": 384, "cuda": 32768}  # on a CPU as fast as 2,048 and less memory (docs/log.md); what fills a GPU, where it fits
+PIECE_TOKENS = {"cpu": 384, "cuda": 32768}  # on a CPU faster than 768 and less memory (docs/log.md); what fills a GPU, where it fits
 MIN_PIECE = 96  # tokens of a thread below which one piece on all cores is faster; `classifier.MIN_SHARE_ONE_CORE` where a product takes one core
 KEPT_BYTES = 20  # of a token per layer and width for the backward pass in half precision, as measured (docs/log.md)
 

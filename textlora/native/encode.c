@@ -250,15 +250,6 @@ static void look_at_some(const void *what, long chunk, int number)
     look_first(e, s->b, s->x, at, count, s->firsts + at * H, q, means, shares, s->y + at * H);
 }
 
-static long pieces(long rows, long piece) { return (rows + piece - 1) / piece; }
-
-/* So many rows that each hand gets some, `most` at most, a multiple of 8. */
-static long piece_of(long rows, long most, int hands)
-{
-    long count = pieces(rows, most) > hands ? pieces(rows, most) : hands;
-    return (pieces(rows, count) + 7) / 8 * 8;
-}
-
 static void encode(const void *encoder, const void *batch)
 {
     const struct encoder *e = encoder;
@@ -274,7 +265,7 @@ static void encode(const void *encoder, const void *batch)
         x = y;
     }
     if (!b->firsts) return;
-    piece = piece_of(n, TEXTS, n < 16 ? 1 : b->hands);
+    piece = piece_of(n, TEXTS, b->hands);
     textlora_share(look_at_some, &(struct stage){e, b, last, n, piece, .x = x, .y = context, .firsts = firsts}, pieces(n, piece), b->hands);
     textlora_share(rest, &(struct stage){e, b, last, n, piece, .x = context, .residual = firsts, .y = b->y}, pieces(n, piece), b->hands);
 }

@@ -17,8 +17,6 @@
 
 enum { LONGEST = 512 };
 
-static long whole(long numbers) { return (numbers + 15) / 16 * 16; }
-
 static long larger(long a, long b) { return a > b ? a : b; }
 
 static long size(const struct encoder *e, long inner, long out) { return whole(textlora_product_size(inner, out, e->lanes)); }

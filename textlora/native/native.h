@@ -14,6 +14,18 @@ struct job {
     int64_t r, column; /* of y, the first of out */
 };
 
+/* Numbers rounded up to whole lines of memory. */
+static inline long whole(long numbers) { return (numbers + 15) / 16 * 16; }
+
+static inline long pieces(long rows, long piece) { return (rows + piece - 1) / piece; }
+
+/* So many rows at a time that each hand gets 32 or more, where there are as many, `most` at most, a multiple of 8. */
+static inline long piece_of(long rows, long most, int hands)
+{
+    long count = pieces(rows, most), least = rows / 32 < hands ? rows / 32 : hands;
+    return (pieces(rows, count > least ? count : least) + 7) / 8 * 8;
+}
+
 void textlora_attention(const float *qkv, const float *grad, float *out, const int32_t *starts, struct room *room, long texts, long heads, long first, long last, long d, float scale, int lanes);
 long textlora_attention_scratch(void);
 long textlora_attention_chunks(long texts, long heads);

@@ -14,10 +14,7 @@
 
 #include "train.h"
 
-enum { PIECE = 64 /* rows at a time */, ROWS = 32 /* at least, where a thread could have some */ };
-
-/* Numbers rounded up to whole lines. */
-static long whole(long numbers) { return (numbers + 15) / 16 * 16; }
+enum { PIECE = 64 /* rows at a time */ };
 
 static int looks(const struct encoder *e, const struct call *c, long i) { return c->firsts && i == e->layers - 1; }
 
@@ -60,22 +57,22 @@ static long body_size(const struct encoder *e, const struct call *c, long i, int
     return body_at(e, c, i, (float *)64, slopes, &b) - (float *)64;
 }
 
-/* Of block i from `lowest` on: its input, in what is kept, and where that which it keeps begins, there or in the scratch. */
-static float *input_of(const struct encoder *e, const struct call *c, long i)
-{
-    float *at = c->kept;
-    for (long k = c->lowest; k < i; k++) at += (k > c->first ? whole(c->rows * e->width) : 0) + (c->again ? 0 : body_size(e, c, k, 1));
-    return at;
-}
-
+/* An input that the call was not given. */
 static long input_size(const struct encoder *e, const struct call *c, long i) { return i > c->first ? whole(c->rows * e->width) : 0; }
 
-long textlora_train_kept(const struct encoder *e, const struct call *c)
+/* What blocks from `lowest` to i - 1 keep: each its input, and behind that its body, unless it is computed again. */
+static long kept_before(const struct encoder *e, const struct call *c, long i)
 {
     long size = 0;
-    for (long i = c->lowest; i < c->last; i++) size += input_size(e, c, i) + (c->again ? 0 : body_size(e, c, i, 1));
+    for (long k = c->lowest; k < i; k++) size += input_size(e, c, k) + (c->again ? 0 : body_size(e, c, k, 1));
     return size;
 }
+
+long textlora_train_kept(const struct encoder *e, const struct call *c) { return kept_before(e, c, c->last); }
+
+static float *input_of(const struct encoder *e, const struct call *c, long i) { return c->kept + kept_before(e, c, i); }
+
+static float *body_of(const struct encoder *e, const struct call *c, long i) { return input_of(e, c, i) + input_size(e, c, i); }
 
 /* Scratch of a call: parts that all threads share, then a part of each. */
 struct shared { float *state, *context, *ds, *g, *du, *turned, *panels, *body, *hands; };
@@ -105,7 +102,7 @@ static struct shared shared_of(const struct encoder *e, const struct call *c, lo
 #undef NEXT
     s.hands = at;
     long look = textlora_look_size(e), own = whole(PIECE * (e->width + e->inner));
-    *size = (look > own ? look : own);
+    *size = look > own ? look : own;
     return s;
 }
 
@@ -114,16 +111,6 @@ long textlora_train_scratch(const struct encoder *e, const struct call *c)
     long own;
     struct shared s = shared_of(e, c, &own);
     return s.hands - c->scratch + c->hands * own;
-}
-
-static long pieces(long rows, long piece) { return (rows + piece - 1) / piece; }
-
-/* So many rows that each hand gets some, PIECE at most, a multiple of 8. */
-static long piece_of(long rows, int hands)
-{
-    long count = pieces(rows, PIECE), least = rows / ROWS < hands ? rows / ROWS : hands;
-    if (count < least) count = least;
-    return (pieces(rows, count) + 7) / 8 * 8;
 }
 
 static void product(const struct encoder *e, const float *x, const float *panels, const float *bias, float *y, float *slope, long rows, long inner, long out, int then)
@@ -237,7 +224,7 @@ static struct stage stage_of(const struct encoder *e, const struct call *c, long
 {
     struct stage s = {e, c, e->blocks + i, .adapters = c->adapters + c->ends[i], .count = c->ends[i + 1] - c->ends[i], .rank = rank_of(c, i)};
     s.rows = looks(e, c, i) ? c->texts : c->rows;
-    s.piece = piece_of(s.rows, c->hands);
+    s.piece = piece_of(s.rows, PIECE, c->hands);
     s.x = x, s.context = p->context, s.ds = p->ds, s.du = p->du, s.turned = p->turned, s.panels = p->panels, s.hands = p->hands, s.own = own;
     return s;
 }
@@ -271,7 +258,7 @@ static void train(const void *encoder, const void *call)
         int kept = i >= c->lowest;
         struct stage s = stage_of(e, c, i, &p, own, x);
         float *y = i == c->last - 1 ? c->y : i + 1 >= c->lowest ? input_of(e, c, i + 1) : p.state;
-        forward(&s, kept && !c->again ? input_of(e, c, i) + input_size(e, c, i) : p.body, y, kept && !c->again, i);
+        forward(&s, kept && !c->again ? body_of(e, c, i) : p.body, y, kept && !c->again, i);
         x = y;
     }
 }
@@ -284,10 +271,9 @@ static void train_back(const void *encoder, const void *call)
     struct shared p = shared_of(e, c, &own);
     const float *grad = c->grad;
     for (long i = c->last - 1; i >= c->lowest; i--) {
-        float *input = input_of(e, c, i);
-        struct stage s = stage_of(e, c, i, &p, own, i > c->first ? input : c->x);
+        struct stage s = stage_of(e, c, i, &p, own, i > c->first ? input_of(e, c, i) : c->x);
         if (c->again) forward(&s, p.body, p.ds, 1, i); /* y is not asked for */
-        else body_at(e, c, i, input + input_size(e, c, i), 1, &s.b);
+        else body_at(e, c, i, body_of(e, c, i), 1, &s.b);
         s.grad = grad, s.dx = i > c->lowest ? p.g : c->dx;
         textlora_share(behind_back, &s, pieces(s.rows, s.piece), c->hands);
         if (looks(e, c, i)) textlora_look_back(&s);
