@@ -21,18 +21,28 @@ def machine() -> dict[str, Any]:
     if cpuinfo.is_file():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0] if names else model
+    if _as_avx2():
+        model += " as one with AVX2 alone (benchmarks/as_avx2.c)"
     packages = ("torch", "transformers", "peft", "tokenizers")
     return {"processor": model, "cores": os.cpu_count(), "python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def write_result(name: str, claim: str, rows: Sequence[tuple[str, str]], details: dict[str, Any]) -> None:
     """Write `results/NAME.json`: `rows` (what, value) go into the README, `details` hold everything measured."""
-    command = "python " + shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_machine, sys.argv[1:])])
+    command = (
+        ("LD_PRELOAD=$PWD/as_avx2.so " if _as_avx2() else "")
+        + "python "
+        + shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_machine, sys.argv[1:])])
+    )
     record = {"claim": claim, "command": command, "machine": machine(), "rows": [list(row) for row in rows], "details": details}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for what, value in rows:
         print(f"{what}: {value}")
+
+
+def _as_avx2() -> bool:
+    return Path(os.environ.get("LD_PRELOAD", "")).name == "as_avx2.so"
 
 
 def _without_machine(argument: str) -> str:

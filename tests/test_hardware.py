@@ -68,6 +68,53 @@ def test_one_worker_where_nothing_is_gained():
 
 
 @pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
+def test_a_call_has_the_cores_that_no_other_call_uses():
+    """Threads that share three cores: a call alone is done by three threads; of two at a time each keeps one for itself, and a helper leaves."""
+    library, lock, done, both = native.library(), threading.Lock(), {}, threading.Event()
+    meet = threading.Barrier(2, timeout=30)
+
+    def stage(name, wait):
+        @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
+        def work(_, chunk, number):
+            with lock:
+                done.setdefault(name, []).append(number)
+            time.sleep(0.001)
+
+        @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
+        def call(*_):
+            if wait:
+                library.textlora_share(work, None, ctypes.c_long(50), 3)
+                both.set()
+                meet.wait()  # the other call has begun
+                time.sleep(0.1)
+                with lock:
+                    done[name + " later"], done[name] = done[name], []
+            library.textlora_share(work, None, ctypes.c_long(50), 3)
+            if not wait:
+                meet.wait()
+                time.sleep(0.3)
+
+        return call
+
+    def run(name, wait):
+        native.share_cores(3)
+        assert native.hands(1000) == 3
+        assert native.hands(40) == 1
+        if not wait:
+            assert both.wait(30)
+        library.textlora_with_hands(stage(name, wait), None, None, 3)
+
+    threads = [threading.Thread(target=run, args=given) for given in (("first", True), ("second", False))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(done["first later"]) == {0, 1, 2}
+    assert set(done["first"]) == {0}
+    assert set(done["second"]) == {0}
+
+
+@pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
 @pytest.mark.parametrize("hands", [1, 2, 3])
 def test_who_has_no_work_helps(three, hands):
     """Each chunk of a call is done once, by threads whose numbers are below what the call has room for; each number is one thread."""

@@ -83,13 +83,13 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, frozen, piece, *pairs):
         y, kept = frozen.forward(x, piece)
-        ctx.save_for_backward(x, kept, piece.cu_seqlens, *pairs)
+        ctx.save_for_backward(x, kept, *pairs)
         ctx.frozen, ctx.piece = frozen, replace(piece, adapters=[replace(one, A=None, B=None) for one in piece.adapters])
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, kept, _, *pairs = ctx.saved_tensors
+        x, kept, *pairs = ctx.saved_tensors
         adapters = [replace(one, A=A, B=B) for one, A, B in zip(ctx.piece.adapters, pairs[::2], pairs[1::2], strict=True)]
         dx, found = ctx.frozen.back(grad.contiguous(), kept, x, replace(ctx.piece, adapters=adapters), ctx.needs_input_grad[0])
         torch.autograd.graph.increment_version(kept)  # a second way back would find gradients here: torch refuses it

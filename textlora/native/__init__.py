@@ -61,7 +61,8 @@ def library() -> ctypes.CDLL | None:
     found.textlora_train.restype, found.textlora_train.argtypes = None, [_pointer] * 2
     found.textlora_train_back.restype, found.textlora_train_back.argtypes = None, [_pointer] * 2
     found.textlora_join.restype, found.textlora_join.argtypes = None, [_pointer, _int, _int]
-    found.textlora_group.restype, found.textlora_group.argtypes = _int, []
+    found.textlora_cores.restype, found.textlora_cores.argtypes = None, [_int]
+    found.textlora_hands.restype, found.textlora_hands.argtypes = _int, []
     found.textlora_help.restype, found.textlora_help.argtypes = None, []
     found.textlora_encode_scratch.restype, found.textlora_encode_scratch.argtypes = _long, [_pointer] * 2
     found.textlora_encode.restype, found.textlora_encode.argtypes = None, [_pointer] * 2
@@ -133,9 +134,16 @@ class Crew:
 
 
 def hands(rows: int) -> int:
-    """Threads that a call on so many rows may have: of this thread's crew, or as many as torch has here."""
-    group = library().textlora_group()
-    return max(1, min(HELPERS if group else HANDS, group or torch.get_num_threads(), rows // HAND_ROWS))
+    """Threads that a call on so many rows may have: of this thread's crew, for its cores, or as many as torch has here."""
+    known = library().textlora_hands()
+    return max(1, min(HELPERS if known else HANDS, known or torch.get_num_threads(), rows // HAND_ROWS))
+
+
+def share_cores(count: int) -> None:
+    """Calls of this thread, and of others that say the same, have as many threads together as there are cores: one that runs alone has them all, and
+    gives them back when another begins."""
+    if library() is not None:
+        library().textlora_cores(count)
 
 
 def attention(projected: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, heads: int) -> None:

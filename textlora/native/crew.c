@@ -23,7 +23,8 @@ struct slot {
 } __attribute__((aligned(128)));
 
 static struct slot slots[SLOTS];
-static __thread struct { const int *busy; int number, size; } me;
+static int alone; /* calls of threads without a group that run now */
+static __thread struct { const int *busy; int number, size, cores; } me;
 
 /* This thread is one of a group from now on, its number 0 to size - 1; `busy` counts those of it that have work of their own. None: it leaves. */
 void textlora_join(const int *busy, int number, int size)
@@ -31,8 +32,11 @@ void textlora_join(const int *busy, int number, int size)
     me.busy = busy, me.number = number, me.size = size;
 }
 
-/* Threads of this one's group; 0 where it has none. */
-int textlora_group(void) { return me.busy ? me.size : 0; }
+/* Where this thread has no group, it shares so many cores with others like it: a call has those that are not in use. 0: with nobody. */
+void textlora_cores(int cores) { me.cores = cores; }
+
+/* Threads that a call may have, of this one's group or for so many cores; 0 where it has neither. */
+int textlora_hands(void) { return me.busy ? me.size : me.cores; }
 
 static uint64_t next_of(uint64_t ticket) { return ticket & 0xfffff; }
 
@@ -70,10 +74,17 @@ static void wait_a_little(long turn)
     else nanosleep(&(struct timespec){0, 20000}, 0);
 }
 
-/* Chunks of others' calls, until nobody of this group has work of its own. */
+/* Whether this helper's number is within its call's share of the cores. */
+static int wanted(void)
+{
+    int calls = __atomic_load_n(&alone, __ATOMIC_RELAXED);
+    return !me.cores || calls < 1 || me.number < me.cores / calls;
+}
+
+/* Chunks of others' calls, until nobody of this group has work of its own, or others need the core. */
 void textlora_help(void)
 {
-    for (long turn = 0; __atomic_load_n(me.busy, __ATOMIC_ACQUIRE); turn++) {
+    for (long turn = 0; __atomic_load_n(me.busy, __ATOMIC_ACQUIRE) && wanted(); turn++) {
         int took = 0;
         for (int n = 0; n < SLOTS; n++) took |= take(slots + n);
         if (took) turn = 0;
@@ -104,12 +115,13 @@ void textlora_share(work *work, const void *what, long chunks, int hands)
     __atomic_store_n(&slot->taken, 0, __ATOMIC_RELEASE);
 }
 
-struct member { const int *busy; int number, size; };
+struct member { const int *busy; int number, size, cores; };
 
 static void *member(void *given)
 {
     struct member *m = given;
     textlora_join(m->busy, m->number, m->size);
+    textlora_cores(m->cores);
     textlora_help();
     return 0;
 }
@@ -117,21 +129,24 @@ static void *member(void *given)
 /* A call, with up to `hands` threads: those of this one's group, or of one for it alone. */
 void textlora_with_hands(void (*call)(const void *, const void *), const void *first, const void *second, int hands)
 {
-    int busy = 1, started = 1;
+    int busy = 1, started = 1, calls;
     struct member members[SLOTS];
     pthread_t threads[SLOTS];
-    if (me.busy || hands < 2) {
+    if (me.busy) {
         call(first, second);
         return;
     }
+    calls = __atomic_add_fetch(&alone, 1, __ATOMIC_RELAXED);
+    if (me.cores && hands > me.cores / calls) hands = me.cores / calls;
     for (int n = 1; n < hands && n < SLOTS; n++) {
-        members[n] = (struct member){&busy, n, hands};
+        members[n] = (struct member){&busy, n, hands, me.cores};
         if (pthread_create(threads + n, 0, member, members + n)) break;
         started++;
     }
-    textlora_join(&busy, 0, started);
+    if (started > 1) textlora_join(&busy, 0, started);
     call(first, second);
     textlora_join(0, 0, 0);
     __atomic_store_n(&busy, 0, __ATOMIC_RELEASE);
     for (int n = 1; n < started; n++) pthread_join(threads[n], 0);
+    __atomic_sub_fetch(&alone, 1, __ATOMIC_RELAXED);
 }

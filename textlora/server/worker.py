@@ -15,6 +15,7 @@ from textlora.adapter import AdapterMeta
 from textlora.answers import Answer
 from textlora.engine import AdapterEngine
 from textlora.errors import AdapterError, InternalError, TextloraError, UsageError
+from textlora.native import share_cores
 from textlora.server.garbage import settle
 from textlora.server.link import Link, told
 from textlora.server.log import log_bug
@@ -26,6 +27,7 @@ class Worker:
     def __init__(self, engine: AdapterEngine):
         self.engine, self.bank = engine, engine.bank
         self.on_cpu = torch.device(self.bank.device).type == "cpu"
+        self.threads = torch.get_num_threads() if self.on_cpu else 1
         self._retired: dict[str, Callable[[float | None], bool]] = {}
         calls = (self.facts, self.answers, self.add, self.warm, self.retire, self.wait, self.state)
         self._calls: dict[str, Callable[..., Any]] = {call.__name__: call for call in calls}
@@ -47,7 +49,7 @@ class Worker:
         files = self.bank.files
         return {
             "device": self.bank.device, "base_name": files.id or files.folder.name, "base_hash": self.bank.weights.hash,
-            "max_length": files.config["max_position_embeddings"], "threads": torch.get_num_threads() if self.on_cpu else 1,
+            "max_length": files.config["max_position_embeddings"], "threads": self.threads,
         }  # fmt: skip
 
     def answers(self, texts: list[str], names: list[str | None], pairs: list[str | None]) -> list[tuple[Any, ...]]:
@@ -117,7 +119,8 @@ def _run(control: socket.socket) -> None:
 
 def _serve(worker: Worker, link: Link) -> None:
     if worker.on_cpu:
-        torch.set_num_threads(1)  # a batch for each core: none waits for another's slower half
+        torch.set_num_threads(1)  # a batch for each core: none waits for another's slower half ...
+        share_cores(worker.threads)  # ... and a batch that is alone takes all
     while True:
         try:
             call, given = link.receive()
