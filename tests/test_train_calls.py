@@ -19,7 +19,8 @@ from textlora.families import read_spec
 from textlora.hardware import side_by_side
 from textlora.lora import Lora, reference_linear
 from textlora.native import Product
-from textlora.native.train import NORMS, PRODUCTS, Adapted, Blocks, Both, Piece
+from textlora.native.encode import NORMS, PRODUCTS
+from textlora.native.train import Adapted, Blocks, Both, Piece
 from textlora.prefix import build_prefix
 from textlora.prepare import prepare
 from textlora.products import TwoWayWeight, dense, dense_back, prepare_for_training

@@ -17,38 +17,15 @@
 
 enum { LONGEST = 512 };
 
-static long larger(long a, long b) { return a > b ? a : b; }
-
-static long size(const struct encoder *e, long inner, long out) { return whole(textlora_product_size(inner, out, e->lanes)); }
-
-long textlora_panels_size(const struct encoder *e, const struct adapter *adapters, long count, int looks)
+/* What the largest part of an adapter takes, laid out. */
+long textlora_look_panels(const struct encoder *e, const struct adapter *adapters, long count)
 {
-    long H = e->width, d = H / e->heads, rank = 0, most = 0, sum = 0;
+    long H = e->width, d = H / e->heads, most = 0;
     for (long a = 0; a < count; a++) {
-        long r = adapters[a].r, full = larger(size(e, H, r), size(e, r, H));
-        rank += r, sum += full;
-        most = larger(most, larger(full, larger(size(e, d, r), size(e, r, d))));
+        long r = adapters[a].r;
+        most = larger(most, larger(larger(size(e, H, r), size(e, r, H)), larger(size(e, d, r), size(e, r, d))));
     }
-    return looks ? most : sum + larger(size(e, H, rank), size(e, rank, H));
-}
-
-/* Adapters of a block of all tokens: all A, one under the other, and each B, as they are multiplied with forward or back. */
-void textlora_lay_out_adapters(struct stage *s, int back)
-{
-    const struct encoder *e = s->e;
-    long H = e->width, from = 0;
-    if (!s->rank) return;
-    for (long a = 0; a < s->count; from += s->adapters[a++].r) memcpy(s->turned + from * H, s->adapters[a].A, s->adapters[a].r * H * sizeof(float));
-    float *at = s->panels;
-    if (back) textlora_product_lay_out(s->turned, at, s->rank, H, H, 1, 1, e->lanes);
-    else textlora_product_lay_out(s->turned, at, H, s->rank, 1, H, 1, e->lanes);
-    s->A = at, at += back ? size(e, s->rank, H) : size(e, H, s->rank);
-    for (long a = 0; a < s->count; a++) {
-        const struct adapter *one = s->adapters + a;
-        if (back) textlora_product_lay_out(one->B, at, H, one->r, one->r, 1, one->scaling, e->lanes);
-        else textlora_product_lay_out(one->B, at, one->r, H, 1, one->r, one->scaling, e->lanes);
-        s->B[a] = at, at += back ? size(e, H, one->r) : size(e, one->r, H);
-    }
+    return most;
 }
 
 /* The adapter of query, key or value, and where its u begins; that of its gradient lies as far into b->du. */

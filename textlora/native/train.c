@@ -74,21 +74,28 @@ static float *input_of(const struct encoder *e, const struct call *c, long i) { 
 
 static float *body_of(const struct encoder *e, const struct call *c, long i) { return input_of(e, c, i) + input_size(e, c, i); }
 
+/* What the adapters of block i take, laid out. */
+static long panels_size(const struct encoder *e, const struct call *c, long i)
+{
+    const struct adapter *first = c->adapters + c->ends[i], *end = c->adapters + c->ends[i + 1];
+    long H = e->width, rank = rank_of(c, i), sum = larger(size(e, H, rank), size(e, rank, H));
+    if (looks(e, c, i)) return textlora_look_panels(e, first, end - first);
+    for (const struct adapter *a = first; a < end; a++) sum += larger(size(e, H, a->r), size(e, a->r, H));
+    return sum;
+}
+
 /* Scratch of a call: parts that all threads share, then a part of each. */
 struct shared { float *state, *context, *ds, *g, *du, *turned, *panels, *body, *hands; };
 
-static struct shared shared_of(const struct encoder *e, const struct call *c, long *size)
+static struct shared shared_of(const struct encoder *e, const struct call *c, long *own)
 {
     struct shared s;
     float *at = c->scratch;
     long T = c->rows, H = e->width, rank = 0, panels = 0, body = 0;
     for (long i = c->first; i < c->last; i++) {
-        long r = rank_of(c, i), wanted = textlora_panels_size(e, c->adapters + c->ends[i], c->ends[i + 1] - c->ends[i], looks(e, c, i));
-        if (r > rank) rank = r;
-        if (wanted > panels) panels = wanted;
+        rank = larger(rank, rank_of(c, i)), panels = larger(panels, panels_size(e, c, i));
         if (i >= c->lowest && !c->again) continue;
-        wanted = body_size(e, c, i, i >= c->lowest);
-        if (wanted > body) body = wanted;
+        body = larger(body, body_size(e, c, i, i >= c->lowest));
     }
 #define NEXT(name, numbers) s.name = at, at += whole(numbers)
     NEXT(state, T * H);
@@ -101,8 +108,7 @@ static struct shared shared_of(const struct encoder *e, const struct call *c, lo
     NEXT(body, body);
 #undef NEXT
     s.hands = at;
-    long look = textlora_look_size(e), own = whole(PIECE * (e->width + e->inner));
-    *size = look > own ? look : own;
+    *own = larger(textlora_look_size(e), whole(PIECE * (e->width + e->inner)));
     return s;
 }
 
@@ -116,6 +122,25 @@ long textlora_train_scratch(const struct encoder *e, const struct call *c)
 static void product(const struct encoder *e, const float *x, const float *panels, const float *bias, float *y, float *slope, long rows, long inner, long out, int then)
 {
     textlora_product(x, inner, panels, bias, y, out, slope, rows, inner, out, then, e->lanes);
+}
+
+/* Adapters of a block of all tokens: all A, one under the other, and each B, as they are multiplied with forward or back. */
+static void lay_out_adapters(struct stage *s, int back)
+{
+    const struct encoder *e = s->e;
+    long H = e->width, from = 0;
+    if (!s->rank) return;
+    for (long a = 0; a < s->count; from += s->adapters[a++].r) memcpy(s->turned + from * H, s->adapters[a].A, s->adapters[a].r * H * sizeof(float));
+    float *at = s->panels;
+    if (back) textlora_product_lay_out(s->turned, at, s->rank, H, H, 1, 1, e->lanes);
+    else textlora_product_lay_out(s->turned, at, H, s->rank, 1, H, 1, e->lanes);
+    s->A = at, at += back ? size(e, s->rank, H) : size(e, H, s->rank);
+    for (long a = 0; a < s->count; a++) {
+        const struct adapter *one = s->adapters + a;
+        if (back) textlora_product_lay_out(one->B, at, H, one->r, one->r, 1, one->scaling, e->lanes);
+        else textlora_product_lay_out(one->B, at, one->r, H, 1, one->r, one->scaling, e->lanes);
+        s->B[a] = at, at += back ? size(e, H, one->r) : size(e, one->r, H);
+    }
 }
 
 /* Rows of a chunk: the first, and how many. */
@@ -240,7 +265,7 @@ static void forward(struct stage *s, float *body, float *y, int slopes, long i)
         textlora_look(s);
         s->residual = s->b.x;
     } else {
-        textlora_lay_out_adapters(s, 0);
+        lay_out_adapters(s, 0);
         textlora_share(project, s, pieces(s->rows, s->piece), c->hands);
         textlora_share(attend, s, textlora_attention_chunks(c->texts, e->heads), c->hands);
     }
@@ -278,7 +303,7 @@ static void train_back(const void *encoder, const void *call)
         textlora_share(behind_back, &s, pieces(s.rows, s.piece), c->hands);
         if (looks(e, c, i)) textlora_look_back(&s);
         else {
-            textlora_lay_out_adapters(&s, 1);
+            lay_out_adapters(&s, 1);
             textlora_share(attend_back, &s, textlora_attention_chunks(c->texts, e->heads), c->hands);
             textlora_share(project_back, &s, pieces(s.rows, s.piece), c->hands);
             textlora_share(sum_up, &s, 2 * s.count, c->hands);

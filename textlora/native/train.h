@@ -51,8 +51,12 @@ struct stage {
     int slopes;
 };
 
-long textlora_panels_size(const struct encoder *e, const struct adapter *adapters, long count, int looks);
-void textlora_lay_out_adapters(struct stage *s, int back);
+static inline long larger(long a, long b) { return a > b ? a : b; }
+
+/* Numbers of a weight laid out, up to a whole line. */
+static inline long size(const struct encoder *e, long inner, long out) { return whole(textlora_product_size(inner, out, e->lanes)); }
+
+long textlora_look_panels(const struct encoder *e, const struct adapter *adapters, long count);
 long textlora_look_size(const struct encoder *e);
 void textlora_look(struct stage *s);
 void textlora_look_back(struct stage *s);

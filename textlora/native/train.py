@@ -10,9 +10,7 @@ from torch import Tensor
 
 from textlora import native
 from textlora.native import HEADS, PASS_LANES, Product, attention_room, check, check_texts, hands, library, scratch_room, structure
-
-PRODUCTS = ("qkv", "attention_output", "intermediate", "output")
-NORMS = ("attention_norm", "output_norm")
+from textlora.native.encode import NORMS, PRODUCTS
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _Block = structure("_Block", pointers=_pointer * (3 * len(PRODUCTS) + 2 * len(NORMS)))
