@@ -69,7 +69,11 @@ _SCHEMA: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class AdapterMeta:
-    """What `textlora.json` says. `base` has id, revision, model_type and hash; `golden` has text, text_pair and logits."""
+    """What `textlora.json` says. `base` has id, revision, model_type and hash; `golden` has text, text_pair and logits.
+
+    `temperature` is the one that a reader applies: 1 since the fitted one is divided into the head when an adapter is saved.
+    `fitted_temperature` says what it was: the head's last layer times it is the head as it was trained.
+    """
 
     labels: tuple[str, ...]
     problem_type: str
@@ -81,6 +85,7 @@ class AdapterMeta:
     label_separator: str | None = None
     thresholds: tuple[float, ...] | None = None
     temperature: float = 1.0
+    fitted_temperature: float = 1.0
     golden: tuple[dict[str, Any], ...] = ()
     scores: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -341,6 +346,8 @@ def _sound(values: Mapping[str, Any]) -> bool:
         and type(values["max_length"]) is int
         and values["max_length"] >= 8
         and 0 < values["temperature"] < math.inf
+        and type(values.get("fitted_temperature", 1.0)) in (int, float)
+        and 0 < values.get("fitted_temperature", 1.0) < math.inf
         and (separator is None or isinstance(separator, str))
         and (thresholds is None or numbers(thresholds))
         and all(isinstance(values["base"].get(key), str) for key in ("model_type", "hash"))

@@ -310,6 +310,13 @@ def copy_strictly(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> No
             mine[name].copy_(tensor)
 
 
+def scaled_head(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """The same tensors with the weight and bias of the head's last layer, which stand last, multiplied by `factor` as copies: every logit is then
+    `factor` times as large."""
+    last = list(tensors)[-1].rpartition(".")[0]
+    return {name: t.detach() * factor if name.rpartition(".")[0] == last and factor != 1 else t for name, t in tensors.items()}
+
+
 def open_model(
     files: BaseFiles,
     lora: LoraConfig,
