@@ -22,10 +22,11 @@ from textlora.adapter import read_meta
 from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TrainConfig, read_config
 from textlora.errors import AdapterError, DataError, TrainingError, UsageError
 from textlora.evaluate import evaluate_table, read_rows
+from textlora.losses import Loss, class_weights
 from textlora.prepare import Prepared, prepare
 from textlora.reference import ReferenceModel
 from textlora.run import run_training
-from textlora.training import Loss, Trainer, class_weights, plan, rate_at, score
+from textlora.training import Trainer, plan, rate_at, score
 
 
 def prepared_run(folder: Path, base: Path, task: str = "single", **changes: Any) -> Prepared:

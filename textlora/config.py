@@ -21,6 +21,7 @@ SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_la
 PROBLEM_TYPES = {"single-label": SINGLE_LABEL, "multi-label": MULTI_LABEL, "regression": REGRESSION}  # ours -> transformers'
 PRECISIONS = ("float32", "high", "bfloat16", "int8")  # of inference
 PRECISION_HELP = "Arithmetic of the base. high is float32 with faster, slightly less exact products on CPUs that have AMX; bfloat16 is for GPUs; int8, for CPUs, is 1.3 to 1.8 times as fast and the least exact."
+POOLINGS = ("auto", "first", "mean")
 TRUNCATIONS = ("head", "tail", "head-tail")
 
 
@@ -73,7 +74,15 @@ class TrainConfig:
     """Settings of one training run. Raises UsageError where a value makes no sense."""
 
     train: str | None = _option(None, "Training rows: a CSV, TSV, JSONL or Parquet file, a folder, or a hub id.", metavar="DATA")
-    validation: str | None = _option(None, "Rows that choose the best checkpoint. Default: rows beyond --limit-train, else a tenth.", metavar="DATA")
+    validation: str | None = _option(
+        None,
+        "Rows that decide checkpoint, temperature and thresholds. Default: rows beyond --limit-train, else 3-fold cross-validation "
+        "below 1,000 training rows, else a tenth of them.",
+        metavar="DATA",
+    )
+    validation_share: float | None = _option(
+        None, "Share of the training rows of each class that is split off for validation, in place of cross-validation.", metavar="SHARE"
+    )
     test: str | None = _option(None, "Rows for the final score, read once at the end.", metavar="DATA")
     text_column: str | None = _option(None, "Column of the text. Default: found by its name.", metavar="NAME")
     text_pair_column: str | None = _option(None, "Column of the second text of a pair. Default: found by its name.", metavar="NAME")
@@ -87,7 +96,12 @@ class TrainConfig:
     revision: str | None = _option(None, "Revision of a base model on the hub: branch, tag or commit.", metavar="REV")
     output: str | None = _option(None, "Folder for the adapter; must not exist or be empty.", metavar="DIR")
     method: str = _option("lora", "What is trained besides the head.", ("lora",))
-    pooling: str = _option("first", "What the head sees: the first token, as transformers has it, or the mean of all tokens.", ("first", "mean"))
+    pooling: str = _option(
+        "auto",
+        "What the head sees: the first token, with the head that transformers has for the base, or the mean of all tokens. auto takes what the "
+        "base's own sentence-transformers files say, else first.",
+        POOLINGS,
+    )
     epochs: float = _option(4.0, "Passes over the training rows.")
     learning_rate: float | None = _option(
         None, "Peak learning rate of A, B and head. Default: by the number of steps, 4e-3 for 128 or fewer, falling to 1e-3 for 2,048 or more."
@@ -120,7 +134,7 @@ class TrainConfig:
     init_adapter: str | None = _option(None, "Start from this adapter folder (its A, B and, where labels agree, its head).", metavar="DIR")
     seed: int = _option(42, "Seed of the head, A, row order, splits and dropout.")
     limit_train: int | None = _option(None, "Train on N rows picked by the seed.", metavar="N")
-    limit_eval: int | None = _option(None, "Evaluate on at most N rows of a split, picked by the seed.", metavar="N")
+    limit_eval: int | None = _option(None, "Evaluate on at most N rows of the validation and of the test split, picked by the seed.", metavar="N")
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto.")
     precision: str = _option("auto", "float32 or bfloat16 arithmetic; auto follows the hardware.", ("auto", "float32", "bfloat16"))
     threads: int | None = _option(None, "CPU threads. Default: what torch chooses.", metavar="N")
@@ -147,6 +161,7 @@ class TrainConfig:
         positive = ("batch_tokens", "eval_every", "early_stopping_patience", "limit_train", "limit_eval", "threads")
         for name in ("batch_size", "gradient_accumulation_steps", *positive):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1")
+        need(self.validation_share is None or 0 < self.validation_share < 1, "validation_share", "must be above 0 and below 1")
         need(self.max_length is None or self.max_length >= 8, "max_length", "must be at least 8")
 
     @property

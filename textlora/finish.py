@@ -3,34 +3,38 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from textlora.adapter import WEIGHTS_FILE, AdapterMeta, copy_folder, peft_config, write_side_file, write_weights
 from textlora.calibration import fit_temperature, fit_thresholds, probabilities
 from textlora.card import model_card
 from textlora.classifier import TextClassifier, encoded_logits
 from textlora.config import MULTI_LABEL, REGRESSION
+from textlora.cross_validation import Trainings
 from textlora.errors import VerificationError
 from textlora.families import read_spec
 from textlora.files import write_text
 from textlora.golden import golden_rows
 from textlora.hardware import peak_memory
 from textlora.metrics import details, intervals
-from textlora.model import parameter_counts
-from textlora.prepare import Prepared
+from textlora.model import parameter_counts, scaled_head
+from textlora.prepare import EncodedSet, Prepared
 from textlora.reference import ReferenceModel
 from textlora.report import markdown_summary
-from textlora.training import Trainer, score
+from textlora.training import score_logits
 
 TOLERANCE = 1e-4  # of a saved float32 adapter against transformers + peft, relative to max(1, |logit|)
 _CARD_SETTINGS = ("epochs", "learning_rate", "scheduler", "warmup", "batch_size", "r", "lora_alpha", "lora_dropout", "layers", "max_length", "seed")
 
 
-def finish(prepared: Prepared, trainer: Trainer, run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def finish(prepared: Prepared, trainings: Trainings, run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score the model as it stands (the best checkpoint), save it into `run/..`, and check the saved files.
 
     Returns:
@@ -40,38 +44,55 @@ def finish(prepared: Prepared, trainer: Trainer, run: Path) -> tuple[dict[str, A
         VerificationError: the saved folder does not give what the trained model gives.
         StorageError: the disk is full.
     """
-    held = prepared.sets.get("validation")
-    kind = prepared.schema.problem_type
+    kind, held = prepared.schema.problem_type, trainings.held()
     calibration: dict[str, Any] = {"temperature": 1.0, "thresholds": None}
-    if held is not None and kind != REGRESSION:
-        logits = encoded_logits(prepared.model, held.encoded)
-        calibration["temperature"] = fit_temperature(logits, held.labels, kind)
+    finals = []
+    if held is not None:
+        labels = prepared.sets[held.split].labels[held.rows]
+        if kind != REGRESSION:
+            calibration["temperature"] = fit_temperature(held.logits, labels, kind)
         if kind == MULTI_LABEL:
-            calibration["thresholds"] = fit_thresholds(probabilities(logits, kind, calibration["temperature"]), held.labels)
-    finals, scores = [], {}
-    for split in ("validation", "test"):
-        if split in prepared.sets:
-            finals.append(_final(prepared, trainer, split, calibration))
-            scores[split] = finals[-1]["metrics"]
-    difference = _save(prepared, trainer, run, calibration, scores, finals)
+            calibration["thresholds"] = fit_thresholds(probabilities(held.logits, kind, calibration["temperature"]), labels)
+        finals.append(_final(prepared, trainings, "validation", held.logits, prepared.sets[held.split].pick(held.rows), calibration))
+        finals[-1]["folds"] = held.folds
+    if "test" in prepared.sets:
+        data = prepared.sets["test"]
+        finals.append(_final(prepared, trainings, "test", encoded_logits(prepared.model, data.encoded), data, calibration))
+    scores = {final["split"]: final["metrics"] for final in finals}
+    difference = _save(prepared, trainings, run, calibration, scores, finals)
     adapter, head = parameter_counts(prepared.model.trainable())
     result = {
         "problem_type": kind,
         "labels": list(prepared.schema.labels),
         "model": prepared.files.id or prepared.files.folder.name,
         "path": prepared.model.path,
+        "pooling": prepared.pooling,
         "adapter_parameters": adapter,
         "head_parameters": head,
         "golden_difference": difference,
         "train_rows": len(prepared.sets["train"].rows),
+        "temperature": calibration["temperature"],
+        **_rows(prepared, trainings),
         **scores,
     }
     return result, finals
 
 
-def _final(prepared: Prepared, trainer: Trainer, split: str, calibration: dict[str, Any]) -> dict[str, Any]:
-    data, kind, names = prepared.sets[split], prepared.schema.problem_type, prepared.schema.labels
-    loss, metrics, logits = score(prepared, data, trainer.loss, **calibration)
+def _rows(prepared: Prepared, trainings: Trainings) -> dict[str, Any]:
+    """Where every row that was read went: splits, rows that folds held out, rows that were left out and why."""
+    held = len(trainings.held_rows()) if trainings.folds else 0
+    left_out = [{"rows": count, "of": split, "why": why} for count, split, why in prepared.left_out]
+    return {
+        "rows": {split: len(data.rows) for split, data in prepared.sets.items()},
+        "folds": len(trainings.folds),
+        "held_out": held,
+        "left_out": left_out,
+    }
+
+
+def _final(prepared: Prepared, trainings: Trainings, split: str, logits: np.ndarray, data: EncodedSet, calibration: dict[str, Any]) -> dict[str, Any]:
+    kind, names = prepared.schema.problem_type, prepared.schema.labels
+    loss, metrics = score_logits(prepared, data.labels, logits, trainings.trainer.loss, **calibration)
     ranges = intervals(kind, data.labels, logits, **calibration)
     texts = [row.text if row.text_pair is None else f"{row.text} || {row.text_pair}" for row in data.rows]
     wheres = [f"{row.source}:{row.where}" for row in data.rows]
@@ -87,10 +108,11 @@ def _final(prepared: Prepared, trainer: Trainer, split: str, calibration: dict[s
 
 
 def _save(
-    prepared: Prepared, trainer: Trainer, run: Path, calibration: dict[str, Any], scores: dict[str, Any], finals: list[dict[str, Any]]
+    prepared: Prepared, trainings: Trainings, run: Path, calibration: dict[str, Any], scores: dict[str, Any], finals: list[dict[str, Any]]
 ) -> float:
     """Write into a staging folder, check it there, then move it up, `textlora.json` last."""
-    config, files, model = prepared.config, prepared.files, prepared.model
+    config, files, model, trainer = prepared.config, prepared.files, prepared.model, trainings.trainer
+    tensors = scaled_head(model.trainable(), 1 / calibration["temperature"])  # every reader then has calibrated scores; the model stays as it is
     adapter, head = parameter_counts(model.trainable())
     staging = run / "staging"
     shutil.rmtree(staging, ignore_errors=True)
@@ -99,8 +121,8 @@ def _save(
         lora = dataclasses.replace(config.lora, target_modules=tuple(model.target_modules))
         write_weights(
             staging,
-            peft_config(config.lora, model.target_modules, model.modules_to_save, config.pooling, files.id, files.revision),
-            model.trainable(),
+            peft_config(config.lora, model.target_modules, model.modules_to_save, prepared.pooling, files.id, files.revision),
+            tensors,
         )
         _write_tokenizer(prepared, staging)
         thresholds = calibration["thresholds"]
@@ -108,18 +130,18 @@ def _save(
             labels=prepared.schema.labels,
             problem_type=prepared.schema.problem_type,
             pairs=prepared.pairs,
-            pooling=config.pooling,
+            pooling=prepared.pooling,
             max_length=prepared.tokenizer.max_length,
             truncation=config.truncation,
             base={"id": files.id, "revision": files.revision, "model_type": files.config["model_type"], "hash": model.base_hash()},
             label_separator=prepared.schema.label_separator,
             thresholds=None if thresholds is None else tuple(map(float, thresholds)),
-            temperature=float(calibration["temperature"]),
+            fitted_temperature=float(calibration["temperature"]),
             golden=tuple(_golden(prepared, staging)),
             scores=scores,
             training={
                 "data_sha256": prepared.data_sha256,
-                "rows": {split: len(data.rows) for split, data in prepared.sets.items()},
+                **_rows(prepared, trainings),
                 "settings": {name: getattr(config, name) for name in _CARD_SETTINGS} | {"learning_rate": trainer.peak_rate},
                 "best_step": trainer.best_step,
                 "path": model.path,
@@ -138,7 +160,7 @@ def _save(
         card = model_card(meta, lora, architecture, markdown_summary(finals), settings, run.resolve().parent.name)
         write_text(staging / "README.md", card)
         write_side_file(staging, meta)
-        difference = _prove(prepared, staging)
+        difference = _prove(prepared, staging, tensors, calibration["temperature"])
         copy_folder(staging, run.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -166,19 +188,20 @@ def _write_tokenizer(prepared: Prepared, folder: Path) -> None:
 def _golden(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
     """Golden texts with the logits that transformers + peft give for the saved files, float32 on the CPU."""
     rows = golden_rows(prepared.pairs)
-    reference = ReferenceModel.from_adapter(folder, prepared.files.folder, len(prepared.schema.labels), pooling=prepared.config.pooling)
+    reference = ReferenceModel.from_adapter(folder, prepared.files.folder, len(prepared.schema.labels), pooling=prepared.pooling)
     logits = encoded_logits(reference, prepared.tokenizer.encode([a for a, _ in rows], [b for _, b in rows]))
     return [{"text": a, "text_pair": b, "logits": [float(x) for x in row]} for (a, b), row in zip(rows, logits, strict=True)]
 
 
-def _prove(prepared: Prepared, folder: Path) -> float:
-    """Load the folder afresh; its tensors must be the trained ones, its logits those of transformers + peft.
+def _prove(prepared: Prepared, folder: Path, tensors: Mapping[str, Tensor], temperature: float) -> float:
+    """Load the folder afresh; its tensors must be those given, its logits those of transformers + peft, and times the temperature those of the
+    trained model.
 
     Returns:
         the largest difference of a golden logit.
     """
     saved = load_file(folder / WEIGHTS_FILE)
-    for name, tensor in prepared.model.trainable().items():
+    for name, tensor in tensors.items():
         if not np.array_equal(saved[name].numpy(), tensor.detach().cpu().float().numpy()):
             raise VerificationError(f"tensor '{name}' was not saved as it was trained")
     classifier = TextClassifier.load(folder, base=str(prepared.files.folder), device="cpu", verify=False)
@@ -188,6 +211,12 @@ def _prove(prepared: Prepared, folder: Path) -> float:
     if not (difference <= TOLERANCE * np.maximum(1, np.abs(stored))).all():
         raise VerificationError(
             f"the saved adapter gives logits {difference.max():.2g} away from transformers + peft", "please report this with run/config.toml"
+        )
+    golden = prepared.tokenizer.encode(*zip(*((row["text"], row["text_pair"]) for row in classifier.meta.golden), strict=True))
+    trained = encoded_logits(prepared.model, golden) / temperature
+    if prepared.model.dtype == torch.float32 and not (np.abs(trained - now) <= TOLERANCE * np.maximum(1, np.abs(trained))).all():
+        raise VerificationError(
+            f"the saved adapter gives logits {np.abs(trained - now).max():.2g} away from the trained model", "please report this with run/config.toml"
         )
     return float(difference.max())
 

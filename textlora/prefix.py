@@ -38,6 +38,18 @@ class HiddenStates:
         return replace(batch, hidden=hidden.to(batch.ids.device), depth=self.depth)
 
 
+@dataclass(frozen=True)
+class PickedStates:
+    """States of some rows of a split: row i of them is row `picked[i]` of it."""
+
+    states: HiddenStates
+    picked: np.ndarray
+
+    def attach(self, batch: PackedBatch, rows: Sequence[int]) -> PackedBatch:
+        """As `HiddenStates.attach`."""
+        return self.states.attach(batch, self.picked[np.asarray(rows)])
+
+
 def build_prefix(prepared: Prepared, folder: Path | None = None) -> dict[str, HiddenStates]:
     """Hidden states of the train and validation rows; empty where nothing is frozen, used once, or there is no room for them.
 

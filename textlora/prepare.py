@@ -1,16 +1,17 @@
 """From settings to everything a run needs: rows, label schema, splits, token ids, data report and a fresh model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from textlora.base import BaseFiles, find_base
-from textlora.config import SINGLE_LABEL, TrainConfig
+from textlora.base import BaseFiles, base_pooling, find_base
+from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TrainConfig
 from textlora.data import DataReport, LabelSchema, Row, Table, check_tables, infer_schema, read_table, require_texts
 from textlora.errors import DataError, UsageError
 from textlora.families import read_spec
+from textlora.folds import FOLDS, MOST_ROWS, make_folds
 from textlora.hardware import choose_device, choose_dtype
 from textlora.metrics import DEFAULT_METRIC, METRICS
 from textlora.model import Model, open_model
@@ -18,7 +19,8 @@ from textlora.tokens import Encoded, TextTokenizer, load_tokenizer
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_MAX_LENGTH = 512
-MAX_OWN_VALIDATION = 2000
+OWN_SHARE = 0.1  # of the training rows, for validation
+LEAST_BEYOND, MAX_OWN_VALIDATION = 100, 2000
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,47 @@ class EncodedSet:
     def lengths(self) -> np.ndarray:
         return np.array([len(e.ids) for e in self.encoded])
 
+    def pick(self, rows: np.ndarray) -> "PickedSet":
+        """Some of the rows, by place."""
+        return PickedSet([self.rows[i] for i in rows], [self.encoded[i] for i in rows], self.labels[rows], rows)
+
+
+@dataclass(frozen=True)
+class PickedSet(EncodedSet):
+    """Some rows of a split; `picked` says where they stood in it."""
+
+    picked: np.ndarray
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of each split, and what became of the others.
+
+    Attributes:
+        left_out: (how many, of which split, why) for rows that were read and are in no split.
+        cross_validated: whether folds of the training rows take the place of validation rows.
+    """
+
+    rows: dict[str, list[Row]]
+    left_out: list[tuple[int, str, str]]
+    cross_validated: bool
+
+    def lines(self) -> list[str]:
+        """Each group of rows that was left out, as a sentence."""
+        return [f"Left out: {count:,} {split} row{'s' * (count > 1)}, {why}." for count, split, why in self.left_out]
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """All a run needs. `reason` says why the reference path was taken, None on the fast path."""
+    """All a run needs.
+
+    Attributes:
+        reason: why the reference path was taken, None on the fast path.
+        pooling: "first" or "mean", and `pooling_reason` why.
+        folds: (N,) fold that holds each training row out, -1 for rows that every training has; None where validation rows decide, or nothing.
+        split_lines: sentences about rows that were left out, and about what decides.
+        left_out: as in `Split`.
+    """
 
     config: TrainConfig
     files: BaseFiles
@@ -49,6 +88,11 @@ class Prepared:
     metric: str
     data_sha256: str
     device: str
+    pooling: str = "first"
+    pooling_reason: str = ""
+    folds: np.ndarray | None = None
+    split_lines: list[str] = field(default_factory=list)
+    left_out: list[tuple[int, str, str]] = field(default_factory=list)
 
     @property
     def pairs(self) -> bool:
@@ -79,40 +123,84 @@ def read_tables(config: TrainConfig, sources: Mapping[str, Any] | None = None) -
     return tables
 
 
-def split_rows(tables: Mapping[str, Table], schema: LabelSchema, config: TrainConfig) -> dict[str, list[Row]]:
+def split_rows(tables: Mapping[str, Table], schema: LabelSchema, config: TrainConfig) -> Split:
     """Pick the rows of each split.
 
-    `--limit-train N` takes the first N of `default_rng(seed).permutation(n)`. Without validation data, rows beyond the limit are used
-    (half as many as train, at least 100 and at most 2,000), else a tenth of each class is split off; rows that repeat a training text are left out.
+    `--limit-train N` takes the first N of `default_rng(seed).permutation(n)`. Without validation data and `--validation-share`, rows beyond
+    the limit are used for it (half as many as train, at least 100 and at most 2,000); where there are none, cross-validation takes its place
+    below 1,000 rows, and else a tenth of each class is split off. Rows that repeat a training text are left out of validation rows of our own.
     """
     rng = lambda: np.random.default_rng(config.seed)
     everything = tables["train"].rows
     order = rng().permutation(len(everything))
     limit = config.limit_train or len(everything)
-    rows = {"train": [everything[i] for i in order[:limit]]}
+    rows, left_out = {"train": [everything[i] for i in order[:limit]]}, []
     for split in ("validation", "test"):
         if split in tables:
             found = tables[split].rows
             picked = range(len(found)) if config.limit_eval is None else rng().permutation(len(found))[: config.limit_eval]
             rows[split] = [found[i] for i in picked]
-    if "validation" not in rows:
-        beyond = [everything[i] for i in order[limit:]]
-        if not beyond:
-            rows["train"], beyond = _split_off(rows["train"], schema)
+            left_out.append((len(found) - len(rows[split]), split, "beyond --limit-eval"))
+    beyond, cross_validated = [everything[i] for i in order[limit:]], False
+    if "validation" in rows:
+        left_out.append((len(beyond), "training", "beyond --limit-train"))
+    elif config.validation_share is None and not beyond and len(rows["train"]) < MOST_ROWS:
+        cross_validated = True
+    else:
+        held = beyond
+        if config.validation_share is not None or not beyond:
+            left_out.append((len(beyond), "training", "beyond --limit-train"))
+            share = config.validation_share or min(OWN_SHARE, MAX_OWN_VALIDATION / len(rows["train"]))
+            rows["train"], held = _split_off(rows["train"], schema, share)
         seen = {(row.text, row.text_pair) for row in rows["train"]}
-        cap = min(max(len(rows["train"]) // 2, 100), MAX_OWN_VALIDATION, config.limit_eval or MAX_OWN_VALIDATION)
-        rows["validation"] = [row for row in beyond if (row.text, row.text_pair) not in seen][:cap]
-    return rows
+        new = [row for row in held if (row.text, row.text_pair) not in seen]
+        most = len(new) if held is not beyond else min(max(len(rows["train"]) // 2, LEAST_BEYOND), MAX_OWN_VALIDATION)
+        rows["validation"] = new[: min(most, config.limit_eval or most)]
+        left_out.append((len(held) - len(new), "validation", "whose text stands among the training rows too"))
+        why = "beyond --limit-train and more than validation needs" if held is beyond else "beyond --limit-eval"
+        left_out.append((len(new) - len(rows["validation"]), "training", why))
+    return Split(rows, [one for one in left_out if one[0]], cross_validated)
 
 
-def _split_off(rows: list[Row], schema: LabelSchema) -> tuple[list[Row], list[Row]]:
-    """A tenth of each class (at least one row where it has two or more); rows are already shuffled."""
+def _split_off(rows: list[Row], schema: LabelSchema, share: float) -> tuple[list[Row], list[Row]]:
+    """A share of each class (at least one row where it has two or more); rows are already shuffled."""
     groups: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
         key = schema.encode(row) if schema.problem_type == SINGLE_LABEL else None
         groups.setdefault(key, []).append(i)
-    held = {i for members in groups.values() if len(members) > 1 for i in members[: max(1, round(len(members) / 10))]}
+    held = {i for members in groups.values() if len(members) > 1 for i in members[: min(len(members) - 1, max(1, round(len(members) * share)))]}
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+
+
+def _folds(rows: Sequence[Row], labels: np.ndarray, schema: LabelSchema, seed: int) -> np.ndarray | None:
+    """The fold of each training row, by `folds.make_folds`."""
+    if schema.problem_type == REGRESSION:
+        marks = np.ones((len(rows), 1), dtype=bool)
+    elif schema.problem_type == MULTI_LABEL:
+        marks = labels > 0.5
+    else:
+        marks = np.eye(len(schema.labels), dtype=bool)[labels]
+    return make_folds(marks, [(row.text, row.text_pair) for row in rows], seed)
+
+
+def _deciders(split: Split, folds: np.ndarray | None, config: TrainConfig) -> list[str]:
+    """Sentences on what decides checkpoint, temperature and thresholds."""
+    count = len(split.rows["train"])
+    if folds is not None:
+        held = int((folds >= 0).sum())
+        rest = f"; the other {count - held:,} are alone in a class and in every training" if held < count else ""
+        return [f"{FOLDS}-fold cross-validation decides, on {held:,} of {count:,} rows{rest}. Then all {count:,} are trained on."]
+    held = len(split.rows.get("validation", ()))
+    if not held:
+        return ["Warning: no row can be held out, so the last step is kept and nothing is calibrated."]
+    if config.validation is None:
+        return [f"{held:,} rows are held out for validation and decide; the other {count:,} are trained on."]
+    few = (
+        " These are few: without --validation, cross-validation would decide on all training rows."
+        if held < LEAST_BEYOND and count < MOST_ROWS
+        else ""
+    )
+    return [f"{held:,} validation rows decide.{few}"]
 
 
 def open_tokenizer(files: BaseFiles, model_length: int, config: TrainConfig) -> TextTokenizer:
@@ -157,16 +245,18 @@ def prepare(config: TrainConfig, sources: Mapping[str, Any] | None = None) -> Pr
     if metric not in METRICS or schema.problem_type not in METRICS[metric].problem_types:
         fitting = ", ".join(name for name, info in METRICS.items() if schema.problem_type in info.problem_types)
         raise UsageError(f"--metric {metric}: not a metric of this task", f"there are: {fitting}")
-    rows = split_rows(tables, schema, config)
-    columns = {split: tables.get(split, tables["train"]).columns.label or "label" for split in rows}
-    labels = {split: schema.encode_all(picked, columns[split]) for split, picked in rows.items() if picked}
+    split = split_rows(tables, schema, config)
+    rows = split.rows
+    columns = {name: tables.get(name, tables["train"]).columns.label or "label" for name in rows}
+    labels = {name: schema.encode_all(picked, columns[name]) for name, picked in rows.items() if picked}
     if schema.problem_type == SINGLE_LABEL and len(set(labels["train"].tolist())) < 2:
         raise DataError("the training rows picked hold one class only", "raise --limit-train")
+    pooling, pooling_reason = base_pooling(files) if config.pooling == "auto" else (config.pooling, "--pooling")
     model, reason = open_model(
         files,
         config.lora,
         len(schema.labels),
-        pooling=config.pooling,
+        pooling=pooling,
         seed=config.seed,
         device=device,
         dtype=choose_dtype(config.precision, device),
@@ -176,11 +266,13 @@ def prepare(config: TrainConfig, sources: Mapping[str, Any] | None = None) -> Pr
     model = model.for_training()
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = open_tokenizer(files, model.max_length, config)
-    sets = {split: EncodedSet(rows[split], encode_rows(tokenizer, rows[split]), labels[split]) for split in labels}
-    picked = {split: Table(rows[split], tables.get(split, tables["train"]).columns, split, "") for split in sets}
+    sets = {name: EncodedSet(rows[name], encode_rows(tokenizer, rows[name]), labels[name]) for name in labels}
+    picked = {name: Table(rows[name], tables.get(name, tables["train"]).columns, name, "") for name in sets}
     lengths = np.array([e.full for e in sets["train"].encoded])
     report = check_tables(picked["train"], {s: t for s, t in picked.items() if s != "train"}, schema, lengths, tokenizer.max_length)
-    if "validation" not in sets:
-        warning = "no row is left for validation, so the last step is kept and nothing is calibrated"
-        report = replace(report, warnings=[*report.warnings, warning])
-    return Prepared(config, files, model, reason, tokenizer, schema, sets, report, metric, tables["train"].sha256, device)
+    folds = _folds(rows["train"], labels["train"], schema, config.seed) if split.cross_validated else None
+    lines = [*split.lines(), *_deciders(split, folds, config)]
+    return Prepared(
+        config, files, model, reason, tokenizer, schema, sets, report, metric, tables["train"].sha256, device,
+        pooling, pooling_reason, folds, lines, split.left_out,
+    )  # fmt: skip

@@ -14,11 +14,15 @@ def report_line(record: dict[str, Any]) -> str | None:
     if kind == "start":
         note = f" (reference path: {record['reason']})" if record.get("reason") else ""
         counts = f"{record['adapter_parameters']:,} LoRA and {record['head_parameters']:,} head parameters"
-        return f"model: {record['model']} on {record['device']}, {counts}, {len(record['labels'])} labels{note}"
+        pooling = f"\npooling: {record['pooling']}, {record['pooling_reason']}" if record.get("pooling") else ""
+        return f"model: {record['model']} on {record['device']}, {counts}, {len(record['labels'])} labels{note}{pooling}"
     if kind == "evaluation":
         shown = _metric(record["metrics"])
         mark = "  best so far" if record["best"] else "  kept" if record["kept"] else ""
-        return f"epoch {record['epoch']:.2f}  step {record['step']}  validation loss {record['loss'] or 0:.4f}  {shown}{mark}"
+        if "fold" in record:  # its scores are shown together with the other folds'
+            return None
+        held = "held-out" if record.get("folds") else "validation"
+        return f"epoch {record['epoch']:.2f}  step {record['step']}  {held} loss {record['loss'] or 0:.4f}  {shown}{mark}"
     if kind == "final":
         low, high = (record["intervals"].get(_first(record["metrics"])) or (None, None))[:2]
         span = f" (95% {low:.4f} to {high:.4f})" if low is not None else ""
@@ -86,7 +90,7 @@ class Display:
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
             self._task = self._bar.add_task(what, completed=done, total=total, note=note, left=left)
-        self._bar.update(self._task, completed=done, total=total, note=note, left=left)
+        self._bar.update(self._task, description=what, completed=done, total=total, note=note, left=left)
 
     def close_bar(self) -> bool:
         """Remove the bar; whether there was one."""
@@ -103,12 +107,13 @@ class TrainingDisplay(Display):
         super().__init__(quiet)
         self.last_line = time.monotonic()
         self.started: float | None = None
-        self.steps = self.first_step = 0
+        self.steps = self.first_step = self.folds = 0
         self.metric = ""
 
     def show(self, record: dict[str, Any]) -> None:
         if record["kind"] == "start":
-            self.steps = record["steps"]
+            self.steps = record.get("all_steps", record["steps"])
+            self.folds = record.get("folds", 0)
         if record["kind"] == "data":
             for line in record["lines"]:
                 self.say(line)
@@ -119,17 +124,18 @@ class TrainingDisplay(Display):
         line = report_line(record)
         if line:
             self.say(line)
-        if record["kind"] == "evaluation" and record["step"] == self.steps and self.close_bar():
+        if record["kind"] == "evaluation" and record.get("done", record["step"]) == self.steps and self.close_bar():
             self.say("saving, and checking the saved folder with transformers + peft ...")
 
     def _step(self, record: dict[str, Any]) -> None:
-        now = time.monotonic()
+        now, step = time.monotonic(), record.get("done", record["step"])
         if self.started is None:
-            self.started, self.first_step = now, record["step"] - 1
-        done = record["step"] - self.first_step
-        left = time_left(self.started, done, self.steps - record["step"]) if done > 1 else ""
+            self.started, self.first_step = now, step - 1
+        done = step - self.first_step
+        left = time_left(self.started, done, self.steps - step) if done > 1 else ""
+        what = f"fold {record['fold']} of {self.folds}" if "fold" in record else "training"
         text = f"loss {record['loss']:.4f}  {self.metric}  {record['tokens_per_second']:,.0f} tokens/s"
-        self.count("training", record["step"], self.steps or None, text, left)
+        self.count(what, step, self.steps or None, text, left)
         if not self.live and now - self.last_line > LINE_SECONDS:
             self.last_line = now
-            self.say(f"step {record['step']}/{self.steps}  {text}  {left}".rstrip())
+            self.say(f"step {step}/{self.steps}  {what}  {text}  {left}".rstrip())

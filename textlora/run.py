@@ -21,15 +21,16 @@ import torch
 from textlora.adapter import read_adapter
 from textlora.checkpoint import read_checkpoint, write_checkpoint
 from textlora.config import TrainConfig, read_config, write_config
+from textlora.cross_validation import Trainings
 from textlora.errors import AdapterError, Interrupted, StorageError, UsageError
 from textlora.files import folder_lock, remove_parts, write_text
 from textlora.finish import finish
 from textlora.hardware import peak_memory
-from textlora.model import parameter_counts
+from textlora.model import parameter_counts, scaled_head
 from textlora.prefix import build_prefix
 from textlora.prepare import Prepared, prepare
 from textlora.report import render
-from textlora.training import Trainer, start_head
+from textlora.training import start_head
 
 CHECKPOINT_SECONDS = 30.0
 Record = dict[str, Any]
@@ -82,12 +83,11 @@ def run_training(
         torch.set_num_threads(config.threads)
     began = time.perf_counter()
     prepared = prepare(config, sources)
-    trainer = Trainer(prepared)
-    _start(prepared)
+    trainings = Trainings(prepared, start=_start)
     new = not output.exists()
     with folder_lock(run):
         try:
-            return _run(prepared, trainer, run, on_record, stop, checkpoint_seconds, began)
+            return _run(prepared, trainings, run, on_record, stop, checkpoint_seconds, began)
         except BaseException:
             if not (run / "config.toml").is_file():  # nothing worth keeping was written
                 shutil.rmtree(output if new else run, ignore_errors=True)
@@ -96,7 +96,7 @@ def run_training(
 
 def _run(
     prepared: Prepared,
-    trainer: Trainer,
+    trainings: Trainings,
     run: Path,
     on_record: Callable[[Record], None],
     stop: Callable[[], bool],
@@ -113,7 +113,7 @@ def _run(
         if state.pop("fingerprint") != fingerprint:
             raise UsageError(f"{run.parent}: the data, the base model or a library changed since this run began", "start again in another --output")
         log_bytes = state.pop("log_bytes")
-        trainer.restore(tensors, state)
+        trainings.restore(tensors, state)
     else:
         log_bytes = 0
         write_text(run / "config.toml", write_config(prepared.config))
@@ -126,18 +126,17 @@ def _run(
 
         def save_checkpoint() -> None:
             os.fsync(log.fileno())
-            tensors, state = trainer.state()
+            tensors, state = trainings.state()
             write_checkpoint(checkpoint, tensors, state | {"fingerprint": fingerprint, "log_bytes": os.fstat(log.fileno()).st_size})
 
         if not log_bytes:
-            emit(start_record(prepared, len(trainer.steps)))
-            emit({"kind": "data", **prepared.report.as_dict(), "lines": prepared.report.lines()})
-        if not trainer.finished:
+            emit(start_record(prepared, trainings))
+            emit({"kind": "data", **prepared.report.as_dict(), "lines": [*prepared.report.lines(), *prepared.split_lines]})
+        if not trainings.finished:
             start = time.perf_counter()
-            trainer.prefix = build_prefix(prepared, run)
-            trainer.seconds += time.perf_counter() - start
+            trainings.use(build_prefix(prepared, run), time.perf_counter() - start)
         last = time.monotonic()
-        for record in trainer.records():
+        for record in trainings.records():
             emit(record)
             halted = stop()
             if halted or record["kind"] == "evaluation" or time.monotonic() - last > checkpoint_seconds:
@@ -145,20 +144,22 @@ def _run(
                 last = time.monotonic()
             if halted:
                 raise Interrupted(
-                    f"stopped at step {trainer.step} of {len(trainer.steps)}", f"`textlora train --resume --output {run.parent}` goes on"
+                    f"stopped at step {trainings.step} of {trainings.steps}", f"`textlora train --resume --output {run.parent}` goes on"
                 )
+        trainer = trainings.trainer
         prepared.model.load_trainable(trainer.best)
-        result, finals = finish(prepared, trainer, run)
+        result, finals = finish(prepared, trainings, run)
         for record in finals:
             emit(record)
         end = {
             "kind": "end",
             "train_seconds": trainer.seconds,
+            "cross_validation_seconds": trainings.fold_seconds,
             "total_seconds": time.perf_counter() - began,
             "tokens": trainer.tokens,
             "tokens_per_second": trainer.tokens / trainer.seconds if trainer.seconds else 0.0,
             "peak_memory_bytes": peak_memory(prepared.device),
-            "prefix_cache_bytes": sum(states.states.nbytes for states in trainer.prefix.values()),
+            "prefix_cache_bytes": sum(states.states.nbytes for states in trainings.prefix.values()),
             "epochs": trainer.epochs_done,
             "steps": trainer.step,
             "best_step": trainer.best_step,
@@ -194,7 +195,8 @@ def _start(prepared: Prepared) -> None:
     mine = prepared.model.trainable()
     same_labels = folder.meta is not None and folder.meta.labels == prepared.schema.labels
     taken = dict(mine)
-    for name, tensor in folder.tensors.items():
+    scale = folder.meta.fitted_temperature if folder.meta is not None else 1.0  # the head as it was trained
+    for name, tensor in scaled_head(folder.tensors, scale).items():
         if ".lora_" in name or (name in mine and tensor.shape == mine[name].shape and same_labels):
             taken[name] = tensor
     if folder.meta is not None and folder.meta.base["hash"] != prepared.model.base_hash():
@@ -210,8 +212,8 @@ def _start(prepared: Prepared) -> None:
         start_head(prepared)
 
 
-def start_record(prepared: Prepared, steps: int) -> Record:
-    """First line of the log: what is trained on what."""
+def start_record(prepared: Prepared, trainings: Trainings) -> Record:
+    """First line of the log: what is trained on what. `steps` are those of the last training, `all_steps` those of the folds too."""
     adapter, head = parameter_counts(prepared.model.trainable())
     settings = {item.name: getattr(prepared.config, item.name) for item in dataclasses.fields(TrainConfig)}
     return {
@@ -222,7 +224,11 @@ def start_record(prepared: Prepared, steps: int) -> Record:
         "problem_type": prepared.schema.problem_type,
         "labels": list(prepared.schema.labels),
         "metric": prepared.metric,
-        "steps": steps,
+        "pooling": prepared.pooling,
+        "pooling_reason": prepared.pooling_reason,
+        "steps": trainings.final_steps,
+        "folds": len(trainings.folds),
+        "all_steps": trainings.steps,
         "device": prepared.device,
         "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items() if value is not None},
         "adapter_parameters": adapter,
@@ -249,5 +255,7 @@ def _fingerprint(prepared: Prepared) -> str:
         rows.update(data.labels.tobytes())
         for encoded in data.encoded:
             rows.update(encoded.ids.tobytes())
-    facts = [write_config(config), rows.hexdigest(), prepared.model.base_hash(), versions(), torch.get_num_threads()]
+    if prepared.folds is not None:
+        rows.update(prepared.folds.tobytes())
+    facts = [write_config(config), prepared.pooling, rows.hexdigest(), prepared.model.base_hash(), versions(), torch.get_num_threads()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

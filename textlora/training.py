@@ -8,17 +8,18 @@ from (seed, epoch) or (seed, step, piece), and the pieces' gradients are summed 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from textlora.classifier import MIN_SHARE_ONE_CORE, encoded_logits
 from textlora.config import MULTI_LABEL, REGRESSION, TrainConfig, default_rate
-from textlora.errors import TrainingError, UsageError
+from textlora.errors import TrainingError
 from textlora.hardware import Workers, bounded_memory, peak_memory, side_by_side
+from textlora.losses import Loss
 from textlora.metrics import METRICS, evaluate, standard_error
 from textlora.prefix import HiddenStates
 from textlora.prepare import EncodedSet, Prepared
@@ -28,66 +29,6 @@ from textlora.tokens import PackedBatch, pack, token_batches
 PIECE_TOKENS = {"cpu": 384, "cuda": 32768}  # on a CPU faster than 768 and less memory (docs/log.md); what fills a GPU, where it fits
 MIN_PIECE = 96  # tokens of a thread below which one piece on all cores is faster; `classifier.MIN_SHARE_ONE_CORE` where a product takes one core
 KEPT_BYTES = 20  # of a token per layer and width for the backward pass in half precision, as measured (docs/log.md)
-
-
-class Loss:
-    """Weighted loss of each row, and its weight; the sum of the one over the sum of the other is what a step minimises.
-
-    Cross-entropy with class weights and label smoothing, binary cross-entropy with a weight on positives, or squared error.
-    """
-
-    def __init__(self, prepared: Prepared):
-        self.kind = prepared.schema.problem_type
-        self.smoothing = prepared.config.label_smoothing
-        self.class_weights = class_weights(prepared.config.class_weights, prepared.schema.labels, self.kind, prepared.sets["train"].labels)
-        self.weights = None if self.class_weights is None else torch.tensor(self.class_weights, dtype=torch.float32, device=prepared.device)
-
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Weighted loss of each row (B,) for logits (B, C)."""
-        if self.kind == REGRESSION:
-            return F.mse_loss(logits[:, 0], labels, reduction="none")
-        if self.kind == MULTI_LABEL:
-            smooth = labels * (1 - self.smoothing) + 0.5 * self.smoothing
-            return F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=self.weights, reduction="none").mean(1)
-        return F.cross_entropy(logits, labels, weight=self.weights, label_smoothing=self.smoothing, reduction="none")
-
-    def weight(self, labels: np.ndarray) -> float:
-        """Sum of the weights of rows with these labels."""
-        if self.kind in (REGRESSION, MULTI_LABEL) or self.class_weights is None:
-            return float(len(labels))
-        return float(self.class_weights[labels].sum())
-
-
-def class_weights(spec: str | None, names: tuple[str, ...], kind: str, labels: np.ndarray) -> np.ndarray | None:
-    """Weights (C,) from `balanced` or `label=weight,...`; unnamed labels get 1.
-
-    `balanced` is N / (C n_c) for single-label tasks and (N - n_c) / n_c on positives for multi-label ones.
-
-    Raises:
-        UsageError: the task has no classes, or a label or number cannot be read.
-    """
-    if spec is None:
-        return None
-    if kind == REGRESSION:
-        raise UsageError("--class-weights: a regression task has no classes")
-    if spec == "balanced":
-        if kind == MULTI_LABEL:
-            positive = labels.sum(0)
-            return np.where(positive > 0, (len(labels) - positive) / np.maximum(positive, 1), 1.0)
-        counts = np.bincount(labels, minlength=len(names))
-        return np.where(counts > 0, len(labels) / (len(names) * np.maximum(counts, 1)), 0.0)
-    weights = np.ones(len(names))
-    for part in spec.split(","):
-        name, _, number = part.rpartition("=")
-        if name not in names:
-            raise UsageError(f"--class-weights {part}: no such label", f"labels are: {', '.join(names[:10])}")
-        try:
-            weights[names.index(name)] = float(number)
-        except ValueError as error:
-            raise UsageError(f"--class-weights {part}: '{number}' is not a number") from error
-        if not 0 <= weights[names.index(name)] < math.inf:
-            raise UsageError(f"--class-weights {part}: a weight must be a finite number, at least 0")
-    return weights
 
 
 def plan_epoch(config: TrainConfig, lengths: np.ndarray, epoch: int) -> list[list[int]]:
@@ -108,6 +49,22 @@ def plan(config: TrainConfig, lengths: np.ndarray) -> list[tuple[float, list[int
         rows = plan_epoch(config, lengths, epoch)
         steps += [(epoch + (i + 1) / len(rows), step) for i, step in enumerate(rows)]
     return [step for step in steps if step[0] <= config.epochs + 1e-9] or steps[:1]
+
+
+def evaluation_steps(config: TrainConfig, done: Sequence[float], epochs: Sequence[float] | None = None) -> list[int]:
+    """Numbers of steps, counted from 1, after which the model is evaluated.
+
+    Args:
+        done: epochs done after each step.
+        epochs: those to evaluate after; default: every one, or every `config.eval_every` steps. The last step is always among them.
+    """
+    if epochs is not None:
+        due = {1 + next((i for i, epoch in enumerate(done) if epoch >= wanted - 1e-9), len(done) - 1) for wanted in epochs}
+    elif config.eval_every:
+        due = set(range(config.eval_every, len(done), config.eval_every))
+    else:
+        due = {i for i in range(1, len(done)) if math.floor(done[i] - 1e-9) > math.floor(done[i - 1] - 1e-9)}
+    return sorted(due | {len(done)})
 
 
 def divide(lengths: np.ndarray, rows: Sequence[int], workers: int, piece_tokens: int, least: int = MIN_PIECE) -> list[list[int]]:
@@ -148,11 +105,47 @@ def rate_at(config: TrainConfig, step: int, total: int) -> float:
     return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.scheduler]
 
 
-class Trainer:
-    """State of one run: step, optimizer, best checkpoint. `records()` advances it; `state()` and `restore()` carry it over a kill."""
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of held-out rows after `epoch` epochs: mean loss, metrics, logits (N, C)."""
 
-    def __init__(self, prepared: Prepared, prefix: Mapping[str, HiddenStates] | None = None):
+    epoch: float
+    loss: float
+    metrics: dict[str, float | None]
+    logits: np.ndarray
+
+
+def judge(metric: str, value: float | None, best: float | None, rows: int) -> tuple[bool, bool]:
+    """Whether a score is better than the best so far, and whether its weights are kept.
+
+    Within a standard error of the best the rows cannot tell, and later weights are the better guess (docs/log.md).
+    """
+    sign = 1 if METRICS[metric].higher_is_better else -1
+    better = value is not None and (best is None or sign * value > sign * best)
+    best = value if better else best
+    if best is None or value is None:  # a metric that is not defined yet cannot choose: the latest is kept
+        return better, best is None
+    return better, sign * value >= sign * best - standard_error(metric, best, rows)
+
+
+class Trainer:
+    """State of one training: step, optimizer, best checkpoint. `records()` advances it; `state()` and `restore()` carry it over a kill.
+
+    Args:
+        prefix: hidden states of the splits, where they are known.
+        evaluate_after: epochs after which to evaluate; default: every one, or as `eval_every` says; after the last step in any case.
+        known: what cross-validation found at each evaluation, in place of scores of validation rows.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        prefix: Mapping[str, HiddenStates] | None = None,
+        evaluate_after: Sequence[float] | None = None,
+        known: Sequence[Evaluation] | None = None,
+    ):
         self.prepared, self.config, self.model, self.prefix = prepared, prepared.config, prepared.model, prefix or {}
+        self.known = known
         self.train_set = prepared.sets["train"]
         self.lengths = self.train_set.lengths
         self.piece_tokens = piece_tokens(prepared)
@@ -164,6 +157,8 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.step = self.tokens = self.best_step = self.waited = 0
         self.evaluated_at = -1
+        self.evaluate_at = evaluation_steps(self.config, [epoch for epoch, _ in self.steps], evaluate_after)
+        self.evaluations: list[Evaluation] = []  # of the validation rows, so far
         self.seconds = self.best_epoch = 0.0
         self.best_score: float | None = None
         self.kept_score: float | None = None
@@ -211,13 +206,7 @@ class Trainer:
                 yield record | {"peak_memory_bytes": peak_memory(self.prepared.device)}
 
     def _evaluation_due(self) -> bool:
-        if self.evaluated_at == self.step or self.step == 0:
-            return False
-        if self.step == len(self.steps):
-            return True
-        if self.config.eval_every:
-            return self.step % self.config.eval_every == 0
-        return math.floor(self.steps[self.step][0] - 1e-9) > math.floor(self.steps[self.step - 1][0] - 1e-9)
+        return self.evaluated_at != self.step and self.step in self.evaluate_at
 
     def _batch(self, rows: list[int], device: str) -> PackedBatch:
         batch = pack([self.train_set.encoded[i] for i in rows], self.train_set.labels[rows], device)
@@ -294,25 +283,29 @@ class Trainer:
 
     def _evaluate(self, workers: Workers) -> dict[str, Any]:
         self.evaluated_at = self.step
-        held = self.prepared.sets.get("validation")
         record = {"kind": "evaluation", "split": "validation", "step": self.step, "epoch": round(self.epochs_done, 6)}
-        if held is None:
+        found = self._scores(workers)
+        if found is None:
             self._keep(None)
             return record | {"loss": None, "metrics": {}, "best": True, "kept": True}
-        loss, metrics, _ = score(self.prepared, held, self.loss, workers, self.prefix.get("validation"))
-        value = metrics.get(self.prepared.metric)
-        sign = 1 if METRICS[self.prepared.metric].higher_is_better else -1
-        better = value is not None and (self.best_score is None or sign * value > sign * self.best_score)
+        value = found.metrics.get(self.prepared.metric)
+        better, kept = judge(self.prepared.metric, value, self.best_score, len(found.logits))
         self.waited = 0 if better else self.waited + 1
         if better:
             self.best_score = value
-        if self.best_score is None or value is None:  # a metric that is not defined yet cannot choose: the latest is kept
-            kept = self.best_score is None
-        else:  # within a standard error of the best the rows cannot tell, and later weights are the better guess (docs/log.md)
-            kept = sign * value >= sign * self.best_score - standard_error(self.prepared.metric, self.best_score, len(held.rows))
         if kept:
             self._keep(value)
-        return record | {"loss": loss, "metrics": metrics, "best": better, "kept": kept}
+        return record | {"loss": found.loss, "metrics": found.metrics, "best": better, "kept": kept}
+
+    def _scores(self, workers: Workers) -> Evaluation | None:
+        """Of the validation rows now, or what cross-validation found at this point; None where there is neither."""
+        if self.known is not None:
+            return self.known[self.evaluate_at.index(self.step)]
+        held = self.prepared.sets.get("validation")
+        if held is None:
+            return None
+        self.evaluations.append(Evaluation(self.epochs_done, *score(self.prepared, held, self.loss, workers, self.prefix.get("validation"))))
+        return self.evaluations[-1]
 
     def _keep(self, value: float | None) -> None:
         self.kept_score, self.best_step, self.best_epoch = value, self.step, self.epochs_done
@@ -346,13 +339,18 @@ def score(
     workers: Workers | None = None,
     states: HiddenStates | None = None,
     **calibration: Any,
-) -> tuple[float, dict[str, float], np.ndarray]:
+) -> tuple[float, dict[str, float | None], np.ndarray]:
     """Mean loss, metrics and logits (N, C) of a model on a set."""
     logits = encoded_logits(prepared.model, data.encoded, workers, states)
-    rows = loss(torch.from_numpy(logits).to(prepared.device), torch.from_numpy(data.labels).to(prepared.device))
-    weight = loss.weight(data.labels)
-    metrics = evaluate(prepared.schema.problem_type, data.labels, logits, prepared.schema.labels, **calibration)
-    return float(rows.sum()) / weight if weight else 0.0, metrics, logits
+    return *score_logits(prepared, data.labels, logits, loss, **calibration), logits
+
+
+def score_logits(prepared: Prepared, labels: np.ndarray, logits: np.ndarray, loss: Loss, **calibration: Any) -> tuple[float, dict[str, float | None]]:
+    """Mean loss and metrics of logits (N, C)."""
+    rows = loss(torch.from_numpy(logits).to(prepared.device), torch.from_numpy(labels).to(prepared.device))
+    weight = loss.weight(labels)
+    metrics = evaluate(prepared.schema.problem_type, labels, logits, list(prepared.schema.labels), **calibration)
+    return float(rows.sum()) / weight if weight else 0.0, metrics
 
 
 def start_head(prepared: Prepared) -> None:

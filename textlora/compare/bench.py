@@ -26,8 +26,8 @@ from textlora.methods import Method
 from textlora.metrics import evaluate
 from textlora.model import Model, PackedModel
 from textlora.pissa import PissaModel
-from textlora.prefix import HiddenStates, build_prefix
-from textlora.prepare import EncodedSet, Prepared
+from textlora.prefix import HiddenStates, PickedStates, build_prefix
+from textlora.prepare import Prepared
 from textlora.targets import lies_in
 from textlora.training import Trainer, encoded_logits, start_head
 from textlora.whole import FeatureModel, WholeModel
@@ -126,7 +126,7 @@ class Bench:
         sets = dict(self.prepared.sets)
         if run.train_rows < len(sets["train"].rows):
             picked = pick_rows(sets["train"].labels, run.train_rows, run.seed)
-            sets["train"] = cut(sets["train"], picked)
+            sets["train"] = sets["train"].pick(picked)
             steps = math.ceil(len(picked) / (config.batch_size * config.gradient_accumulation_steps))
             if run.epochs > MOST_EVALUATIONS:
                 config = replace(config, eval_every=math.ceil(steps * run.epochs / MOST_EVALUATIONS))
@@ -209,20 +209,20 @@ class Bench:
             return self._lora(method, prepared, run)
         if method.way == "peft":
             return self._soft(method, prepared, run), {}, Seconds()
-        base, config = self._packed_base(f"'{method.name}'"), prepared.config
-        others = {"pooling": config.pooling, "seed": run.seed, "device": prepared.device, "encoder": base.encoder}
+        base = self._packed_base(f"'{method.name}'")
+        others = {"pooling": prepared.pooling, "seed": run.seed, "device": prepared.device, "encoder": base.encoder}
         model = WholeModel(base.base, method.settings["part"], len(prepared.schema.labels), **others)
         prepared = replace(prepared, model=model)
         if method.settings["part"] != "head":
             return prepared, {}, Seconds()
-        found, seconds = self.features(config.pooling, prepared)
+        found, seconds = self.features(prepared.pooling, prepared)
         return prepared, {split: HiddenStates(values, np.arange(len(values) + 1), model.depth) for split, values in found.items()}, seconds
 
     def _soft(self, method: Method, prepared: Prepared, run: Run) -> Prepared:
         from textlora.soft import SoftModel
 
         config, count = prepared.config, len(prepared.schema.labels)
-        if config.pooling != "first":
+        if prepared.pooling != "first":
             raise UsageError(f"'{method.name}' has no mean pooling", "leave out --pooling")
         dtype = choose_dtype(config.precision, prepared.device)
         model = SoftModel.open(
@@ -236,7 +236,7 @@ class Bench:
         model, count = self.prepared.model, len(prepared.schema.labels)
         if method.way == "pissa":
             self._packed_base("PiSSA")
-        others: dict[str, Any] = {"pooling": config.pooling, "seed": run.seed, "device": prepared.device}
+        others: dict[str, Any] = {"pooling": prepared.pooling, "seed": run.seed, "device": prepared.device}
         if not isinstance(model, PackedModel):
             from textlora.reference import ReferenceModel
 
@@ -277,30 +277,8 @@ class Outcome:
     chosen: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class PickedSet(EncodedSet):
-    """Some rows of a split; `picked` says where they stood in it."""
-
-    picked: np.ndarray
-
-
-@dataclass(frozen=True)
-class PickedStates:
-    """`prefix.HiddenStates` of some rows of a split."""
-
-    states: HiddenStates
-    picked: np.ndarray
-
-    def attach(self, batch: Any, rows: Any) -> Any:
-        return self.states.attach(batch, self.picked[np.asarray(rows)])
-
-
 def _picked(prepared: Prepared) -> np.ndarray | None:
     return getattr(prepared.sets["train"], "picked", None)
-
-
-def cut(data: EncodedSet, picked: np.ndarray) -> PickedSet:
-    return PickedSet([data.rows[i] for i in picked], [data.encoded[i] for i in picked], data.labels[picked], picked)
 
 
 def pick_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

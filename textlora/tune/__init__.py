@@ -368,13 +368,13 @@ def fresh(prepared: Prepared, config: TrainConfig) -> Prepared:
     old = prepared.model
     if isinstance(old, PackedModel):
         count = len(prepared.schema.labels)
-        model: Model = PackedModel(old.base, config.lora, count, config.pooling, config.seed, prepared.device, old.encoder)
+        model: Model = PackedModel(old.base, config.lora, count, prepared.pooling, config.seed, prepared.device, old.encoder)
     else:
         model, _ = open_model(
             prepared.files,
             config.lora,
             len(prepared.schema.labels),
-            pooling=config.pooling,
+            pooling=prepared.pooling,
             seed=config.seed,
             device=prepared.device,
             dtype=old.dtype,  # type: ignore[attr-defined]
