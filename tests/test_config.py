@@ -22,7 +22,14 @@ def other_value(item: dataclasses.Field) -> Any:
     """A valid value that is not the default."""
     if item.metadata["choices"]:
         return next((choice for choice in reversed(item.metadata["choices"]) if choice != item.default), item.default)
-    special = {"label_smoothing": 0.25, "lora_dropout": 0.25, "warmup": 0.25, "layers": "last:1", "target_modules": ("query", "a.b")}
+    special = {
+        "label_smoothing": 0.25,
+        "validation_share": 0.25,
+        "lora_dropout": 0.25,
+        "warmup": 0.25,
+        "layers": "last:1",
+        "target_modules": ("query", "a.b"),
+    }
     by_type = {int: 77, float: 7.5, bool: True, str: 'a "quoted" \\ caf\u00e9\nline\x7f'}
     return special.get(item.name, by_type.get(field_type(item)))
 

@@ -76,7 +76,7 @@ def test_lines_of_training_elsewhere_are_at_most_one_in_ten_seconds(now, capsys)
     assert capsys.readouterr().err.splitlines() == [
         "model: tiny on cpu, 9,216 LoRA and 66 head parameters, 2 labels",
         "epoch 1.00  step 2  validation loss 0.2500  accuracy 0.7500  best so far",
-        "step 10/10  loss 0.5000  accuracy 0.7500  1,200 tokens/s",
+        "step 10/10  training  loss 0.5000  accuracy 0.7500  1,200 tokens/s",
         "epoch 1.00  step 10  validation loss 0.2500  accuracy 0.7500  best so far",
     ]
 

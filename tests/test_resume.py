@@ -38,19 +38,34 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(tiny_base, tmp_path_factory) -> Whole:
     """Dropout, accumulation, an evaluation every 2 of 40 steps, and an early stop before them all."""
-    config = settings(
+    found = uninterrupted(tmp_path_factory, settings(
         tmp_path_factory.mktemp("whole"), tiny_base("bert"), epochs=16.0, batch_size=8, gradient_accumulation_steps=2, lora_dropout=0.2, eval_every=2,
         early_stopping_patience=3, learning_rate=0.02, metric="log_loss",
-    )  # fmt: skip
-    run_training(config)
-    start = time.perf_counter()
-    assert forked(go_on(replace(config, output=str(tmp_path_factory.mktemp("again") / "out"))))[0] == 0
-    seconds = time.perf_counter() - start
-    log = log_of(Path(config.output))
+    ))  # fmt: skip
+    log = found.log
     assert log[0]["steps"] == 48
-    assert log[-1]["kind"] == "end"
     best = max(record["step"] for record in log if record["kind"] == "evaluation" and record["best"])
     assert best + 6 == log[-1]["steps"] < 48  # stopped early, after three evaluations without a better one
+    return found
+
+
+@pytest.fixture(scope="module")
+def folded(tiny_base, tmp_path_factory) -> Whole:
+    """Three folds of 8 steps each, then 10 steps on all rows, an evaluation every 3 of them."""
+    changes = {"validation": None, "epochs": 2.0, "eval_every": 3, "lora_dropout": 0.2, "learning_rate": 0.02}
+    found = uninterrupted(tmp_path_factory, settings(tmp_path_factory.mktemp("folded"), tiny_base("bert"), **changes))
+    assert [sum(r["kind"] == "step" and r.get("fold") == fold for r in found.log) for fold in (1, 2, 3, None)] == [8, 8, 8, 10]
+    assert found.log[0]["all_steps"] == 34
+    return found
+
+
+def uninterrupted(factory: pytest.TempPathFactory, config: TrainConfig) -> Whole:
+    run_training(config)
+    start = time.perf_counter()
+    assert forked(go_on(replace(config, output=str(factory.mktemp("again") / "out"))))[0] == 0
+    seconds = time.perf_counter() - start
+    log = log_of(Path(config.output))
+    assert log[-1]["kind"] == "end"
     return Whole(config, (Path(config.output) / WEIGHTS).read_bytes(), log, seconds)
 
 
@@ -197,6 +212,20 @@ def test_killed_at(whole, tmp_path, place, call):
     check_finished(config, whole)
 
 
+FOLD_POINTS = [
+    *((in_a_step, n) for n in (1, 8, 9, 20, 25, 30)),
+    *((in_evaluation, n) for n in (2, 5, 9)),
+    *((after_evaluation, n) for n in (9, 30)),
+    (in_the_log, 12),
+    (in_the_proof, 1),
+]
+
+
+@pytest.mark.parametrize(("place", "call"), FOLD_POINTS, ids=lambda value: getattr(value, "__name__", value))
+def test_killed_in_a_fold(folded, tmp_path, place, call):
+    test_killed_at(folded, tmp_path, place, call)
+
+
 def final_replaces(whole: Whole) -> int:
     """How many files a run that has only its last part to do moves into place."""
     staged = len([p for p in Path(whole.config.output).iterdir() if p.is_file()])
@@ -223,12 +252,13 @@ def test_killed_at_every_file_of_the_final_save(whole, tmp_path):
     assert kills >= 14
 
 
-def test_twenty_kills_at_random_moments(whole, tmp_path):
-    """kill -9 from outside, at any moment of preparing, training, evaluating, writing and saving; each run is resumed to its end."""
+def test_twenty_kills_at_random_moments(whole, folded, tmp_path):
+    """In turns with and without cross-validation. kill -9 from outside, at any moment of preparing, training, evaluating, writing and saving; each run is resumed to its end."""
     draw, kills, runs = random.Random(0), 0, 0
     while kills < 20:
         runs += 1
-        config = replace(whole.config, output=str(tmp_path / f"out{runs}"))
+        one = (whole, folded)[runs % 2]
+        config = replace(one.config, output=str(tmp_path / f"out{runs}"))
         while True:
             pid = os.fork()
             if pid == 0:
@@ -236,7 +266,7 @@ def test_twenty_kills_at_random_moments(whole, tmp_path):
                     go_on(config)()
                 finally:
                     os._exit(0 if (Path(config.output) / "run" / "result.json").is_file() else 70)
-            moment = draw.uniform(0, 1.2 * whole.seconds) if kills < 20 else None
+            moment = draw.uniform(0, 1.2 * one.seconds) if kills < 20 else None
             if moment is not None:
                 time.sleep(moment)
                 os.kill(pid, signal.SIGKILL)
@@ -245,7 +275,7 @@ def test_twenty_kills_at_random_moments(whole, tmp_path):
                 break
             assert code == -signal.SIGKILL
             kills += 1
-        check_finished(config, whole)
+        check_finished(config, one)
     assert kills == 20
 
 

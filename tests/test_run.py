@@ -23,6 +23,7 @@ from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TrainConfig, 
 from textlora.errors import AdapterError, DataError, TrainingError, UsageError
 from textlora.evaluate import evaluate_table, read_rows
 from textlora.losses import Loss, class_weights
+from textlora.model import scaled_head
 from textlora.prepare import Prepared, prepare
 from textlora.reference import ReferenceModel
 from textlora.run import run_training
@@ -123,7 +124,8 @@ def test_train_from_python(tiny_base, tmp_path):
     )  # fmt: skip
     assert seen == log_of(tmp_path / "out")
     assert classifier.meta.labels == ("neg", "pos")
-    assert classifier.meta.training["rows"] == {"train": 36, "validation": 4, "test": 8}
+    facts = classifier.meta.training
+    assert (facts["rows"], facts["folds"], facts["held_out"], facts["left_out"]) == ({"train": 40, "test": 8}, 3, 40, [])
     assert classifier.meta.scores["test"] == next(r for r in seen if r["kind"] == "final" and r["split"] == "test")["metrics"]
 
 
@@ -402,7 +404,9 @@ def test_the_best_checkpoint_is_what_is_saved(tiny_base, tmp_path, metric):
                 score, kept, at = value, {name: t.detach().clone() for name, t in trainer.parameters.items()}, record["step"]
     assert at < 40
     run_training(config)
-    saved = load_file(Path(config.output) / WEIGHTS)
+    saved, temperature = load_file(Path(config.output) / WEIGHTS), read_meta(Path(config.output)).fitted_temperature
+    kept = scaled_head(kept, 1 / temperature)
+    assert temperature != 1
     assert all(torch.equal(saved[name], kept[name]) for name in saved)
     log = log_of(Path(config.output))
     assert log[-1]["best_step"] == at
@@ -423,15 +427,14 @@ def test_early_stopping(tiny_base, tmp_path):
 
 
 def test_a_run_without_validation_keeps_the_last(tiny_base, tmp_path):
-    """All held-out rows repeat training texts, so none is left."""
-    rows = single_rows(6)
-    path = write_csv(tmp_path / "same.csv", [*rows, *rows])
+    """Each class has one text, so that none can be held out."""
+    path = write_csv(tmp_path / "same.csv", single_rows(2) * 6)
     config = settings(tmp_path / "run", tiny_base("bert"), train=str(path), validation=None, test=None)
     assert set(prepare(config).sets) == {"train"}
     result = run_training(config)
     assert result["best_step"] == result["steps"] == 4
     assert "validation" not in result
-    assert read_meta(Path(config.output)).temperature == 1.0
+    assert read_meta(Path(config.output)).fitted_temperature == 1.0
 
 
 # --- which rows ---
@@ -461,14 +464,14 @@ def test_half_as_many_rows_as_train_validate_at_most(tiny_base, tmp_path):
         assert len(prepared.sets["validation"].rows) == held
 
 
-def test_a_tenth_of_each_class_is_split_off(tiny_base, tmp_path):
+def test_a_share_of_each_class_is_split_off(tiny_base, tmp_path):
     rows = [(text, "pos" if i % 4 else "neg") for i, (text, _) in enumerate(single_rows(80, seed=6))] + [
         ("water door", "odd"),
         ("red door", "few"),
         ("blue door", "few"),
     ]
     path = write_csv(tmp_path / "uneven.csv", rows)
-    sets = prepared_run(tmp_path, tiny_base("bert"), train=str(path), validation=None).sets
+    sets = prepared_run(tmp_path, tiny_base("bert"), train=str(path), validation=None, validation_share=0.1).sets
     count = lambda split: Counter(row.label for row in sets[split].rows)
     assert count("validation") == {"pos": 6, "neg": 2, "few": 1}
     assert count("train") == {"pos": 54, "neg": 18, "few": 1, "odd": 1}
