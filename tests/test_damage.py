@@ -23,7 +23,7 @@ from support import CONFIG, SIDE, WEIGHTS, Cli, single_rows, snapshot, trained, 
 
 from textlora import TextClassifier
 from textlora.adapter import _self_hash, read_meta
-from textlora.base import find_base, read_weights
+from textlora.base import all_finite, find_base, read_weights
 from textlora.errors import AdapterError, ModelError
 from textlora.families import read_spec
 from textlora.inspect import inspect_folder, relabel_folder
@@ -578,3 +578,14 @@ def test_what_may_be_done_to_a_folder(bench, tmp_path):
     bare = {name.removeprefix(prefix): tensor for name, tensor in whole.items()}  # the same weights, named as a bare encoder has them
     save_file(bare, base / "model.safetensors", {"format": "pt"})
     assert np.array_equal(bench.answers(moved, base), bench.expected)
+
+
+def test_finite_numbers_whose_sum_is_not():
+    large = torch.full((100,), 3e38)
+    assert all_finite(large)
+    assert all_finite(torch.zeros(3))
+    for value in (float("inf"), -float("inf"), float("nan")):
+        spoilt = large.clone()
+        spoilt[50] = value
+        assert not all_finite(spoilt)
+    assert not all_finite(torch.tensor([float("inf"), -float("inf")]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from textlora import native
-from textlora.hardware import side_by_side
+from textlora.hardware import side_by_side, torch_threads
 
 
 @pytest.fixture
@@ -149,3 +149,20 @@ def test_who_has_no_work_helps(three, hands):
         assert len({(number, thread) for _, number, thread in done}) == hands
     native.library().textlora_share(work, None, ctypes.c_long(4), hands)  # this thread has no crew now
     assert {thread for _, _, thread in done[-4:]} == {threading.get_ident()}
+
+
+def test_what_lies_between_has_one_thread_and_what_is_mapped_has_all(three):
+    """Beside a busy process a team of threads for little work waits for the slowest."""
+    assert torch.get_num_threads() == 1
+    assert three.map(lambda _: torch.get_num_threads(), [0]) == [3]
+    with pytest.raises(ZeroDivisionError):
+        three.map(lambda item: 1 / item, [0])
+    assert torch.get_num_threads() == 1
+
+
+def test_one_worker_on_the_processor_has_all_cores_for_what_is_mapped():
+    with torch_threads(3):
+        with side_by_side("cpu", parallel=False) as workers:
+            assert torch.get_num_threads() == 1
+            assert workers.map(lambda item: (item, torch.get_num_threads()), range(3)) == [(0, 3), (1, 3), (2, 3)]
+        assert torch.get_num_threads() == 3

@@ -19,6 +19,7 @@ from torch import Tensor
 from textlora.errors import ModelError
 from textlora.families import EncoderSpec
 from textlora.files import sha256_file
+from textlora.hardware import torch_threads
 
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -220,11 +221,17 @@ def read_weights(folder: Path, spec: EncoderSpec, *, pooler: bool, dtype: torch.
         raise ModelError(f"{folder}: half of the pooler is missing", "download the checkpoint again")
     _check_shapes(folder, spec, {wanted[name]: tensor for name, tensor in found.items()})
     for name, tensor in found.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or not all_finite(tensor):
             raise ModelError(f"{folder}: tensor '{name}' holds values that are not finite numbers")
     digest = weights_hash(found.items())
-    # clone: fresh, aligned memory, so that results do not depend on where the file was mapped
-    return BaseWeights(spec, {wanted[name]: tensor.to(dtype, copy=True) for name, tensor in found.items()}, digest)
+    with torch_threads(1):  # clone: fresh, aligned memory, so that results do not depend on where the file was mapped
+        return BaseWeights(spec, {wanted[name]: tensor.to(dtype, copy=True) for name, tensor in found.items()}, digest)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether all values of a tensor of floats are finite numbers."""
+    with torch_threads(1):
+        return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())  # a sum of finite numbers may overflow; one of others is never finite
 
 
 def _check_shapes(folder: Path, spec: EncoderSpec, tensors: dict[str, Tensor]) -> None:

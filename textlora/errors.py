@@ -113,3 +113,20 @@ class Interrupted(TextloraError):
     code = "interrupted"
     exit_code = 130
     http_status = 503
+
+
+def told(error: TextloraError) -> tuple[str, str, str]:
+    """An error as plain values, for another process."""
+    return error.code, error.message, error.fix
+
+
+def error_of(code: str, message: str, fix: str) -> TextloraError:
+    """What `told` was given."""
+    return kinds(TextloraError)[code](message, fix)
+
+
+def kinds(parent: type[TextloraError]) -> dict[str, type[TextloraError]]:
+    found = {parent.code: parent}
+    for kind in parent.__subclasses__():
+        found |= kinds(kind)
+    return found

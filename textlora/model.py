@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textlora.base import BaseFiles, BaseWeights, read_weights
+from textlora.base import BaseFiles, BaseWeights, all_finite, read_weights
 from textlora.config import LoraConfig
 from textlora.encoder import PackedEncoder
 from textlora.errors import AdapterError
 from textlora.families import MEAN_HEAD, SLOTS, EncoderSpec, HeadLayer, read_spec
+from textlora.hardware import torch_threads
 from textlora.lora import Lora, delta, dora_scale, init_lora, lora_linear, weight_norm
 from textlora.mixing import Folded, FoldedAdapter, Mix
 from textlora.products import activate, require_int8
@@ -303,9 +304,9 @@ def copy_strictly(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> No
             raise AdapterError(f"tensor '{name}' of the adapter has no place in this model")
         if tensor.shape != mine[name].shape:
             raise AdapterError(f"tensor '{name}' has shape {tuple(tensor.shape)}, this model needs {tuple(mine[name].shape)}")
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise AdapterError(f"tensor '{name}' holds values that are not finite numbers")
-    with torch.no_grad():
+    with torch.no_grad(), torch_threads(1):
         for name, tensor in given.items():
             mine[name].copy_(tensor)
 
@@ -339,8 +340,9 @@ def open_model(
 
         return ReferenceModel.create(files.folder, lora, num_labels, pooling=pooling, seed=seed, device=device, dtype=dtype), reason
     weights = read_weights(files.folder, spec, pooler=pooling == "first", dtype=dtype)
-    weights = BaseWeights(spec, {name: t.to(device) for name, t in weights.tensors.items()}, weights.hash)
-    return PackedModel(weights, lora, num_labels, pooling, seed, device), None
+    with torch_threads(1):
+        weights = BaseWeights(spec, {name: t.to(device) for name, t in weights.tensors.items()}, weights.hash)
+        return PackedModel(weights, lora, num_labels, pooling, seed, device), None
 
 
 def _unpacked(spec: EncoderSpec, lora: LoraConfig) -> str | None:

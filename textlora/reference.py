@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from textlora.adapter import lora_config, read_adapter
-from textlora.base import weight_files, weights_hash
+from textlora.base import all_finite, weight_files, weights_hash
 from textlora.config import LoraConfig
 from textlora.errors import AdapterError, ModelError, UsageError
 from textlora.families import FAMILIES
@@ -276,7 +276,7 @@ def _load(folder: Path, num_labels: int, pooling: str) -> _Base:
         used = (short != name and not short.startswith("pooler.")) if pooling == "mean" else not lies_in(short, heads)
         if used:
             frozen[short] = parameter
-            if not torch.isfinite(parameter).all():
+            if not all_finite(parameter):
                 raise ModelError(f"{folder}: tensor '{short}' holds values that are not finite numbers")
     digest = weights_hash(frozen.items())
     if pooling == "mean":

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textlora.adamw import AdamW
 from textlora.classifier import MIN_SHARE_ONE_CORE, encoded_logits
 from textlora.config import MULTI_LABEL, REGRESSION, TrainConfig, default_rate
 from textlora.errors import TrainingError
@@ -174,16 +175,14 @@ class Trainer:
         zeros = [torch.zeros((), device=self.prepared.device), *(torch.zeros_like(t, requires_grad=False) for t in self.parameters.values())]
         return Recordings(self._sums, zeros)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> AdamW:
         """AdamW; no decay on biases and norms; B's rate times `loraplus_ratio` (LoRA+, arXiv 2402.12354)."""
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, tensor in self.parameters.items():
             decay = self.config.weight_decay if tensor.ndim > 1 else 0.0
             ratio = self.config.loraplus_ratio if ".lora_B." in name else 1.0
             groups.setdefault((decay, ratio), []).append(tensor)
-        return torch.optim.AdamW(
-            [{"params": tensors, "weight_decay": decay, "lr": 0.0, "ratio": ratio} for (decay, ratio), tensors in groups.items()], fused=True
-        )
+        return AdamW([{"params": tensors, "weight_decay": decay, "lr": 0.0, "ratio": ratio} for (decay, ratio), tensors in groups.items()])
 
     @property
     def finished(self) -> bool:

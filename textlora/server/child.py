@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from textlora.errors import InternalError, TextloraError, UnavailableError
-from textlora.server.link import Link, error_of
+from textlora.errors import InternalError, TextloraError, UnavailableError, error_of
+from textlora.server.link import Link
 from textlora.server.log import log
 from textlora.server.settings import ServeSettings
 

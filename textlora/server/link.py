@@ -7,8 +7,6 @@ import marshal
 import socket
 from typing import Any
 
-from textlora.errors import TextloraError
-
 
 class Link:
     """One end of a pair of connected sockets.
@@ -35,20 +33,3 @@ class Link:
         if len(data) < size:
             raise EOFError
         return data
-
-
-def told(error: TextloraError) -> tuple[str, str, str]:
-    """An error as plain values."""
-    return error.code, error.message, error.fix
-
-
-def error_of(code: str, message: str, fix: str) -> TextloraError:
-    """What `told` was given."""
-    return kinds(TextloraError)[code](message, fix)
-
-
-def kinds(parent: type[TextloraError]) -> dict[str, type[TextloraError]]:
-    found = {parent.code: parent}
-    for kind in parent.__subclasses__():
-        found |= kinds(kind)
-    return found

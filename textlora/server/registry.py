@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from textlora.answers import Answer, Prediction
-from textlora.errors import TextloraError, UnavailableError, UnknownAdapterError
-from textlora.server.link import error_of
+from textlora.errors import TextloraError, UnavailableError, UnknownAdapterError, error_of
 from textlora.server.log import log
 
 

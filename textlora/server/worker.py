@@ -14,10 +14,10 @@ import torch
 from textlora.adapter import AdapterMeta
 from textlora.answers import Answer
 from textlora.engine import AdapterEngine
-from textlora.errors import AdapterError, InternalError, TextloraError, UsageError
+from textlora.errors import AdapterError, InternalError, TextloraError, UsageError, told
 from textlora.native import share_cores
 from textlora.server.garbage import settle
-from textlora.server.link import Link, told
+from textlora.server.link import Link
 from textlora.server.log import log_bug
 
 
