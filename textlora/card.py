@@ -45,10 +45,10 @@ def _mean_loader(meta: AdapterMeta, base: str | None) -> list[str]:
     texts = '["a text"], ["its pair"]' if meta.pairs else '["a text"]'
     return [
         "It pools the mean of all tokens, which no class of PEFT does. With PEFT and torch alone:", "", "```python",
-        "import json", "", "import torch", "from peft import LoraConfig, PeftModel", "from transformers import AutoModel, AutoTokenizer", "",
-        _FOLDER_LINE, 'labels = json.load(open(f"{folder}/textlora.json", encoding="utf-8"))["labels"]',
-        'settings = json.load(open(f"{folder}/adapter_config.json", encoding="utf-8")) | {"peft_type": "LORA", "task_type": None}',
-        f'encoder = AutoModel.from_pretrained("{base or _BASE}", dtype=torch.float32)',
+        "import json", "from pathlib import Path", "", "import torch", "from peft import LoraConfig, PeftModel", "from transformers import AutoModel, AutoTokenizer", "",
+        _FOLDER_LINE, 'labels = json.loads(Path(folder, "textlora.json").read_text(encoding="utf-8"))["labels"]',
+        'settings = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8")) | {"peft_type": "LORA", "task_type": None}',
+        f'encoder = AutoModel.from_pretrained("{base or _BASE}").float()',
         "head = torch.nn.Linear(encoder.config.hidden_size, len(labels))",
         'net = torch.nn.ModuleDict({encoder.base_model_prefix: encoder, "classifier": head})  # named as in the file of the weights',
         "PeftModel.from_pretrained(net, folder, config=LoraConfig(**settings)).eval()",
