@@ -18,7 +18,7 @@ from textlora import TextClassifier
 from textlora.combine import combine, combined_delta
 from textlora.config import MULTI_LABEL
 from textlora.lora import delta
-from textlora.merge import named_loras, trained_whole
+from textlora.plain import named_loras, trained_whole
 from textlora.model import Model
 
 

@@ -21,10 +21,11 @@ from support import WEIGHTS, single_rows, snapshot, write_csv
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.utils import logging as hf_logging
 
-from textlora import TextClassifier, merge
+from textlora import TextClassifier, fresh, merge, plain
 from textlora.adapter import AdapterMeta
 from textlora.base import find_base
 from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LoraConfig
+from textlora.errors import VerificationError
 from textlora.extract import base_facts, write_adapter
 from textlora.model import Model, open_model
 from textlora.tokens import TextTokenizer, load_tokenizer
@@ -74,15 +75,18 @@ def pefts_merge(adapter: Path, base: Path, labels: int = 3) -> torch.nn.Module:
 
 
 @pytest.fixture
-def near(monkeypatch):
+def near(monkeypatch, tmp_path_factory):
     """Run the script of the fresh process in this one: it costs seconds to import transformers again."""
+    modules = str(tmp_path_factory.mktemp("modules"))
 
     def here(command: list[str], input: str, **_: object) -> SimpleNamespace:
         out, before = io.StringIO(), hf_logging.get_verbosity()
         assert command[:3] == [sys.executable, "-P", "-c"]
         try:
             with monkeypatch.context() as patched, contextlib.redirect_stdout(out):
-                patched.setattr(sys, "argv", ["-c", command[4]])
+                patched.setattr(sys, "argv", ["-c", *command[4:]])
+                patched.setattr(sys, "path", [*sys.path])
+                patched.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
                 patched.setattr(sys, "stdin", io.StringIO(input))
                 exec(command[3], {"__name__": "__main__"})
         except Exception as error:
@@ -93,7 +97,7 @@ def near(monkeypatch):
         said["imported"].remove("textlora")
         return SimpleNamespace(stdout=json.dumps(said), stderr="", returncode=0)
 
-    monkeypatch.setattr(merge, "subprocess", SimpleNamespace(run=here))
+    monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=here))
 
 
 def merged(classifier: TextClassifier, base: Path, adapter: Path, output: Path, dtype: str = "float32", rows: Sequence[Any] = ()) -> dict[str, Any]:
@@ -154,7 +158,7 @@ def test_the_command_in_a_fresh_process(tiny_base, tmp_path, cli, monkeypatch):
         said.append(json.loads(done.stdout.splitlines()[-1]))
         return done
 
-    monkeypatch.setattr(merge, "subprocess", SimpleNamespace(run=listen))
+    monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=listen))
     base, adapter, output = tiny_base("bert"), tmp_path / "a", tmp_path / "new" / "m"
     classifier = make_adapter(adapter, base, target_modules=("all-linear",))
     data = write_csv(tmp_path / "texts.csv", [[text] for text in TEXTS], ["text"])
@@ -164,6 +168,8 @@ def test_the_command_in_a_fresh_process(tiny_base, tmp_path, cli, monkeypatch):
     assert lines[0] == "12 layers and the head merged into a copy of the base, in float32"
     assert lines[1].startswith("largest logit difference on 11 rows, from the written files in a fresh process: ")
     assert float(lines[1].rpartition(" ")[2]) < 1e-5
+    assert lines[3].startswith("largest score difference from predict: ")
+    assert float(lines[3].rpartition(" ")[2]) < 1e-5
     assert lines[-1] == f"saved to {output}"
     assert list(output.parent.iterdir()) == [output]
     assert "textlora" not in said[0]["imported"]
@@ -176,9 +182,9 @@ def test_the_command_in_a_fresh_process(tiny_base, tmp_path, cli, monkeypatch):
 
 def test_textlora_in_the_process_is_refused(tiny_base, tmp_path, monkeypatch):
     base, adapter = tiny_base("bert"), tmp_path / "a"
-    said = {"logits": {"as_loaded": [[0.0]]}, "inputs": [], "labels": [], "strange": [], "imported": ["textlora", "torch"]}
-    monkeypatch.setattr(merge, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(stdout=json.dumps(said))))
-    with pytest.raises(merge.VerificationError, match="was loaded with textlora's help"):
+    said = {"logits": {"as_loaded": [[0.0]]}, "scores": [[1.0]], "inputs": [], "labels": [], "strange": [], "imported": ["textlora", "torch"]}
+    monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(stdout=json.dumps(said))))
+    with pytest.raises(VerificationError, match="was loaded with textlora's help"):
         merged(make_adapter(adapter, base), base, adapter, tmp_path / "m")
     assert sorted(tmp_path.iterdir()) == [adapter]
 
@@ -339,12 +345,6 @@ def adapter(tiny_base, tmp_path) -> Path:
     return tmp_path / "a"
 
 
-def test_mean_pooling_is_refused_with_the_reason(tiny_base, tmp_path, cli):
-    make_adapter(tmp_path / "a", tiny_base("bert"), pooling="mean")
-    said = cli.fails("merge", tmp_path / "a", "--model", tiny_base("bert"), "--output", tmp_path / "m", output=tmp_path)
-    assert "pools the mean of all tokens, which no transformers classification class does" in said
-
-
 def test_output_in_use_is_refused(adapter, tiny_base, tmp_path, cli):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "mine.txt").write_text("x")
@@ -379,7 +379,7 @@ def test_a_written_folder_that_answers_otherwise_is_refused(damage, adapter, tin
     """Whatever goes wrong between memory and disk, the proof sees it: exit code 1, no folder."""
     real = merge.ask_fresh
 
-    def spoil(folder: Path, rows: Sequence[Any]) -> Any:
+    def spoil(folder: Path, rows: Sequence[Any], kind: str) -> Any:
         tensors = load_file(folder / "model.safetensors")
         name = "bert.encoder.layer.1.output.dense.weight"
         if damage == "changed":
@@ -396,7 +396,7 @@ def test_a_written_folder_that_answers_otherwise_is_refused(damage, adapter, tin
             content["normalizer"] = None
             (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return real(folder, rows)
+        return real(folder, rows, kind)
 
     monkeypatch.setattr(merge, "ask_fresh", spoil)
     said = cli.fails("merge", adapter, "--model", tiny_base("bert"), "--output", tmp_path / "m", code=1, output=tmp_path)
@@ -407,13 +407,13 @@ def test_a_written_folder_that_answers_otherwise_is_refused(damage, adapter, tin
 def test_a_process_that_fails_or_is_interrupted_leaves_nothing(adapter, tiny_base, tmp_path, cli, monkeypatch):
     arguments = ("merge", adapter, "--model", tiny_base("bert"), "--output", tmp_path / "new" / "m")
     dead = SimpleNamespace(stdout="", stderr="Killed\n", returncode=-9)
-    monkeypatch.setattr(merge, "subprocess", SimpleNamespace(run=lambda *_, **__: dead))
+    monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=lambda *_, **__: dead))
     assert "does not load in transformers (Killed)" in cli.fails(*arguments, code=1, output=tmp_path)
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, "subprocess", SimpleNamespace(run=stop))
+    monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=stop))
     code, out, err = cli(*arguments)
     assert (code, out, err.strip()) == (130, "", "textlora: interrupted")
     assert sorted(tmp_path.iterdir()) == [adapter]
@@ -421,7 +421,7 @@ def test_a_process_that_fails_or_is_interrupted_leaves_nothing(adapter, tiny_bas
 
 def test_a_full_disk_leaves_nothing(adapter, tiny_base, tmp_path, cli, monkeypatch):
     def full(*_: object, **__: object) -> None:
-        raise merge.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise plain.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(torch.nn.Module, "save_pretrained", full, raising=False)
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
@@ -435,5 +435,7 @@ def test_single_rows_are_labelled_data_too(adapter, tiny_base, tmp_path, cli, ne
     code, out, _ = cli("merge", adapter, "--model", tiny_base("bert"), "--output", tmp_path / "m", "--data", data, "--json")
     assert code == 0
     result = json.loads(out)
-    assert set(result) == {"output", "dtype", "layers", "rows", "left_out", "largest_logit", "difference", "rounding", "as_loaded"}
+    facts = {"output", "dtype", "pooling", "layers", "rows", "left_out", "largest_logit"}
+    assert set(result) == facts | {"difference", "rounding", "as_loaded", "score_difference"}
+    assert result["score_difference"] <= 1e-5
     assert result["rows"] == 20

@@ -8,7 +8,9 @@ With `D_i = s_i B_i A_i` the difference that adapter i makes to a layer and `w_i
             the entries of that sign is taken, times sum w_i (arXiv 2306.01708); cut to rank r
     dare    each entry of D_i is kept with probability `density` and divided by it, then the weighted sum (arXiv 2311.03099); cut to rank r
 
-Entries are counted layer by layer. What the adapters train in full (the head) is averaged by weight, labels matched by name.
+Entries are counted layer by layer. What the adapters train in full (the head) is averaged by weight, labels matched by name. Heads are averaged
+as they were trained, and then divided by the geometric mean of the temperatures, weighted alike: one that was fitted to be less sure of itself
+does not count for less.
 """
 
 import dataclasses
@@ -28,11 +30,12 @@ from textlora.data import Table
 from textlora.errors import AdapterError, UsageError
 from textlora.evaluate import evaluate_table
 from textlora.extract import base_facts, write_adapter
+from textlora.folders import new_folder, require_free
 from textlora.hub import adapter_folder
 from textlora.lora import delta
-from textlora.merge import load_net, named_loras, new_folder, require_free, trained_whole
 from textlora.metrics import DEFAULT_METRIC
-from textlora.model import PREFIX, Model, open_model
+from textlora.model import PREFIX, Model, open_model, scaled_head
+from textlora.plain import load_net, named_loras, temperature_of, trained_whole
 
 COMBINATION_TYPES = ("linear", "svd", "ties", "dare")
 DENSITY = {"ties": 0.2, "dare": 0.5}
@@ -56,7 +59,7 @@ def combine(
 
     Args:
         folders: adapters of one base, with one pooling, truncation, task and set of labels. The result has the longest `max_length` of
-            them and the first one's order of labels; it is not calibrated (temperature 1, no thresholds).
+            them and the first one's order of labels; its temperature is the mean of theirs, and it has no thresholds.
         output: new or empty folder.
         weights: one per adapter; default: equal, with sum 1. Negative ones subtract.
         combination_type: linear, svd, ties or dare.
@@ -91,11 +94,12 @@ def combine(
         rank_pattern={}, alpha_pattern={}, lora_dropout=0.0,
     )  # fmt: skip
     model, _ = open_model(files, lora, len(first.labels), pooling=first.pooling)
-    model.load_trainable(_tensors(model, made, rank, loaded, weights))
+    temperature = math.exp(sum(w * math.log(_whole_temperature(c.meta)) for w, c in zip(weights, loaded, strict=True)) / sum(weights))
+    model.load_trainable(scaled_head(_tensors(model, made, rank, loaded, weights), 1 / temperature))
     meta = AdapterMeta(
         labels=first.labels, problem_type=first.problem_type, pairs=first.pairs, pooling=first.pooling,
         max_length=max(classifier.tokenizer.max_length for classifier in loaded), truncation=first.truncation,
-        base=base_facts(files, model), label_separator=first.label_separator,
+        base=base_facts(files, model), label_separator=first.label_separator, fitted_temperature=temperature,
         training={
             "combination_type": combination_type, "combined_from": [folder.name for folder in folders], "weights": list(weights),
             "density": density, "seed": seed if combination_type == "dare" else None,
@@ -204,12 +208,12 @@ def combined_delta(deltas: Sequence[Tensor], weights: Sequence[float], kind: str
 
 
 def _tensors(model: Model, made: dict[str, Factors], rank: int, loaded: list[TextClassifier], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The combination's tensors: A and B filled up to one rank with zeros, the head averaged with its labels in the first one's order."""
+    """The combination's tensors: A and B filled up to one rank with zeros, the head as it was trained averaged, with its labels in the first one's order."""
     found, first = {}, loaded[0].meta
     for name, (A, B) in made.items():
         found[f"{PREFIX}{name}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, rank - A.shape[0]))
         found[f"{PREFIX}{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, rank - B.shape[1]))
-    whole = [trained_whole(classifier.model) for classifier in loaded]
+    whole = [trained_whole(classifier.model, 1 / classifier.meta.fitted_temperature) for classifier in loaded]
     last = list(trained_whole(model))[-1].rpartition(".")[0]  # the layer whose rows are labels
     for key in model.trainable():
         if ".lora_" in key:
@@ -225,6 +229,11 @@ def _tensors(model: Model, made: dict[str, Factors], rank: int, loaded: list[Tex
     if strange := next((key for key in model.trainable() if key not in found), None):
         raise AdapterError(f"no adapter has tensor '{strange}'")
     return {key: found[key].float() for key in model.trainable()}
+
+
+def _whole_temperature(meta: AdapterMeta) -> float:
+    """What the logits of the head as it was trained are divided by, whether in the saved head or by who reads it."""
+    return meta.fitted_temperature * temperature_of(meta)
 
 
 def _scores(names: Sequence[Path], classifiers: Sequence[TextClassifier], table: Table) -> list[dict[str, Any]]:

@@ -31,12 +31,13 @@ from textlora.classifier import TextClassifier, encoded_logits, exact_float32
 from textlora.config import LoraConfig
 from textlora.errors import AdapterError, ModelError, UsageError, VerificationError
 from textlora.files import write_text
+from textlora.folders import new_folder, require_free, write_tokenizer
 from textlora.foreign.facts import Length, find_facts, find_length
 from textlora.foreign.loralib import Converted, to_peft
 from textlora.foreign.source import Source, read_source
 from textlora.golden import golden_rows
-from textlora.merge import load_net, new_folder, require_free, write_tokenizer
 from textlora.model import PREFIX, open_model, parameter_counts
+from textlora.plain import load_net
 from textlora.reference import ReferenceModel
 from textlora.tokens import Encoded, TextTokenizer, load_tokenizer
 

@@ -23,21 +23,13 @@ from textlora.classifier import TextClassifier, encoded_logits
 from textlora.config import PROBLEM_TYPES, REGRESSION, SINGLE_LABEL, TRUNCATIONS, LoraConfig
 from textlora.errors import AdapterError, UsageError, VerificationError
 from textlora.files import write_text
+from textlora.folders import new_folder, require_free, write_tokenizer
+from textlora.fresh import ask_fresh, same_tokens
 from textlora.golden import golden_rows
-from textlora.merge import (
-    NOTE,
-    TOLERANCE,
-    ask_fresh,
-    load_net,
-    merge_into,
-    net_logits,
-    new_folder,
-    require_free,
-    same_tokens,
-    trained_whole,
-    write_tokenizer,
-)
+from textlora.merge import TOLERANCE
 from textlora.model import PREFIX, Model, open_model, parameter_counts
+from textlora.plain import NOTE, load_net, merge_into, net_logits, trained_whole
+from textlora.pooled import load_pooled
 from textlora.reference import ReferenceModel
 from textlora.tokens import Encoded, TextTokenizer, load_tokenizer
 
@@ -64,7 +56,7 @@ def extract(merged: str, base: str, output: Path, r: int | None = None) -> dict[
     """Write the adapter that turns `base` into `merged`.
 
     Args:
-        merged: a transformers classification folder or hub id.
+        merged: a transformers classification folder or hub id, or a folder that `merge` wrote of a mean-pooled adapter.
         base: what it was merged into; folder, hub id or minilm.
         output: new or empty folder.
         r: largest rank; default: what the spectrum shows, as long as A and B hold fewer numbers than the layer.
@@ -87,21 +79,22 @@ def extract(merged: str, base: str, output: Path, r: int | None = None) -> dict[
     if kinds[0] != kinds[1]:
         raise AdapterError(f"{merged} is a {kinds[1]}, {base} is a {kinds[0]}", "pass the base it was merged into as --base")
     labels, problem_type = _labels(whole)
-    places, _ = open_model(files, LoraConfig(r=1, target_modules=("all-linear",)), len(labels))
-    old, new = load_net(files.folder, len(labels)), load_net(whole.folder, len(labels), whole=True)
+    note = whole.config.get(NOTE)
+    note = note if isinstance(note, dict) else {}
+    pooling = "mean" if note.get("pooling") == "mean" else "first"
+    places, _ = open_model(files, LoraConfig(r=1, target_modules=("all-linear",)), len(labels), pooling=pooling)
+    load = load_pooled if pooling == "mean" else load_net
+    old, new = load(files.folder, len(labels)), load(whole.folder, len(labels), whole=True)
     layers, poolers, dtype = _compare(old, new, places, merged, r)
     rank = max(layer.rank for layer in layers)
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=tuple(layer.name for layer in layers if layer.rank), modules_to_save=poolers)
-    model, _ = open_model(files, lora, len(labels))
+    model, _ = open_model(files, lora, len(labels), pooling=pooling)
     model.load_trainable(_tensors(layers, rank, model, new))
-
-    note = whole.config.get(NOTE)
-    note = note if isinstance(note, dict) else {}
     tokenizer = _tokenizer(whole, note, model.max_length)
     meta = AdapterMeta(
-        labels=labels, problem_type=problem_type, pairs=note.get("pairs") is True, pooling="first", max_length=tokenizer.max_length,
+        labels=labels, problem_type=problem_type, pairs=note.get("pairs") is True, pooling=pooling, max_length=tokenizer.max_length,
         truncation=tokenizer.truncation, base=base_facts(files, model), label_separator=note.get("label_separator"),
-        thresholds=note.get("thresholds"), temperature=note.get("temperature", 1.0),
+        thresholds=note.get("thresholds"), temperature=note.get("temperature", 1.0), fitted_temperature=note.get("fitted_temperature", 1.0),
         training={"extracted_from": whole.id or whole.folder.name, "rounded_to": str(dtype).removeprefix("torch.")},
         # without a version the folder says nothing on pairs, and takes both
         textlora_version=version("textlora") if note else "",
@@ -109,7 +102,7 @@ def extract(merged: str, base: str, output: Path, r: int | None = None) -> dict[
     with new_folder(output) as folder:
         classifier = write_adapter(folder, output.name, model, files, meta, tokenizer, whole.folder, "Taken out of a merged model by SVD.")
         rows = golden_rows(meta.pairs)
-        fresh = ask_fresh(whole.folder, rows)
+        fresh = ask_fresh(whole.folder, rows, "mean by hand" if pooling == "mean" else "first")
         same_tokens(classifier, rows, fresh)
         mine = encoded_logits(model, [_encoded(given) for given in fresh.inputs])
         merge_into(old, model, dtype)

@@ -61,8 +61,8 @@ def inspect_folder(path: Path | str, against: str | None = None, revision: str |
     if meta is None:
         facts["note"] = "no textlora.json: labels, task, length and base weights are not recorded"
     else:
-        keys = ("labels", "problem_type", "pairs", "pooling", "max_length", "truncation", "base", "temperature", "thresholds", "scores", "training")
-        facts |= {key: getattr(meta, key) for key in (*keys, "textlora_version")}
+        keys = ("labels", "problem_type", "pairs", "pooling", "max_length", "truncation", "base", "temperature", "fitted_temperature")
+        facts |= {key: getattr(meta, key) for key in (*keys, "thresholds", "scores", "training", "textlora_version")}
         facts["edited"] = changed_files(folder.path, meta)
     if against is not None:
         facts["fits_checks"] = compare(folder, against)
@@ -113,7 +113,8 @@ def effective_rank(values: Sequence[float]) -> float:
 def fingerprint(folder: AdapterFolder, lora: LoraConfig) -> str:
     """SHA-256 over what the adapter computes: method, pooling, scale of each adapted layer, and every tensor in float32.
 
-    Equal for folders that give the same logits on the same base, whoever wrote the files, in whichever order and under whatever labels.
+    Equal for folders that give the same logits on the same base, whoever wrote the files, in whichever order and under whatever labels. A temperature in
+    the head counts, one that is only noted or that the reader applies does not.
     """
     facts = {"dora": lora.use_dora, "pooling": folder.meta.pooling if folder.meta else "first"}
     facts["scaling"] = {module: lora.scaling_of(module) for module in lora.target_modules or ()}
@@ -219,6 +220,10 @@ def summary_lines(facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"input: {'text pairs' if facts['pairs'] else 'single texts'}, {facts['max_length']} tokens, cut at the {facts['truncation']}, {facts['pooling']} pooling"
         )
+        if (applied := facts["temperature"]) != 1:
+            lines.append(f"temperature: {applied:.4g}, by which whoever reads it divides the logits")
+        if (fitted := facts["fitted_temperature"]) != 1:
+            lines.append(f"temperature: {fitted:.4g}, divided into the head")
         for split, metrics in facts["scores"].items():
             lines.append(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None))
     lines += [f"fingerprint: {facts['fingerprint'][:23]}", *_spectrum_lines(layers)]

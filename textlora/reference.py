@@ -49,7 +49,7 @@ class _Base:
     hash: str
 
 
-class _MeanPooled(nn.Module):
+class MeanPooled(nn.Module):
     """Encoder, mean of its tokens, one dense layer; names as in a classification model."""
 
     def __init__(self, encoder: nn.Module, prefix: str, num_labels: int):
@@ -280,7 +280,7 @@ def _load(folder: Path, num_labels: int, pooling: str) -> _Base:
                 raise ModelError(f"{folder}: tensor '{short}' holds values that are not finite numbers")
     digest = weights_hash(frozen.items())
     if pooling == "mean":
-        return _Base(_MeanPooled(getattr(net, prefix), prefix, num_labels), prefix, heads, digest)
+        return _Base(MeanPooled(getattr(net, prefix), prefix, num_labels), prefix, heads, digest)
     for name, module in net.named_modules():
         if name.removeprefix(prefix + ".") in heads and not all(f"{name}.{part}" in lacking for part, _ in module.named_parameters()):
             _start_afresh(net, module)

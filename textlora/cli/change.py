@@ -22,9 +22,11 @@ _output = click.option("--output", required=True, type=click.Path(path_type=Path
 @click.option("--seed", type=int, default=42, help="Seed that picks --limit-eval rows.  [default: 42]")
 @json_option
 def merge(output: Path, dtype: str, data: str | None, limit_eval: int | None, seed: int, as_json: bool, **flags: Any) -> None:
-    """Merge an adapter into its base: a plain transformers folder that needs no textlora.
+    """Merge an adapter into its base: a folder that needs no textlora.
 
     textlora merge my-adapter --output my-classifier --data test.csv
+
+    transformers loads it; of a mean-pooled adapter sentence-transformers, and transformers with trust_remote_code=True.
     """
     columns = {name: flags.pop(name) for name in _TEXT_FLAGS}
     from textlora.adapter import read_adapter
@@ -42,10 +44,13 @@ def merge(output: Path, dtype: str, data: str | None, limit_eval: int | None, se
     click.echo(f"{result['layers']} layers and the head merged into a copy of the base, in {dtype}")
     click.echo(f"largest logit difference on {result['rows']} rows, from the written files in a fresh process: {result['difference']:.2g}")
     click.echo(f"  (logits reach {result['largest_logit']:.3g})")
+    click.echo(f"largest score difference from predict: {result['score_difference']:.2g}")
     if dtype != "float32":
         click.echo(f"  rounding the exact merge once makes {result['rounding']:.2g}; computed in {dtype} too, {result['as_loaded']:.2g}")
     if result["left_out"]:
-        click.echo(f"  {result['left_out']} longer rows left out: transformers has no head-tail truncation and cuts their end")
+        click.echo(f"  {result['left_out']} longer rows left out: there is no head-tail truncation without textlora, and their end is cut")
+    if result["pooling"] == "mean":
+        click.echo("for sentence-transformers, whose encode gives the logits, and for transformers with trust_remote_code=True")
     click.echo(f"saved to {result['output']}")
 
 

@@ -55,7 +55,8 @@ def export(output: Path, data: str | None, limit_eval: int | None, seed: int, gr
 
         if flags["threads"]:
             set_num_threads(flags["threads"])
-        result = export_base(find_base(str(flags["folder"])), output, pooling=places["pooling"] or "first", target_modules=places["target_modules"])
+        files = find_base(str(flags["folder"]))
+        result = export_base(files, output, pooling=places["pooling"] or "first", target_modules=places["target_modules"])
     else:
         classifier = load_classifier(**flags)
         from textlora.adapter import read_adapter

@@ -23,10 +23,11 @@ from textlora.export.graph import OPSET, base_model, head_layers
 from textlora.export.merged import LEFT_OUT, MODEL_FILE, adapter_facts, as_arrays, file_sizes, named_base, require_spec
 from textlora.export.session import open_session, require_close, session_logits, write_model
 from textlora.files import atomic_path, write_text
+from textlora.folders import new_folder, require_free, write_tokenizer
 from textlora.golden import golden_rows
 from textlora.lora import dora_scale
-from textlora.merge import NOTE, named_loras, new_folder, require_free, trained_whole, write_tokenizer
 from textlora.model import PackedModel
+from textlora.plain import NOTE, named_loras, temperature_of, trained_whole
 from textlora.tokens import TextTokenizer, load_tokenizer
 
 SUFFIX = ".onnx_adapter"
@@ -38,8 +39,11 @@ def guard_name(base_hash: str, pooling: str) -> str:
     return f"base.{base_hash.removeprefix('sha256:')[:16]}.{pooling}"
 
 
-def adapter_inputs(model: PackedModel) -> dict[str, np.ndarray]:
+def adapter_inputs(model: PackedModel, temperature: float = 1.0) -> dict[str, np.ndarray]:
     """An adapter as inputs of its base's graph, float32.
+
+    Args:
+        temperature: what the adapter's logits are divided by (`meta.temperature`, 1 unless an older textlora saved it); it goes into the head.
 
     Returns:
         per adapted layer `NAME.lora_A` (r, in), `NAME.lora_B` (out, r) times the scale s and, with DoRA, `NAME.dora_scale` (out,); the head's weights
@@ -48,7 +52,7 @@ def adapter_inputs(model: PackedModel) -> dict[str, np.ndarray]:
     Raises:
         UsageError: the adapter has its own weights for more than LoRA and the head.
     """
-    spec, trained = model.base.spec, trained_whole(model)
+    spec, trained = model.base.spec, trained_whole(model, temperature)
     heads = {f"{layer.module}.{part}" for layer in head_layers(spec, model.pooling) for part in ("weight", "bias")}
     if others := sorted(set(trained) - heads):
         raise UsageError(f"this adapter has its own '{others[0]}' of the base, which is no input of the graph", "export it merged")
@@ -136,10 +140,10 @@ def export_adapter(classifier: TextClassifier, files: BaseFiles, output: Path) -
     for path in (output, facts):
         if path.exists():
             raise UsageError(f"{path} exists", "choose another --output")
-    inputs = adapter_inputs(model)
+    inputs = adapter_inputs(model, temperature_of(meta))
     texts, pairs = zip(*golden_rows(meta.pairs), strict=True)
     with exact_float32():
-        encoded, packed = classifier.tokenizer.encode(texts, pairs), classifier.plain_logits(texts, pairs)
+        encoded, packed = classifier.tokenizer.encode(texts, pairs), classifier.plain_logits(texts, pairs) / temperature_of(meta)
     with tempfile.TemporaryDirectory() as scratch:
         graph, file = Path(scratch) / MODEL_FILE, Path(scratch) / f"adapter{SUFFIX}"
         weights, guard = as_arrays(named_base(spec, model.base.tensors)), guard_name(model.base_hash(), model.pooling)

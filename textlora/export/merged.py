@@ -22,15 +22,16 @@ from textlora.export.graph import OPSET, classifier_model
 from textlora.export.session import open_session, require_close, session_logits, write_model
 from textlora.families import EncoderSpec, read_spec
 from textlora.files import write_text
+from textlora.folders import new_folder, require_free, write_tokenizer
 from textlora.golden import golden_rows
 from textlora.lora import delta
-from textlora.merge import NOTE, named_loras, new_folder, require_free, trained_whole, write_tokenizer
 from textlora.metrics import evaluate
 from textlora.model import PackedModel
+from textlora.plain import NOTE, named_loras, settled, temperature_of, trained_whole
 from textlora.tokens import Encoded
 
 MODEL_FILE, INT8_FILE = "model.onnx", "model_quantized.onnx"
-_FACTS = ("pairs", "pooling", "max_length", "truncation", "temperature", "thresholds", "label_separator", "base")
+_FACTS = ("pairs", "pooling", "max_length", "truncation", "temperature", "fitted_temperature", "thresholds", "label_separator", "base")
 LEFT_OUT = ("_name_or_path", "auto_map", "torch_dtype", "dtype")
 
 
@@ -60,7 +61,7 @@ def export_classifier(
     trial = _Trial.of(classifier, table)
     with new_folder(output) as folder:
         path, config = folder / MODEL_FILE, _config(files, meta)
-        write_model(classifier_model(spec, merged_weights(classifier.model), meta.pooling, config), path)
+        write_model(classifier_model(spec, merged_weights(classifier.model, temperature_of(meta)), meta.pooling, config), path)
         write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         write_tokenizer(classifier.tokenizer, (files.folder,), files.config, folder, truncate=True)
         found = session_logits(open_session(path), trial.encoded, spec)
@@ -75,7 +76,7 @@ def export_classifier(
 
 @dataclass(frozen=True)
 class _Trial:
-    """Texts to compare on, the golden examples first: encoded, with the packed model's logits (N, C) and the labels of the rows behind them."""
+    """Texts to compare on, the golden examples first: encoded, with the packed model's logits (N, C) over the temperature, and the labels of the rows behind them."""
 
     meta: AdapterMeta
     encoded: list[Encoded]
@@ -96,7 +97,8 @@ class _Trial:
             rows += [(row.text, row.text_pair) for row in table.rows]
         texts, pairs = [text for text, _ in rows], [pair for _, pair in rows]
         with exact_float32():
-            return cls(meta, classifier.tokenizer.encode(texts, pairs), classifier.plain_logits(texts, pairs), golden, labels)
+            packed = classifier.plain_logits(texts, pairs) / temperature_of(meta)
+            return cls(settled(meta), classifier.tokenizer.encode(texts, pairs), packed, golden, labels)
 
     def record(self, found: np.ndarray) -> dict[str, Any]:
         """What a file's logits are worth: the largest difference of one on the golden examples and on the rows, metrics, decisions changed."""
@@ -131,9 +133,13 @@ def named_base(spec: EncoderSpec, tensors: dict[str, torch.Tensor]) -> dict[str,
     return {f"{prefix}.{theirs}": tensors[ours] for ours, theirs in table.items()}
 
 
-def merged_weights(model: PackedModel) -> dict[str, np.ndarray]:
-    """Full transformers name -> float32 array of the merged classifier; `W + delta` is computed in float64 and rounded once."""
-    tensors = named_base(model.base.spec, model.base.tensors) | trained_whole(model)
+def merged_weights(model: PackedModel, temperature: float = 1.0) -> dict[str, np.ndarray]:
+    """Full transformers name -> float32 array of the merged classifier; `W + delta` is computed in float64 and rounded once.
+
+    Args:
+        temperature: what the adapter's logits are divided by; it goes into the head.
+    """
+    tensors = named_base(model.base.spec, model.base.tensors) | trained_whole(model, temperature)
     for module, lora in named_loras(model).items():
         weight = tensors[f"{module}.weight"].to("cpu", torch.float64)
         tensors[f"{module}.weight"] = weight + delta(weight, lora)
@@ -146,8 +152,8 @@ def as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def adapter_facts(meta: AdapterMeta) -> dict[str, Any]:
-    """What an answer depends on and neither a graph nor transformers' config.json has a place for."""
-    return {name: getattr(meta, name) for name in _FACTS}
+    """What an answer depends on and neither a graph nor transformers' config.json has a place for; the temperature is in the head."""
+    return {name: getattr(settled(meta), name) for name in _FACTS}
 
 
 def _config(files: BaseFiles, meta: AdapterMeta) -> dict[str, Any]:
