@@ -26,7 +26,7 @@ from textlora.hardware import peak_memory
 from textlora.metrics import details, intervals
 from textlora.model import parameter_counts, scaled_head
 from textlora.prepare import EncodedSet, Prepared
-from textlora.reference import ReferenceModel
+from textlora.prover import Prover
 from textlora.report import markdown_summary
 from textlora.training import score_logits
 
@@ -34,7 +34,7 @@ TOLERANCE = 1e-4  # of a saved float32 adapter against transformers + peft, rela
 _CARD_SETTINGS = ("epochs", "learning_rate", "scheduler", "warmup", "batch_size", "r", "lora_alpha", "lora_dropout", "layers", "max_length", "seed")
 
 
-def finish(prepared: Prepared, trainings: Trainings, run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def finish(prepared: Prepared, trainings: Trainings, run: Path, prover: Prover) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score the model as it stands (the best checkpoint), save it into `run/..`, and check the saved files.
 
     Returns:
@@ -59,7 +59,7 @@ def finish(prepared: Prepared, trainings: Trainings, run: Path) -> tuple[dict[st
         data = prepared.sets["test"]
         finals.append(_final(prepared, trainings, "test", encoded_logits(prepared.model, data.encoded), data, calibration))
     scores = {final["split"]: final["metrics"] for final in finals}
-    difference = _save(prepared, trainings, run, calibration, scores, finals)
+    difference = _save(prepared, trainings, run, calibration, scores, finals, prover)
     adapter, head = parameter_counts(prepared.model.trainable())
     result = {
         "problem_type": kind,
@@ -108,7 +108,13 @@ def _final(prepared: Prepared, trainings: Trainings, split: str, logits: np.ndar
 
 
 def _save(
-    prepared: Prepared, trainings: Trainings, run: Path, calibration: dict[str, Any], scores: dict[str, Any], finals: list[dict[str, Any]]
+    prepared: Prepared,
+    trainings: Trainings,
+    run: Path,
+    calibration: dict[str, Any],
+    scores: dict[str, Any],
+    finals: list[dict[str, Any]],
+    prover: Prover,
 ) -> float:
     """Write into a staging folder, check it there, then move it up, `textlora.json` last."""
     config, files, model, trainer = prepared.config, prepared.files, prepared.model, trainings.trainer
@@ -137,7 +143,7 @@ def _save(
             label_separator=prepared.schema.label_separator,
             thresholds=None if thresholds is None else tuple(map(float, thresholds)),
             fitted_temperature=float(calibration["temperature"]),
-            golden=tuple(_golden(prepared, staging)),
+            golden=tuple(_golden(prepared, staging, prover)),
             scores=scores,
             training={
                 "data_sha256": prepared.data_sha256,
@@ -185,11 +191,11 @@ def _write_tokenizer(prepared: Prepared, folder: Path) -> None:
     write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
-def _golden(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
+def _golden(prepared: Prepared, folder: Path, prover: Prover) -> list[dict[str, Any]]:
     """Golden texts with the logits that transformers + peft give for the saved files, float32 on the CPU."""
     rows = golden_rows(prepared.pairs)
-    reference = ReferenceModel.from_adapter(folder, prepared.files.folder, len(prepared.schema.labels), pooling=prepared.pooling)
-    logits = encoded_logits(reference, prepared.tokenizer.encode([a for a, _ in rows], [b for _, b in rows]))
+    encoded = prepared.tokenizer.encode([a for a, _ in rows], [b for _, b in rows])
+    logits = prover.golden(folder, prepared.files.folder, len(prepared.schema.labels), prepared.pooling, encoded)
     return [{"text": a, "text_pair": b, "logits": [float(x) for x in row]} for (a, b), row in zip(rows, logits, strict=True)]
 
 

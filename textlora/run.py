@@ -4,6 +4,7 @@ out/  adapter_config.json  adapter_model.safetensors  textlora.json  tokenizer.j
 out/run/  config.toml  metrics.jsonl  report.html  result.json  (checkpoint.safetensors while it runs)
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,7 +12,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from textlora.hardware import peak_memory
 from textlora.model import parameter_counts, scaled_head
 from textlora.prefix import build_prefix
 from textlora.prepare import Prepared, prepare
+from textlora.prover import Prover
 from textlora.report import render
 from textlora.training import start_head
 
@@ -58,6 +59,7 @@ def run_training(
     on_record: Callable[[Record], None] = lambda record: None,
     stop: Callable[[], bool] = lambda: False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    prover: Prover | None = None,
 ) -> Record:
     """Train, or go on with, one adapter; leave it in `config.output`; return the result record.
 
@@ -65,6 +67,7 @@ def run_training(
         sources: rows, DataFrames or datasets by split, in place of the settings' paths.
         on_record: called with every line of `run/metrics.jsonl` as it is written.
         stop: asked after each step; True makes a checkpoint and raises Interrupted.
+        prover: one that was started before this module, and torch with it, was imported; default: one of its own.
 
     Raises:
         TextloraError: what is wrong and where; nothing is left behind unless training had begun.
@@ -82,12 +85,18 @@ def run_training(
     if config.threads:
         torch.set_num_threads(config.threads)
     began = time.perf_counter()
-    prepared = prepare(config, sources)
-    trainings = Trainings(prepared, start=_start)
-    new = not output.exists()
+    with contextlib.nullcontext(prover) if prover is not None else Prover() as prover:
+        prepared = prepare(config, sources)
+        trainings = Trainings(prepared, start=_start)
+        return _locked(prepared, trainings, run, on_record, stop, checkpoint_seconds, began, prover)
+
+
+def _locked(prepared: Prepared, trainings: Trainings, run: Path, *rest: Any) -> Record:
+    """`_run` under the folder's lock; where nothing worth keeping was written, nothing is left."""
+    output, new = run.parent, not run.parent.exists()
     with folder_lock(run):
         try:
-            return _run(prepared, trainings, run, on_record, stop, checkpoint_seconds, began)
+            return _run(prepared, trainings, run, *rest)
         except BaseException:
             if not (run / "config.toml").is_file():  # nothing worth keeping was written
                 shutil.rmtree(output if new else run, ignore_errors=True)
@@ -102,6 +111,7 @@ def _run(
     stop: Callable[[], bool],
     checkpoint_seconds: float,
     began: float,
+    prover: Prover,
 ) -> Record:
     remove_parts(run.parent)
     remove_parts(run)
@@ -148,7 +158,7 @@ def _run(
                 )
         trainer = trainings.trainer
         prepared.model.load_trainable(trainer.best)
-        result, finals = finish(prepared, trainings, run)
+        result, finals = finish(prepared, trainings, run, prover)
         for record in finals:
             emit(record)
         end = {
@@ -164,7 +174,7 @@ def _run(
             "steps": trainer.step,
             "best_step": trainer.best_step,
             "best_metric": {"name": prepared.metric, "value": trainer.kept_score},
-        }
+        } | ({"prover": prover.trouble} if prover.trouble else {})
         emit(end)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines would cut at U+2028
     write_text(run / "report.html", render([json.loads(line) for line in lines], run.resolve().parent.name))
@@ -174,7 +184,7 @@ def _run(
     return result
 
 
-@contextmanager
+@contextlib.contextmanager
 def _log(path: Path, keep_bytes: int) -> Iterator[Any]:
     """Open the log, cut back to what the checkpoint knew."""
     try:
