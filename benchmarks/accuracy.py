@@ -30,7 +30,7 @@ def train(data: Path, flags: str) -> dict:
     """Run one training through the command line; paths in `flags` are below `data`."""
     words = [str(data / word) if word.endswith(".parquet") else word for word in shlex.split(flags)]
     with tempfile.TemporaryDirectory() as scratch:
-        command = [str(Path(sys.executable).parent / "textlora"), "train", *words, "--output", f"{scratch}/out", "--json"]
+        command = [str(Path(sys.executable).parent / "textlora"), "train", *words, "--pooling", "first", "--output", f"{scratch}/out", "--json"]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return {key: value for key, value in json.loads(done.stdout).items() if key not in ("output", "labels")}
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 FLAGS = {
-    "banking77": "--limit-train 3000 --epochs 3 --learning-rate 2e-3",
-    "sst2": "--limit-train 2000 --epochs 2",
-    "imdb": "--limit-train 500 --epochs 2",
+    "banking77": "--pooling first --limit-train 3000 --epochs 3 --learning-rate 2e-3",
+    "sst2": "--pooling first --limit-train 2000 --epochs 2",
+    "imdb": "--pooling first --limit-train 500 --epochs 2",
 }
 
 

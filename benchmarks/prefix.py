@@ -41,7 +41,7 @@ def speed(data: Path, rows: int, pairs: int) -> None:
     texts = [(row["text"], str(row["label"])) for row in read_rows(str(data / "imdb" / "train.parquet"), rows)]
     shown, details = [], {}
     for k in (3, 2, 1):
-        config = TrainConfig(epochs=2, layers=f"last:{k}")
+        config = TrainConfig(pooling="first", epochs=2, layers=f"last:{k}")
         states = build_prefix(prepare(config, {"train": texts, "validation": texts[:2]}))
         made: dict[bool, list[float]] = {False: [], True: []}
         losses: dict[bool, list[float]] = {}
@@ -67,7 +67,7 @@ def accuracy(data: Path) -> None:
         found[name] = {}
         for layers in ("last:1", "last:2", "last:3", "all"):
             pairs = {split: [(row.text, row.label) for row in part] for split, part in (("train", train), ("validation", held))}
-            prepared = prepare(TrainConfig(layers=layers), pairs)
+            prepared = prepare(TrainConfig(pooling="first", layers=layers), pairs)
             start_head(prepared)
             trainer = Trainer(prepared, build_prefix(prepared))
             scores = [record["metrics"]["accuracy"] for record in trainer.records() if record["kind"] == "evaluation"]

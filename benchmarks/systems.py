@@ -61,7 +61,7 @@ def textlora_run(folder: str, rows: list[dict[str, Any]], full: bool, batch_size
     from textlora.training import Trainer, start_head
 
     pairs = [(row["text"], str(row["label"])) for row in rows]
-    config = TrainConfig(**{"model": folder, "epochs": 1, "batch_size": batch_size, **settings})
+    config = TrainConfig(**{"model": folder, "pooling": "first", "epochs": 1, "batch_size": batch_size, **settings})
     prepared = prepare(config, {"train": pairs, "validation": pairs[:2]})
     if full:
         train_everything(prepared)
