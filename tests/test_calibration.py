@@ -72,21 +72,53 @@ def test_temperature_finds_the_one_the_labels_were_drawn_with(problem_type, true
     assert fit_temperature(logits, labels, problem_type) == pytest.approx(true_temperature, rel=0.03)
 
 
-def test_temperature_is_the_best_on_a_fine_grid():
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
+def test_temperature_is_the_most_likely_on_a_fine_grid(problem_type):
     random = np.random.default_rng(2)
-    labels = random.integers(0, 5, 200)
-    logits = random.normal(size=(200, 5)) * 4 + 3 * np.eye(5)[labels]
-    found = fit_temperature(logits, labels, SINGLE)
-    grid = [row_log_loss(logits, labels, SINGLE, t).mean() for t in np.exp(np.linspace(-3, 3, 2001))]
-    assert row_log_loss(logits, labels, SINGLE, found).mean() <= min(grid) + 1e-12
+    labels = random.integers(0, 5, 60)
+    logits = random.normal(size=(60, 5)) * 4 + 3 * np.eye(5)[labels]
+    labels, parts = (labels, 1) if problem_type == SINGLE else (np.eye(5)[labels], 5)
+    logs = np.linspace(-3, 3, 2001)
+    posterior = [parts * row_log_loss(logits, labels, problem_type, np.exp(x)).sum() + x**2 / (2 * 0.5**2) for x in logs]
+    best = logs[np.argmin(posterior)]
+    assert best > 0.3
+    assert np.log(fit_temperature(logits, labels, problem_type)) == pytest.approx(best, abs=0.004)
+    assert np.log(fit_temperature(logits, labels, problem_type, out_of_fold=True)) == pytest.approx(1.4 * best, abs=0.006)
+    unsure = np.log(fit_temperature(logits / 20, labels, problem_type))
+    assert unsure < -0.2
+    assert np.log(fit_temperature(logits / 20, labels, problem_type, out_of_fold=True)) == pytest.approx(unsure / 2, abs=1e-3)
 
 
-@given(arrays(np.float64, (8, 3), elements=st.floats(-50, 50)), arrays(np.int64, 8, elements=st.integers(0, 2)))
-@settings(max_examples=50, deadline=None)
-def test_temperature_never_raises_the_loss(logits, labels):
+@pytest.mark.parametrize("rows", [1, 4, 60, 240, 2000])
+@pytest.mark.parametrize("out_of_fold", [False, True])
+def test_rows_without_a_mistake_are_not_made_surer_than_their_number_supports(rows, out_of_fold):
+    labels = np.arange(rows) % 2
+    logits = np.outer(2 * labels - 1, [-6.0, 6.0]) + np.random.default_rng(1).normal(size=(rows, 2)) * 0.3
+    for problem_type, truth in ((SINGLE, labels), (MULTI, np.eye(2)[labels])):
+        found = fit_temperature(logits, truth, problem_type, out_of_fold=out_of_fold)
+        assert found >= 1
+        claimed = probabilities(logits, problem_type, found)
+        right = claimed.max(axis=1) if problem_type == SINGLE else np.maximum(claimed, 1 - claimed).prod(axis=1)
+        assert 1 - right.mean() >= (1 / (rows + 2) if rows >= 60 else 1e-3)
+        assert found == 1 or 1 - right.mean() <= 7 / (rows + 2)
+
+
+def test_unsure_rows_are_made_surer_with_a_mistake_among_them_only():
+    labels = np.arange(200) % 2
+    logits = np.eye(2)[labels] * 0.5
+    assert fit_temperature(logits, labels, SINGLE) == 1
+    labels[0] = 1
     found = fit_temperature(logits, labels, SINGLE)
-    assert np.exp(-3) <= found <= np.exp(3)
-    assert row_log_loss(logits, labels, SINGLE, found).mean() <= row_log_loss(logits, labels, SINGLE).mean()
+    assert found < fit_temperature(logits[:20], labels[:20], SINGLE) < 1
+    assert 1 - probabilities(logits, SINGLE, found).max(axis=1).mean() >= 3 / 206
+
+
+def test_temperature_of_few_rows_stays_near_1():
+    random = np.random.default_rng(4)
+    logits = random.normal(size=(400, 3)) * 6
+    labels = random.integers(0, 3, 400)
+    found = [fit_temperature(logits[:n], labels[:n], SINGLE) for n in (4, 40, 400)]
+    assert 1 < found[0] < found[1] < found[2]
 
 
 def test_temperature_is_1_where_it_cannot_help():
