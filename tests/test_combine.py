@@ -1,25 +1,28 @@
 """Combining adapters: against peft's add_weighted_adapter, against the formulas, and what does not go together is refused."""
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import make_tiny, random_adapter
 from safetensors.torch import load_file, save_file
 from support import CONFIG, WEIGHTS, Cli, single_rows, write_csv
 from test_merge import ALL_DORA, LABELS, TEXTS, close, make_adapter, pefts_merge
 from transformers import AutoModelForSequenceClassification
 
 from textlora import TextClassifier
+from textlora.adapter import read_adapter, write_side_file
 from textlora.combine import combine, combined_delta
-from textlora.config import MULTI_LABEL
+from textlora.config import MULTI_LABEL, REGRESSION
 from textlora.lora import delta
-from textlora.plain import named_loras, trained_whole
 from textlora.model import Model
+from textlora.plain import named_loras, trained_whole
 
 
 @pytest.fixture
@@ -309,3 +312,49 @@ def test_bad_rows_and_output_in_use(base, tmp_path, refused):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "mine.txt").write_text("x")
     assert refused(base, "a", "b") == f"{tmp_path / 'x'} exists and is not an empty folder; choose another --output"
+
+
+# --- temperatures ---
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_heads_are_brought_to_one_scale(family, pooling, tiny_base, tmp_path):
+    """Whether a temperature is in the head or for its reader: the heads as they were trained are averaged, and so are the logs of the temperatures."""
+    base, weights, temperatures = tiny_base(family), [0.5, 1.5], [0.6, 2.4]
+    plain = [make_adapter(tmp_path / name, base, seed=i, pooling=pooling) for i, name in enumerate("ab")]
+    combine([tmp_path / "a", tmp_path / "b"], tmp_path / "x", weights, base=str(base))
+    expected = TextClassifier.load(tmp_path / "x", base=str(base)).logits(TEXTS)  # nothing was fitted
+    wanted = math.exp((0.5 * math.log(0.6) + 1.5 * math.log(2.4)) / 2)
+    last = list(plain[0].model.trainable())[-1].rpartition(".")[0]
+    for i, name in enumerate("ab"):
+
+        def divide(model: Model, i: int = i) -> None:
+            random_adapter(model, i)
+            for key, tensor in model.trainable().items():
+                if key.startswith(last):
+                    tensor.div_(temperatures[i])
+
+        inside = make_adapter(tmp_path / f"{name}-inside", base, seed=i, pooling=pooling, edit=divide)
+        assert close(inside.logits(TEXTS), plain[i].logits(TEXTS) / temperatures[i])
+        for folder, facts in (
+            (tmp_path / f"{name}-inside", {"fitted_temperature": temperatures[i]}),
+            (tmp_path / name, {"temperature": temperatures[i]}),
+        ):
+            write_side_file(folder, replace(read_adapter(folder).meta, **facts))
+    for k, (one, two) in enumerate((("a", "b"), ("a-inside", "b-inside"), ("a", "b-inside"))):
+        combine([tmp_path / one, tmp_path / two], tmp_path / f"made{k}", weights, base=str(base))
+        made = TextClassifier.load(tmp_path / f"made{k}", base=str(base))
+        assert (made.meta.temperature, made.meta.fitted_temperature) == (1.0, pytest.approx(wanted))
+        assert close(made.logits(TEXTS), expected / wanted)
+
+
+def test_a_temperature_does_not_touch_regressions(base, tmp_path):
+    for i, name in enumerate("ab"):
+        make_adapter(tmp_path / name, base, seed=i, kind=REGRESSION, labels=("value",))
+    combine([tmp_path / "a", tmp_path / "b"], tmp_path / "x", base=str(base))
+    write_side_file(tmp_path / "a", replace(read_adapter(tmp_path / "a").meta, temperature=3.0))
+    combine([tmp_path / "a", tmp_path / "b"], tmp_path / "y", base=str(base))
+    first, again = (TextClassifier.load(tmp_path / name, base=str(base)) for name in "xy")
+    assert again.meta.fitted_temperature == 1
+    assert np.array_equal(first.logits(TEXTS), again.logits(TEXTS))

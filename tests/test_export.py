@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from textlora import TextClassifier
 from textlora.adapter import AdapterMeta, peft_config, write_side_file, write_weights
 from textlora.base import find_base
 from textlora.calibration import decide, probabilities
-from textlora.config import MULTI_LABEL, SINGLE_LABEL, LoraConfig
+from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LoraConfig
 from textlora.errors import UsageError, VerificationError
 from textlora.export import adapter_inputs, adapters, export_adapter, export_base, export_classifier, merged, session
 from textlora.metrics import evaluate
@@ -190,7 +191,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(tiny_base, tmp_path, monkeypa
     base = tiny_base("bert")
     classifier, right = make(base), merged.merged_weights
     name = "bert.encoder.layer.1.output.dense.weight"
-    monkeypatch.setattr(merged, "merged_weights", lambda model: right(model) | {name: change(right(model)[name])})
+    monkeypatch.setattr(merged, "merged_weights", lambda *of: right(*of) | {name: change(right(*of)[name])})
     with pytest.raises(VerificationError, match=r"ONNX Runtime gives logits up to (0\.\d+|nan) away from textlora's, more than rounding explains"):
         export_classifier(classifier, find_base(str(base)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -220,7 +221,8 @@ def test_command_states_what_int8_costs(cli, tiny_base, tmp_path, tmp_path_facto
         rows = [(*line.split(",")[: 1 + meta.pairs], *(() if meta.pairs else (None,)), line.split(",")[-1]) for line in lines[1:]]
         labels = np.array([float(row[2]) if task == "regression" else meta.labels.index(row[2]) for row in rows])
     texts, pairs = [row[0] for row in rows], [row[1] for row in rows] if meta.pairs else None
-    expected, thresholds = classifier.logits(texts, pairs), None if meta.thresholds is None else np.array(meta.thresholds)
+    applied = 1 if task == "regression" else meta.temperature
+    expected, thresholds = classifier.logits(texts, pairs) / applied, None if meta.thresholds is None else np.array(meta.thresholds)
     assert said["rows"] == 16
     assert said["golden"] < 1e-5
     for record, file in ((said, "model.onnx"), (said["int8"], "model_quantized.onnx")):
@@ -228,13 +230,13 @@ def test_command_states_what_int8_costs(cli, tiny_base, tmp_path, tmp_path_facto
         encoded = classifier.tokenizer.encode(texts, pairs)
         golden = classifier.tokenizer.encode([row["text"] for row in meta.golden], [row["text_pair"] for row in meta.golden])
         found = session.session_logits(open_file(out / file), [*golden, *encoded], classifier.model.base.spec)[len(golden) :]
-        assert record["difference"] == pytest.approx(float(np.abs(found - expected).max()), rel=1e-3, abs=2e-7)
-        wanted = evaluate(meta.problem_type, labels, found, list(meta.labels), temperature=meta.temperature, thresholds=thresholds)
+        assert record["difference"] == pytest.approx(float(np.abs(found - expected).max()), rel=1e-3, abs=2e-7 / min(1, applied))
+        wanted = evaluate(meta.problem_type, labels, found, list(meta.labels), thresholds=thresholds)
         assert record["test"] == pytest.approx(wanted, rel=1e-5)
         if task == "regression":
             assert "changed" not in record
         else:
-            chosen = [decide(probabilities(x, meta.problem_type, meta.temperature), meta.problem_type, thresholds) for x in (found, expected)]
+            chosen = [decide(probabilities(x, meta.problem_type), meta.problem_type, thresholds) for x in (found, expected)]
             assert record["changed"] == int((chosen[0] != chosen[1]).reshape(16, -1).any(axis=1).sum())
     assert said["difference"] < 1e-5
     assert 1e-4 < said["int8"]["difference"] < 1
@@ -249,10 +251,12 @@ def test_what_the_command_prints(cli, tiny_base, tmp_path, tmp_path_factory):
     assert (code, err) == (0, "")
     assert lines[0].startswith("largest logit difference from textlora: ")
     assert lines[0].endswith(" on rows")
-    assert lines[1].startswith("int8: largest logit difference ")
-    assert lines[2].split() == ["metrics", "on", "10", "rows:", "float32", "int8"]
-    assert lines[3].split()[0] == "accuracy"
-    assert len(lines[3].split()) == 3
+    assert lines[1].startswith("largest score difference from predict: ")
+    assert float(lines[1].rpartition(" ")[2]) <= 1e-5
+    assert lines[2].startswith("int8: largest logit difference ")
+    assert lines[3].split() == ["metrics", "on", "10", "rows:", "float32", "int8"]
+    assert lines[4].split()[0] == "accuracy"
+    assert len(lines[4].split()) == 3
     assert any(line.startswith("int8 decides ") and line.endswith(" of 10 rows otherwise") for line in lines)
     assert lines[-1] == f"saved to {tmp_path / 'a'} (opset 17)"
     code, out, err = cli("export", *given, "--output", tmp_path / "a.onnx_adapter", "--as-adapter")
@@ -393,6 +397,51 @@ def test_adapter_file_and_its_facts(cli, tiny_base, tmp_path):
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["mine.json", "mine.onnx_adapter"]
 
 
+@pytest.mark.parametrize("kind", [SINGLE_LABEL, MULTI_LABEL, REGRESSION])
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_scores_are_predicts_whatever_the_temperature(tiny_base, tmp_path, graphs, family, pooling, kind):
+    """Of a folder of an older textlora, whose readers divide by it; in both kinds of files it is in the head."""
+    base, labels = tiny_base(family), 1 if kind == REGRESSION else 3
+    classifier = make(base, labels, kind=kind, pooling=pooling, pairs=True)
+    classifier.meta = replace(classifier.meta, temperature=0.37)
+    expected = np.array([list(row.scores.values()) for row in classifier.predict(TEXTS, PAIRS)])
+    assert (np.abs(probabilities(classifier.logits(TEXTS, PAIRS), kind) - expected).max() > 0.02) == (kind != REGRESSION)
+    result = export_classifier(classifier, find_base(str(base)), tmp_path / "out")
+    feed = tokenized(tmp_path / "out", TEXTS, PAIRS)
+    assert result["score_difference"] <= 1e-5
+    assert np.abs(probabilities(run(open_file(tmp_path / "out" / "model.onnx"), feed), kind) - expected).max() <= 1e-5
+    note = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["textlora"]
+    export_adapter(classifier, find_base(str(base)), tmp_path / "x.onnx_adapter")
+    facts = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    fitted = 1.0 if kind == REGRESSION else 0.37
+    assert (facts["temperature"], facts["fitted_temperature"]) == (note["temperature"], note["fitted_temperature"]) == (1.0, pytest.approx(fitted))
+    one, options = graphs(family, pooling), loaded(classifier, base, tmp_path / "y.onnx_adapter")
+    assert np.abs(probabilities(run(one, feed, options), kind) - expected).max() <= 1e-5
+    if kind != REGRESSION:
+        inputs = adapter_inputs(classifier.model, classifier.meta.temperature)
+        assert np.abs(probabilities(run(one, feed | inputs), kind) - expected).max() <= 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_a_base_of_real_size(minilm, tmp_path, pooling):
+    """all-MiniLM-L6-v2: the merged graph, and the adapter on the graph of the base."""
+    lora, texts = LoraConfig(r=8, target_modules=("all-linear",)), [text * 8 for text in TEXTS]
+    model, _ = open_model(minilm, lora, 5, pooling=pooling)
+    random_adapter(model)
+    tokenizer = TextTokenizer(load_tokenizer(minilm.folder, "bert"), 64, "head")
+    base = {"id": minilm.id, "revision": None, "model_type": "bert", "hash": model.base_hash()}
+    meta = AdapterMeta(tuple("abcde"), SINGLE_LABEL, False, pooling, 64, "head", base, temperature=1.7, textlora_version="test")
+    classifier = TextClassifier(model, tokenizer, meta)
+    expected = np.array([list(row.scores.values()) for row in classifier.predict(texts)])
+    assert export_classifier(classifier, minilm, tmp_path / "out")["score_difference"] <= 1e-5
+    feed = tokenized(tmp_path / "out", texts)
+    assert np.abs(probabilities(run(open_file(tmp_path / "out" / "model.onnx"), feed), SINGLE_LABEL) - expected).max() <= 1e-5
+    export_base(minilm, tmp_path / "base", pooling=pooling)
+    one = open_file(tmp_path / "base" / "model.onnx")
+    assert np.abs(probabilities(run(one, feed | adapter_inputs(model, 1.7)), SINGLE_LABEL) - expected).max() <= 1e-5
+
+
 def test_the_page_runs_as_written(cli, tiny_base, tmp_path, tmp_path_factory, monkeypatch):
     adapter = trained(tiny_base, tmp_path_factory)
     monkeypatch.chdir(tmp_path)
@@ -499,7 +548,7 @@ def test_without_the_extra(cli, single, tmp_path, monkeypatch, missing):
 
 def test_nothing_is_left_when_an_adapter_or_a_base_answers_otherwise(tiny_base, tmp_path, monkeypatch):
     base, right = tiny_base("bert"), adapters.adapter_inputs
-    monkeypatch.setattr(adapters, "adapter_inputs", lambda model: right(model) | {"classifier.bias": right(model)["classifier.bias"] + 0.01})
+    monkeypatch.setattr(adapters, "adapter_inputs", lambda *of: right(*of) | {"classifier.bias": right(*of)["classifier.bias"] + 0.01})
     with pytest.raises(VerificationError, match=r"ONNX Runtime gives logits up to 0\.01 away"):
         export_adapter(make(base), find_base(str(base)), tmp_path / "x.onnx_adapter")
     with pytest.raises(VerificationError, match=r"ONNX Runtime gives logits up to 0\.01 away"):

@@ -1,5 +1,6 @@
 """What `inspect` says: the spectrum against a full SVD in float64, counts, fingerprint, and whether and why an adapter fits a base."""
 
+import dataclasses
 import json
 import math
 import re
@@ -251,3 +252,19 @@ def test_a_trained_dora_with_its_magnitudes(tiny_base, tmp_path):
         A, B = (drawn[f"base_model.model.{layer['module']}.lora_{side}.weight"].double() for side in "AB")
         assert layer["frobenius"] == pytest.approx(float((2 * B @ A).norm()), rel=1e-12)
         assert layer["parameters"] == A.numel() + B.numel() + B.shape[0]
+
+
+def test_temperatures_are_shown_and_only_what_is_computed_counts(folder):
+    """One in the head is noted, one that readers apply is said; neither note changes the fingerprint."""
+    meta = dataclasses.replace(read_adapter(folder).meta, temperature=1.0, fitted_temperature=1.0)
+    write_side_file(folder, meta)
+    before = inspect_folder(folder)
+    assert not any(line.startswith("temperature") for line in summary_lines(before))
+    write_side_file(folder, dataclasses.replace(meta, fitted_temperature=1.75))
+    noted = inspect_folder(folder)
+    assert (noted["temperature"], noted["fitted_temperature"]) == (1.0, 1.75)
+    assert "temperature: 1.75, divided into the head" in summary_lines(noted)
+    write_side_file(folder, dataclasses.replace(meta, temperature=0.5))
+    applied = inspect_folder(folder)
+    assert "temperature: 0.5, by which whoever reads it divides the logits" in summary_lines(applied)
+    assert before["fingerprint"] == noted["fingerprint"] == applied["fingerprint"]

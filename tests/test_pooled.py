@@ -345,5 +345,5 @@ def test_an_adapter_with_a_tensor_that_has_no_place_is_refused(tiny_base, tmp_pa
     base = tiny_base("bert")
     classifier = make_adapter(tmp_path / "a", base, pooling="mean")
     classifier.model._trainable["base_model.model.strange.weight"] = torch.zeros(2)
-    with pytest.raises(AdapterError, match="no tensor 'strange.weight'"):
+    with pytest.raises(AdapterError, match=r"no tensor 'strange\.weight'"):
         merged(classifier, base, tmp_path / "a", tmp_path / "m")

@@ -139,8 +139,8 @@ def write_pooled(net: MeanPooled, folder: Path, dtype: torch.dtype, meta: Adapte
         StorageError: the disk is full.
     """
     write_text(folder / MODELLING_FILE, modelling(net))
-    dense = {name: tensor.detach().to(dtype).contiguous() for name, tensor in net.classifier.state_dict().items()}
-    encoder = {name: tensor.detach().to(dtype).contiguous() for name, tensor in _encoder(net).state_dict().items()}
+    dense = {name: tensor.to(dtype).contiguous() for name, tensor in net.classifier.state_dict().items()}
+    encoder = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous() for name, t in _encoder(net).state_dict().items()}
     tensors = {f"{net.base_model_prefix}.{name}": tensor for name, tensor in encoder.items()}
     outside = [name for name, _ in _family(_encoder(net)).named_parameters() if not name.startswith(f"{net.base_model_prefix}.")]
     tensors |= {name: torch.empty(0, dtype=dtype) for name in outside if name not in encoder}

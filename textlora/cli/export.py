@@ -79,8 +79,10 @@ def export(output: Path, data: str | None, limit_eval: int | None, seed: int, gr
 
 def _lines(result: dict[str, Any]) -> list[str]:
     lines = [f"largest logit difference from textlora: {_differences(result)}"]
+    if "score_difference" in result:
+        lines.append(f"largest score difference from predict: {result['score_difference']:.2g}")
     if int8 := result.get("int8"):
-        lines.append(f"int8: largest logit difference {_differences(int8)}")
+        lines.append(f"int8: largest logit difference {_differences(int8)}, of a score {int8['score_difference']:.2g}")
     if "test" in result:
         lines.append(f"metrics on {result['rows']} rows:" + ("              float32     int8" if int8 else ""))
         for name, value in result["test"].items():

@@ -127,8 +127,8 @@ def export_adapter(classifier: TextClassifier, files: BaseFiles, output: Path) -
         output: file to write; it and the `.json` must not exist.
 
     Returns:
-        {"output", "facts", "bytes", "golden"}: "golden" is the largest difference of a logit from the packed model's on the golden examples, with the
-        file active on its base's graph.
+        {"output", "facts", "bytes", "golden"}: "golden" is the largest difference of a logit from the packed model's over its temperature on the golden
+        examples, with the file active on its base's graph.
 
     Raises:
         UsageError: another extension, a file is in the way, or something that the graph has no input for.

@@ -48,8 +48,8 @@ def export_classifier(
         table: labelled rows to compare on besides the golden examples.
 
     Returns:
-        {"output", "opset", "bytes", "rows", "golden"}: bytes by file name, and the largest difference of a logit from the packed model's on the golden
-        examples. With a table "difference" on its rows, "test" metrics and "changed" decisions too. "int8" has the same of that file.
+        {"output", "opset", "bytes", "rows", "golden", "score_difference"}: bytes by file name, and the largest difference of a logit from the packed
+        model's over its temperature on the golden examples, of a score on all rows. With a table "difference" on its rows, "test" metrics and "changed" decisions too. "int8" has the same of that file.
 
     Raises:
         UsageError: there is no graph for this architecture, or `output` is in use.
@@ -101,17 +101,18 @@ class _Trial:
             return cls(settled(meta), classifier.tokenizer.encode(texts, pairs), packed, golden, labels)
 
     def record(self, found: np.ndarray) -> dict[str, Any]:
-        """What a file's logits are worth: the largest difference of one on the golden examples and on the rows, metrics, decisions changed."""
+        """What a file's logits are worth: the largest difference of one on the golden examples and on the rows, of a score on all, metrics, decisions
+        changed."""
         apart, meta = np.abs(found - self.packed), self.meta
-        record: dict[str, Any] = {"golden": float(apart[: self.golden].max())}
+        scores = [probabilities(logits, meta.problem_type) for logits in (found, self.packed)]
+        record: dict[str, Any] = {"golden": float(apart[: self.golden].max()), "score_difference": float(np.abs(scores[0] - scores[1]).max())}
         if self.labels is None:
             return record
         rows, thresholds = found[self.golden :], None if meta.thresholds is None else np.array(meta.thresholds)
         record |= {"difference": float(apart[self.golden :].max())}
-        record["test"] = evaluate(meta.problem_type, self.labels, rows, list(meta.labels), temperature=meta.temperature, thresholds=thresholds)
+        record["test"] = evaluate(meta.problem_type, self.labels, rows, list(meta.labels), thresholds=thresholds)
         if meta.problem_type != REGRESSION:
-            probs = [probabilities(logits, meta.problem_type, meta.temperature) for logits in (rows, self.packed[self.golden :])]
-            before, after = (decide(p, meta.problem_type, thresholds).reshape(len(rows), -1) for p in probs)
+            after, before = (decide(p[self.golden :], meta.problem_type, thresholds).reshape(len(rows), -1) for p in scores)
             record["changed"] = int((before != after).any(axis=1).sum())
         return record
 
