@@ -92,7 +92,12 @@ def _headline(study: Record, choice: Record | None) -> Record | None:
         luck = "" if many == 1 else f" that {many} trials were compared on, so it is a little luckier than it is good"
         return {"score": choice["value"], "what": f"held-out {metric}", "of": f"of {name} on the {held_words(study)}{luck}", "beside": None}
     beside = score(study["defaults_result"]) if not choice["defaults"] else None
-    return {"score": test, "what": f"test {metric}", "of": f"of {name} on {whole(study['rows'].get('test', 0))} test rows, which chose nothing", "beside": beside}
+    return {
+        "score": test,
+        "what": f"test {metric}",
+        "of": f"of {name} on {whole(study['rows'].get('test', 0))} test rows, which chose nothing",
+        "beside": beside,
+    }
 
 
 def _tiles(study: Record) -> list[tuple[str, str]]:

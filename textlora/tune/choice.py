@@ -137,5 +137,9 @@ def choose(trials: Sequence[Mapping[str, Any]], best: int, answers: Answers) -> 
     clear = lead > needed
     what = f"Trial {best} is {lead:.4f} better than the defaults on the same {rows:,} held-out rows (standard error {error:.4f})"
     many = f"the best of {others} such trials" if others > 1 else "such a trial"
-    end = f"more than the {needed:.4f} that luck gives {many}: it is chosen." if clear else f"and luck alone gives {many} up to {needed:.4f}: the defaults are kept."
+    end = (
+        f"more than the {needed:.4f} that luck gives {many}: it is chosen."
+        if clear
+        else f"and luck alone gives {many} up to {needed:.4f}: the defaults are kept."
+    )
     return Verdict(best if clear else defaults["number"], f"{what}, {end}", lead, error, needed, rows)
