@@ -14,13 +14,14 @@ import pytest
 import torch
 from support import log_of, single_rows, snapshot, task_files, write_csv
 
-import textlora.tune
+import textlora.tune.search
 from textlora.classifier import TextClassifier
 from textlora.config import TrainConfig, default_rate, read_config
 from textlora.errors import StorageError, TrainingError, UsageError
 from textlora.prepare import prepare
 from textlora.report.tuning import last_value, render_study
-from textlora.tune import fresh, tune
+from textlora.tune import tune
+from textlora.tune.search import fresh
 from textlora.tune.shared import MAX_STARTS, Locks, shown
 from textlora.tune.space import SEARCHED, count_blocks, distributions, free_settings, start_parameters, trial_settings
 
@@ -215,8 +216,8 @@ def test_same_seed_same_trials(config, tmp_path):
 
 
 def test_pruning_stops_what_lags_behind(config, monkeypatch):
-    monkeypatch.setattr(textlora.tune, "COMPLETE_TRIALS", 1)
-    monkeypatch.setattr(textlora.tune, "trial_settings", lambda config, given, parameters, blocks: settings(config, parameters))
+    monkeypatch.setattr(textlora.tune.search, "COMPLETE_TRIALS", 1)
+    monkeypatch.setattr(textlora.tune.search, "trial_settings", lambda config, given, parameters, blocks: settings(config, parameters))
 
     def settings(config, parameters):
         return dataclasses.replace(config, learning_rate=1e-2 if parameters["lora_dropout"] == 0 else 1e-9, batch_size=4)
@@ -235,13 +236,13 @@ def test_pruning_stops_what_lags_behind(config, monkeypatch):
 
 
 def test_a_diverging_trial_fails_and_the_study_goes_on(config, monkeypatch):
-    plain = textlora.tune.trial_settings
+    plain = textlora.tune.search.trial_settings
 
     def wild(config, given, parameters, blocks):
         found = plain(config, given, parameters, blocks)
         return dataclasses.replace(found, learning_rate=1e30) if found.r == 8 else found
 
-    monkeypatch.setattr(textlora.tune, "trial_settings", wild)
+    monkeypatch.setattr(textlora.tune.search, "trial_settings", wild)
     records = []
     result = run(config, 3, records=records)
     assert (result["failed"], result["trials"]) == (1, 3)
@@ -253,14 +254,14 @@ def test_a_diverging_trial_fails_and_the_study_goes_on(config, monkeypatch):
 
 
 def test_memory_that_does_not_suffice_fails_a_trial(config, monkeypatch):
-    plain = textlora.tune.Trainer
+    plain = textlora.tune.search.Trainer
 
     def small(prepared, prefix):
         if prepared.config.r == 8:
             raise torch.OutOfMemoryError("no room")
         return plain(prepared, prefix)
 
-    monkeypatch.setattr(textlora.tune, "Trainer", small)
+    monkeypatch.setattr(textlora.tune.search, "Trainer", small)
     records = []
     assert run(config, 2, records=records)["failed"] == 1
     assert next(r for r in records if r["kind"] == "trial_end")["reason"] == "not enough memory"
@@ -301,8 +302,8 @@ def test_the_best_is_trained_as_train_does_it(config, monkeypatch):
         return plain(model, encoded, *rest)
 
     monkeypatch.setattr(textlora.training, "encoded_logits", counting)
-    builds, plain_prefix = [], textlora.tune.build_prefix
-    monkeypatch.setattr(textlora.tune, "build_prefix", lambda *given: builds.append(1) or plain_prefix(*given))
+    builds, plain_prefix = [], textlora.tune.search.build_prefix
+    monkeypatch.setattr(textlora.tune.search, "build_prefix", lambda *given: builds.append(1) or plain_prefix(*given))
     records = []
     result = run(config, 4, ("epochs", "layers"), records)
     assert sizes.count(14) == 1
@@ -487,7 +488,7 @@ def test_interrupted(cli, flags, monkeypatch):
     def stop(*given, **named):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(textlora.tune, "start_head", stop)
+    monkeypatch.setattr(textlora.tune.search, "start_head", stop)
     code, _, err = cli(*flags)
     assert (code, err) == (130, "textlora: interrupted; the same command goes on with the study\n")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -140,22 +140,28 @@ class Trainings:
         self.number += 1
         self.trainer = self._begin()
 
+    def _done(self) -> list[list[Evaluation]]:
+        """What the folds found that are done, the one at work among them when it has ended."""
+        ended = self.in_folds and self.trainer.finished and len(self._found) == self.number
+        return [*self._found, self.trainer.evaluations] if ended else self._found
+
     def evaluations(self) -> list[Evaluation]:
-        """Scores of all held-out rows together, at each evaluation of the last training; empty without folds."""
-        if not self.folds:
+        """Scores of the rows that folds have held out so far, at each evaluation of the last training; empty where no fold is done."""
+        done = self._done()
+        if not done:
             return []
         rows, found = self.held_rows(), []
         labels = self.prepared.sets["train"].labels[rows]
         loss = Loss(self.prepared)
         for epoch in self._evaluate_after:
-            at = [next((e for e in evaluations if e.epoch >= epoch - 1e-9), evaluations[-1]) for evaluations in self._found]
+            at = [next((e for e in evaluations if e.epoch >= epoch - 1e-9), evaluations[-1]) for evaluations in done]
             logits = np.concatenate([e.logits for e in at])
             found.append(Evaluation(epoch, *score_logits(self.prepared, labels, logits, loss), logits))
         return found
 
     def held_rows(self) -> np.ndarray:
-        """Places of the rows that folds hold out, in the order of `evaluations`."""
-        return np.concatenate([self._rows(fold)[1] for fold in self.folds])
+        """Places of the rows that the folds that are done have held out, in the order of `evaluations`."""
+        return np.concatenate([self._rows(fold)[1] for fold in self.folds[: len(self._done())]])
 
     def chosen(self) -> int:
         """Place of the evaluation that the last training keeps, by the rule it follows itself."""

@@ -19,7 +19,7 @@ class Method:
         trains: what carries a gradient, or is fitted.
         saved: what has to be kept for each task.
         way: how it is run: "majority", "tfidf" and "probe" are fitted; "lora", "pissa", "whole", "peft" and "contrast" are trained.
-        rates: learning rates that are tried; none for what is fitted.
+        rates: learning rates that are tried; none for what is fitted, and for what has a rule of its own.
         size: what `--sizes` sets ("r" or "tokens"); None where there is nothing to set.
         sizes: sizes that are tried without `--sizes`.
         settings: what makes it this method: fields of `TrainConfig` (lora), `part` (whole).
@@ -34,6 +34,11 @@ class Method:
     size: str | None = None
     sizes: tuple[int, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether nothing about it is random, so that one run stands for all seeds."""
+        return self.way in ("majority", "tfidf", "probe")
 
 
 # Three rates each, about three times the last.
@@ -56,6 +61,7 @@ METHODS: dict[str, Method] = {
         Method("majority", "the commonest class, or the mean", "nothing", "one label", "majority"),
         Method("tfidf", "logistic regression on TF-IDF of words and word pairs", "weights of words", "words and their weights", "tfidf"),
         Method("probe", "logistic regression on frozen features", "linear layer", "linear layer", "probe"),
+        Method("defaults", "what textlora train does with its defaults: nothing is searched", "A and B on query and value, head", _ADAPTER, "lora"),
         Method("head", "the head alone, by gradient", "head", "head", "whole", _HEAD, settings={"part": "head"}),
         Method("bitfit", "all biases (arXiv 2106.10199)", "biases, head", "biases, head", "whole", _SMALL, settings={"part": "biases"}),
         Method("full", "full fine-tuning", "everything", "the whole model", "whole", _FULL, settings={"part": "all"}),
@@ -88,7 +94,14 @@ METHODS: dict[str, Method] = {
         ),
     )
 }
-DEFAULT_METHODS = ("majority", "tfidf", "probe", "head", "bitfit", "full", "lora-qv", "lora-all", "dora", "ia3")
+DEFAULT_METHODS = ("majority", "tfidf", "probe", "defaults", "head", "bitfit", "full", "lora-qv", "lora-all", "dora", "ia3")
+# In which order a budget that is too small for all is spent: what is cheap or what most readers come for first.
+USEFULNESS = ("majority", "tfidf", "probe", "defaults", "lora-qv", "full", "lora-all", "head", "few-shot", "bitfit", "dora", "lora-last2")
+
+
+def by_usefulness(names: Sequence[str]) -> list[str]:
+    """The names, those of `USEFULNESS` first and in its order, then the others in theirs."""
+    return sorted(names, key=lambda name: USEFULNESS.index(name) if name in USEFULNESS else len(USEFULNESS))
 
 
 def find_methods(names: Sequence[str]) -> list[Method]:

@@ -25,23 +25,27 @@ class SoftModel(ReferenceModel):
 
     @classmethod
     def open(
-        cls, kind: str, tokens: int, folder: Path, num_labels: int, *, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> "SoftModel":
-        """A fresh classifier on the base in `folder`, with the architecture's own head.
+        cls, kind: str, tokens: int, folder: Path, num_labels: int, *, pooling: str = "first", seed: int = 0, device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "SoftModel":  # fmt: skip
+        """A fresh classifier on the base in `folder`.
 
         Args:
             tokens: learned positions of a prefix or prompt; without meaning for "ia3".
+            pooling: as `ReferenceModel.create` has it; what prepends runs peft's own classifier, and "first" is all there is.
 
         Raises:
             ModelError: as `ReferenceModel.create`.
-            UsageError: peft has no such method for this architecture.
+            UsageError: peft has no such method for this architecture, or mean pooling is asked of a prefix or prompt.
         """
+        if pooling not in poolings(kind):
+            raise UsageError(f"'{kind}' has no mean pooling", "leave out --pooling")
         with _seeded(seed), quietly():
-            base = _load(Path(folder), num_labels, "first")
+            base = _load(Path(folder), num_labels, pooling)
             about = base.net.config
             if kind == "prompt" and getattr(about, "embedding_size", about.hidden_size) != about.hidden_size:
                 raise UsageError(f"peft has no prompt tuning for a {about.model_type} whose embeddings are narrower than its blocks")
-            shared = {"task_type": "SEQ_CLS", "inference_mode": False}
+            shared = {"task_type": None if pooling == "mean" else "SEQ_CLS", "inference_mode": False}
             config = {
                 "ia3": lambda: peft.IA3Config(**shared, **_scaled_layers(about.model_type), modules_to_save=list(base.heads)),
                 "prefix": lambda: peft.PrefixTuningConfig(**shared, num_virtual_tokens=tokens),
@@ -57,12 +61,17 @@ class SoftModel(ReferenceModel):
             short = name.removeprefix("inner.base_model.").removeprefix("base_model.model.").removeprefix(base.prefix + ".")
             if lies_in(short, base.heads) and ".original_module." not in name:  # peft knows `classifier` and `score` only
                 parameter.requires_grad_(True)
-        model = cls(base, net, LoraConfig(), [], [], "first", device, dtype)
+        model = cls(base, net, LoraConfig(), [], [], pooling, device, dtype)
         if kind != "ia3":
             model.max_length -= tokens
         heads = {name: tensor for name, tensor in model._trainable.items() if any(f".{head}." in name for head in base.heads)}
         model._trainable = {name: tensor for name, tensor in model._trainable.items() if name not in heads} | heads
         return model
+
+
+def poolings(kind: str) -> tuple[str, ...]:
+    """What the head of a method may see."""
+    return ("first", "mean") if kind == "ia3" else ("first",)
 
 
 def _scaled_layers(model_type: str) -> dict[str, list[str]]:

@@ -43,7 +43,11 @@ class _Numbers(click.ParamType):
 @click.option("--sizes", type=_Numbers(), default=(), metavar="NUMBERS", help="Ranks or numbers of tokens to try.  [default: 8]")
 @click.option("--seeds", type=int, default=3, metavar="N", help="Repeats at the best rate, seeds counted up from --seed.  [default: 3]")
 @click.option("--rows", type=_Numbers(), default=(), metavar="NUMBERS", help="Train on so many rows too, such as 8,32,128,512.")
-@click.option("--budget", metavar="AMOUNT", help="Time or runs for all methods together, in equal shares: 30m, 2h, 40runs. Default: no limit.")
+@click.option(
+    "--budget",
+    metavar="AMOUNT",
+    help="Time or runs for all methods together: 30m, 2h, 40runs. Whole methods are run, the most useful first; the others are left out. Default: no limit.",
+)
 @click.option("--name", metavar="NAME", help="Name of the data in the report. Default: from --train.")
 @click.option("--config", "config_file", metavar="FILE", help="TOML file of the settings shared with `train`; flags override it.")
 @json_option
@@ -78,6 +82,9 @@ def compare(
     with ComparisonDisplay(quiet) as display:
         display.say("reading the data and the base model ...")
         summary = run_comparison(asked, on_record=display.show)
+        display.close_bar()
+        for line in (*summary["verdict"], *summary["left_out"]):
+            display.say(line)
         display.say(f"saved to {settings['output']}: open {settings['output']}/report.html")
     if as_json:
         print_json(summary)

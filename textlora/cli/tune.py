@@ -46,13 +46,14 @@ class Duration(click.ParamType):
 def tune(
     config_file: str | None, trials: int, timeout: float | None, storage: str | None, study: str, as_json: bool, quiet: bool, **flags: Any
 ) -> None:
-    """Search settings of `train` on your data, and train the best.
+    """Search settings of `train` on your data, and train the best where it is clearly better than the defaults.
 
     textlora tune --train reviews.csv --test test.csv --output tuned --trials 30
 
-    Searched are --learning-rate, --r, --target-modules, --layers, --lora-dropout, --epochs and --batch-size; one that is given is kept. Trials are
-    compared on the validation rows, and stopped early where they lag behind. The same command started twice works on one study; started again
-    it goes on. DIR/best is the adapter, DIR/report.html the report.
+    Searched are --learning-rate, --r, --target-modules, --layers, --lora-dropout, --epochs and --batch-size; one that is given is kept. The first
+    trial is the defaults. Trials are compared on rows held out, those of --validation or, below 1,000 training rows, all of them by
+    cross-validation, and stopped early where they lag behind. The same command started twice works on one study; started again it goes on.
+    DIR/best is the adapter, DIR/report.html the report.
     """
     settings = merge_settings(flags, config_file)
     if not settings.get("output"):
@@ -66,6 +67,8 @@ def tune(
             result = search(config, frozenset(settings), trials=trials, timeout=timeout, storage=storage, study=study, on_record=display.show)
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted", "the same command goes on with the study") from error
+        for line in result["sentences"]:
+            display.say(line)
         display.say(f"saved to {result['adapter']}: open {result['output']}/report.html")
     if as_json:
         print_json(result)
@@ -100,20 +103,30 @@ class SearchDisplay(TrainingDisplay):
             self.trials, self.first, self.searched_metric, self.began = record["trials"], record["done"], record["metric"], time.monotonic()
             self.done = self.first
             again = f", {record['done']} are done" if record["done"] else ""
+            for line in record["lines"]:
+                self.say(line)
             self.say(f"searching {', '.join(record['searched'])} in {record['trials']} trials{again}")
         elif kind == "trial":
             self._trial(record, "")
         elif kind == "epoch":
             self._trial(record, f"  epoch {record['epoch']:g} of {record['epochs']:g}  {self.searched_metric} {record['value']:.4f}")
+        elif kind == "fold":
+            self._trial(record, f"  fold {record['fold']} of {record['folds']}  {self.searched_metric} {record['value']:.4f}")
         elif kind == "trial_end":
             self._trial_end(record)
         elif kind == "waiting":
             self.say(f"waiting for {record['running']} trials of other processes ...")
         elif kind == "best":
-            self.close_bar()
-            self.say(f"training the settings of trial {record['number']} ({self.searched_metric} {record['value']:.4f}) ...")
+            self._next_run(f"training the {name_of(record)} on all rows (held-out {self.searched_metric} {record['value']:.4f}) ...")
+        elif kind == "defaults":
+            self._next_run("training the defaults, to compare them on the test rows ...")
         else:
             super().show(record)
+
+    def _next_run(self, what: str) -> None:
+        self.close_bar()
+        self.started = None  # its time left is its own
+        self.say(what)
 
     def _trial(self, record: dict[str, Any], state: str) -> None:
         self.count("trials", self.done, self.trials, f"trial {record['number']}{state}", self.left)
@@ -128,5 +141,10 @@ class SearchDisplay(TrainingDisplay):
         self.done = record["done"]
         self.left = time_left(self.began, self.done - self.first, self.trials - self.done)
         left = f"  {self.left}" if self.left else ""
-        self.say(f"trial {record['number']}: {text}  ({self.done} of {self.trials} done{left})")
+        named = " (the defaults)" if record["defaults"] else ""
+        self.say(f"trial {record['number']}{named}: {text}  ({self.done} of {self.trials} done{left})")
         self._trial(record, f"  {record['state']}")
+
+
+def name_of(record: dict[str, Any]) -> str:
+    return "defaults" if record["defaults"] else f"settings of trial {record['number']}"

@@ -1,4 +1,4 @@
-"""Methods side by side on one data set: each tuned alike on validation, repeated with several seeds, scored on test once.
+"""Methods side by side on one data set: each tuned alike on rows held out, repeated with several seeds, scored on test once.
 
 For every method its sizes and learning rates are tried on the first seed; the best of them is trained with every seed and meets the test rows
 there. A run is one file, finished runs are skipped, and the report is made from the files alone.
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from textlora.compare.bench import machine
 from textlora.compare.halving import Budget
+from textlora.compare.machine import machine
 from textlora.compare.runner import Record, Runner
 from textlora.compare.store import FILE, read_comparison, settled, write_json
 from textlora.config import TrainConfig
@@ -97,7 +97,7 @@ def compare(asked: Comparison, sources: Mapping[str, Any] | None = None, *, on_r
     if config.threads:
         torch.set_num_threads(config.threads)
     prepared = prepare(config, sources)
-    if "validation" not in prepared.sets:
+    if prepared.folds is None and "validation" not in prepared.sets:
         raise DataError("no row is left for validation, which chooses between rates", "raise --limit-train, or give --validation")
     folder, settings = Path(str(config.output)), _settings(asked, prepared)
     settled(folder, settings)  # refuses before anything is written
@@ -135,7 +135,11 @@ def _settings(asked: Comparison, prepared: Prepared) -> Record:
         "labels": list(prepared.schema.labels),
         "model": prepared.files.id or prepared.files.folder.name,
         "train_rows": len(sets["train"].rows),
-        "validation_rows": len(sets["validation"].rows),
+        "validation_rows": len(sets["validation"].rows) if prepared.folds is None else int((prepared.folds >= 0).sum()),
+        "folds": 0 if prepared.folds is None else len(set(prepared.folds[prepared.folds >= 0].tolist())),
+        "pooling": prepared.pooling,
+        "pooling_reason": prepared.pooling_reason,
+        "split_lines": prepared.split_lines,
         "test_rows": len(sets["test"].rows),
         "epochs": float(config.epochs),
         "methods": methods,

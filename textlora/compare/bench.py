@@ -1,33 +1,29 @@
 """One run of a comparison: rows, tokens, frozen features and states below frozen blocks are computed once and shared by all runs."""
 
-import contextlib
-import ctypes
 import gc
 import math
-import os
-import platform
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from textlora.calibration import decide, fit_temperature, fit_thresholds, probabilities
 from textlora.compare.few_shot import train_embedder
-from textlora.compare.fitted import fit
+from textlora.compare.fitted import Inputs, fit, fit_linear, held_out, scaled
+from textlora.compare.machine import memory_begin, memory_peak
 from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from textlora.cross_validation import Trainings
 from textlora.errors import UsageError
-from textlora.hardware import choose_dtype, peak_memory
+from textlora.hardware import choose_dtype
 from textlora.methods import Method
 from textlora.metrics import evaluate
 from textlora.model import Model, PackedModel
 from textlora.pissa import PissaModel
 from textlora.prefix import HiddenStates, PickedStates, build_prefix
-from textlora.prepare import Prepared
+from textlora.prepare import Prepared, _folds
 from textlora.targets import lies_in
 from textlora.training import Trainer, encoded_logits, start_head
 from textlora.whole import FeatureModel, WholeModel
@@ -81,94 +77,126 @@ class Bench:
     """The shared part. `prepared.model` lends its base and encoder to the models of all runs."""
 
     prepared: Prepared
-    _features: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    _features: dict[str, np.ndarray] = field(default_factory=dict)
     _states: dict[int, dict[str, HiddenStates]] = field(default_factory=dict)
     _starts: dict[int, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _cycles: bool = False  # whether the last model was one of transformers', which only the garbage collector frees
     seconds: dict[Any, Seconds] = field(default_factory=dict)  # what computing a shared thing took; every run that uses it is charged in full
 
-    def run(self, method: Method, run: Run) -> dict[str, Any]:
-        """Train or fit, choose on validation, and for the stages that report, score the test rows. Raises what goes wrong."""
-        prepared = self._subset(run)
+    def run(self, method: Method, run: Run, decided: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Train or fit, choose on held-out rows, and for the stages that report, score the test rows. Raises what goes wrong.
+
+        Args:
+            decided: `decided` of the search's run of the same choice, in whose cross-validation checkpoint, temperature, thresholds and strength
+                were found; this run then trains on all rows alone.
+        """
+        prepared = self._subset(method, run)
         if self._cycles:
             gc.collect()
         self._cycles = method.way == "peft" or not isinstance(self.prepared.model, PackedModel)
-        began = _memory_begin(prepared.device)
+        began = memory_begin(prepared.device)
         start = time.perf_counter()
-        if method.way in ("majority", "tfidf", "probe"):
+        search = run.stage == "rates"
+        if method.fitted:
             outcome = self._fitted(method, prepared)
         elif method.way == "contrast":
-            outcome = self._contrasted(prepared)
+            outcome = self._contrasted(prepared, search, decided)
         else:
-            outcome = self._trained(method, prepared, run)
+            outcome = self._trained(method, prepared, run, search, decided)
+        calibration, validation = _decisions(prepared, outcome.held) if decided is None else (_calibration(decided), decided["validation"])
         record = {
             "trainable_parameters": outcome.parameters,
             "head_parameters": outcome.head_parameters,
             "saved_bytes": outcome.saved_bytes,
             "train_seconds": round(outcome.seconds.wall, 3),
             "train_cpu_seconds": round(outcome.seconds.cpu, 3),
-            "peak_memory_bytes": _memory_peak(prepared.device),
+            "peak_memory_bytes": memory_peak(prepared.device),
             "memory_before_bytes": began,
             "metric": prepared.metric,
-            "validation": outcome.validation,
+            "pooling": outcome.pooling,
+            "validation": validation,
             "best_epoch": outcome.best_epoch,
             "test": None,
             "test_predictions": None,
-            **outcome.chosen,
+            **({"chosen": outcome.chosen} if outcome.chosen else {}),
         }
-        if run.stage != "rates" and "test" in prepared.sets:
-            record |= _scores(prepared, outcome)
+        if search and prepared.folds is not None:
+            thresholds = calibration.get("thresholds")
+            record["decided"] = {
+                "place": outcome.place,
+                "temperature": calibration.get("temperature"),
+                "thresholds": None if thresholds is None else np.asarray(thresholds).tolist(),
+                "validation": validation,
+                **outcome.chosen,
+            }
+        if not search and "test" in prepared.sets:
+            record |= _scores(prepared, outcome, calibration)
         return record | {"total_seconds": round(time.perf_counter() - start, 3)}
 
-    def _subset(self, run: Run) -> Prepared:
-        """The run's settings, and its rows where it takes fewer than all."""
+    def _subset(self, method: Method, run: Run) -> Prepared:
+        """The run's settings, and its rows where it takes fewer than all; folds, where there are any, are drawn again among them."""
         config = replace(self.prepared.config, seed=run.seed, epochs=run.epochs, learning_rate=run.learning_rate or 1.0)
-        sets = dict(self.prepared.sets)
+        sets, folds = dict(self.prepared.sets), self.prepared.folds
         if run.train_rows < len(sets["train"].rows):
             picked = pick_rows(sets["train"].labels, run.train_rows, run.seed)
             sets["train"] = sets["train"].pick(picked)
+            if folds is not None:
+                folds = _folds(sets["train"].rows, sets["train"].labels, self.prepared.schema, run.seed)
             steps = math.ceil(len(picked) / (config.batch_size * config.gradient_accumulation_steps))
             if run.epochs > MOST_EVALUATIONS:
                 config = replace(config, eval_every=math.ceil(steps * run.epochs / MOST_EVALUATIONS))
-        return replace(self.prepared, config=config, sets=sets)
+        return replace(self.prepared, config=config, sets=sets, folds=folds)
 
     def _fitted(self, method: Method, prepared: Prepared) -> "Outcome":
-        features, shared = {}, Seconds()
-        if method.way == "probe":
-            for pooling in ("first", "mean"):
-                features[pooling], seconds = self.features(pooling, prepared)
-                shared += seconds
+        features, seconds = self.features(prepared) if method.way == "probe" else (None, Seconds())
         start = Seconds.now()
         fitted = fit(method.way, prepared, features)
-        seconds = start.since() + shared
-        validation = _metrics(prepared, "validation", fitted.logits("validation"))
-        return Outcome(0, fitted.parameters, fitted.saved_bytes, seconds, validation, None, fitted.logits, {"chosen": fitted.chosen})
+        seconds = seconds + start.since()
+        pooling = prepared.pooling if method.way == "probe" else None
+        return Outcome(0, fitted.parameters, fitted.saved_bytes, seconds, fitted.held, None, fitted.logits, fitted.chosen, pooling)
 
-    def _contrasted(self, prepared: Prepared) -> "Outcome":
+    def _contrasted(self, prepared: Prepared, search: bool, decided: Mapping[str, Any] | None) -> "Outcome":
+        """An encoder trained on rows of one class together, then logistic regression; in a cross-validation an encoder for each fold."""
         base = self._packed_base("few-shot training")
-        start = Seconds.now()
-        model = train_embedder(prepared, base.base, base.encoder)
-        features = {"train": encoded_logits(model, prepared.sets["train"].encoded)}
-        seconds = start.since()
-        features |= {split: encoded_logits(model, data.encoded) for split, data in prepared.sets.items() if split != "train"}
-        start = Seconds.now()
-        fitted = fit("probe", prepared, {"mean": features})
-        seconds += start.since()
-        encoder = sum(t.numel() for t in model.trainable().values())
-        head, validation = fitted.parameters, _metrics(prepared, "validation", fitted.logits("validation"))
-        return Outcome(encoder, head, 4 * (encoder + head), seconds, validation, None, fitted.logits, {"chosen": fitted.chosen})
+        train, trained, seconds = prepared.sets["train"], [], Seconds()
 
-    def features(self, pooling: str, prepared: Prepared) -> tuple[dict[str, np.ndarray], Seconds]:
+        def learn(rows: np.ndarray) -> Inputs:
+            picked = replace(prepared, sets={"train": train if len(rows) == len(train.rows) else train.pick(rows)})
+            model = train_embedder(picked, base.base, base.encoder)
+            trained[:] = [model]
+            features = {split: encoded_logits(model, data.encoded) for split, data in prepared.sets.items() if split == "train" or not search}
+            if "validation" in prepared.sets and search:
+                features["validation"] = encoded_logits(model, prepared.sets["validation"].encoded)
+            return scaled(features, rows)
+
+        start = Seconds.now()
+        if search and prepared.folds is not None:
+            strength, held = held_out(prepared, learn)
+            seconds = start.since()
+            width, count = prepared.files.config.get("hidden_size") or prepared.files.config["dim"], len(prepared.schema.labels)
+            head, chosen, logits = count * (width + 1), {"C": strength}, None
+        else:
+            if decided is None and prepared.folds is not None:
+                strength, held = held_out(prepared, learn)
+                start = Seconds.now()
+                fitted = fit_linear(prepared, learn, strength)
+            else:
+                fitted = fit_linear(prepared, learn, None if decided is None else decided["C"])
+                held = fitted.held
+            seconds, head, chosen, logits = start.since(), fitted.parameters, fitted.chosen, fitted.logits
+        encoder = sum(t.numel() for t in trained[0].trainable().values())
+        return Outcome(encoder, head, 4 * (encoder + head), seconds, held, None, logits, chosen, prepared.pooling)
+
+    def features(self, prepared: Prepared) -> tuple[dict[str, np.ndarray], Seconds]:
         """What the frozen encoder gives for each row of a run, (N, H) by split, and the seconds its training rows took."""
-        if pooling not in self._features:
+        if not self._features:
             base = self._packed_base("frozen features")
-            model, found = FeatureModel(base.base, "head", 1, pooling=pooling, device=self.prepared.device, encoder=base.encoder), {}
+            model = FeatureModel(base.base, "head", 1, pooling=self.prepared.pooling, device=self.prepared.device, encoder=base.encoder)
             for split, data in self.prepared.sets.items():
                 start = Seconds.now()
-                found[split] = encoded_logits(model, data.encoded)
-                self.seconds["features", pooling, split] = start.since()
-            self._features[pooling] = found
-        found, seconds = self._features[pooling], self.seconds["features", pooling, "train"]
+                self._features[split] = encoded_logits(model, data.encoded)
+                self.seconds["features", split] = start.since()
+        found, seconds = self._features, self.seconds["features", "train"]
         picked = _picked(prepared)
         if picked is None:
             return found, seconds
@@ -179,28 +207,46 @@ class Bench:
             raise UsageError(f"{what} needs the packed path ({self.prepared.reason})")
         return self.prepared.model
 
-    def _trained(self, method: Method, prepared: Prepared, run: Run) -> "Outcome":
+    def _trained(self, method: Method, prepared: Prepared, run: Run, search: bool, decided: Mapping[str, Any] | None) -> "Outcome":
         prepared, prefix, charged = self._model(method, prepared, run)
         model = prepared.model
-        start_head(prepared)
-        trainer = Trainer(prepared, prefix)
-        kept: dict[str, Any] = {}
-        before = time.process_time()
-        for record in trainer.records():
-            now = time.process_time()
-            if record["kind"] == "step":
-                charged += Seconds(0.0, now - before)
-            elif record["kept"]:
-                kept = record["metrics"]
-            before = now
-        model.load_trainable(trainer.best)
+        if decided is None:
+            trainings = Trainings(prepared, prefix, start_head, last=not search)
+            for number, seconds, _ in _trained_steps(trainings):
+                charged += seconds if search or number == len(trainings.folds) else Seconds()
+            trainer, held = trainings.trainer, None
+            if search and trainings.folds:
+                place = trainings.chosen()
+                kept = trainings.evaluations()[place]
+                charged += Seconds(trainings.fold_seconds)
+                held, epoch = ("train", trainings.held_rows(), kept.logits), kept.epoch
+            else:
+                model.load_trainable(trainer.best)
+                charged += Seconds(trainer.seconds)
+                place, epoch = None, trainer.best_epoch
+                if trainings.folds:
+                    found = trainings.held()
+                    held = found and (found.split, found.rows, found.logits)
+                elif trainer.evaluations:
+                    kept = trainer.evaluations[trainer.evaluate_at.index(trainer.best_step)]
+                    held = ("validation", np.arange(len(kept.logits)), kept.logits)
+        else:
+            start_head(prepared)
+            trainer, held, place = Trainer(prepared, prefix), None, decided["place"]
+            best = epoch = None
+            for _, seconds, evaluated in _trained_steps(trainer):
+                charged += seconds
+                if evaluated and trainer.step == trainer.evaluate_at[place]:
+                    best, epoch = {name: tensor.clone() for name, tensor in trainer.best.items()}, trainer.epochs_done
+            model.load_trainable(best)
+            charged += Seconds(trainer.seconds)
         tensors = model.trainable()
         head = sum(t.numel() for name, t in tensors.items() if _in_head(model, name))
         parameters = sum(t.numel() for t in tensors.values()) - head
         saved = 4 * sum(t.numel() for t in (model.ordinary()[1] if isinstance(model, PissaModel) else tensors).values())
         return Outcome(
-            parameters, head, saved, charged + Seconds(trainer.seconds), kept, trainer.best_epoch,
-            lambda split: encoded_logits(model, prepared.sets[split].encoded, states=prefix.get(split)), {},
+            parameters, head, saved, charged, held, epoch,
+            lambda split: encoded_logits(model, prepared.sets[split].encoded, states=prefix.get(split)), {}, model.pooling, place,
         )  # fmt: skip
 
     def _model(self, method: Method, prepared: Prepared, run: Run) -> tuple[Prepared, dict[str, HiddenStates], Seconds]:
@@ -215,19 +261,18 @@ class Bench:
         prepared = replace(prepared, model=model)
         if method.settings["part"] != "head":
             return prepared, {}, Seconds()
-        found, seconds = self.features(prepared.pooling, prepared)
+        found, seconds = self.features(prepared)
         return prepared, {split: HiddenStates(values, np.arange(len(values) + 1), model.depth) for split, values in found.items()}, seconds
 
     def _soft(self, method: Method, prepared: Prepared, run: Run) -> Prepared:
-        from textlora.soft import SoftModel
+        from textlora.soft import SoftModel, poolings
 
         config, count = prepared.config, len(prepared.schema.labels)
-        if prepared.pooling != "first":
-            raise UsageError(f"'{method.name}' has no mean pooling", "leave out --pooling")
-        dtype = choose_dtype(config.precision, prepared.device)
-        model = SoftModel.open(
-            method.name, run.size.get("tokens", 0), prepared.files.folder, count, seed=run.seed, device=prepared.device, dtype=dtype
-        )
+        pooling, dtype = prepared.pooling, choose_dtype(config.precision, prepared.device)
+        if config.pooling == "auto" and pooling not in poolings(method.name):
+            pooling = poolings(method.name)[0]  # the report says so
+        others: dict[str, Any] = {"pooling": pooling, "seed": run.seed, "device": prepared.device, "dtype": dtype}
+        model = SoftModel.open(method.name, run.size.get("tokens", 0), prepared.files.folder, count, **others)
         # IA3's scales start at 1, and decay would pull them to 0
         return replace(prepared, model=model, config=replace(config, weight_decay=0.0) if method.name == "ia3" else config)
 
@@ -265,16 +310,34 @@ class Bench:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A fitted or trained classifier with what it cost. `logits(split)` gives (N, C)."""
+    """A fitted or trained classifier with what it cost. `logits(split)` gives (N, C).
+
+    Attributes:
+        held: (split, places of rows, logits (N, C)) that decide temperature and thresholds; None where nothing does, or it is known already.
+        pooling: what its head sees; None for what reads no encoder.
+        place: number of the evaluation whose checkpoint is kept, in a cross-validation.
+    """
 
     parameters: int
     head_parameters: int
     saved_bytes: int
     seconds: Seconds
-    validation: dict[str, float | None]
+    held: tuple[str, np.ndarray, np.ndarray] | None
     best_epoch: float | None
     logits: Any
     chosen: dict[str, Any]
+    pooling: str | None
+    place: int | None = None
+
+
+def _trained_steps(trainings: Trainings | Trainer) -> Iterator[tuple[int, Seconds, bool]]:
+    """Advance to the end: the number of the training, the time of processors that a step took, and whether it was an evaluation."""
+    before = time.process_time()
+    for record in trainings.records():
+        now = time.process_time()
+        step = record["kind"] == "step"
+        yield getattr(trainings, "number", 0), Seconds(0.0, now - before if step else 0.0), not step
+        before = now
 
 
 def _picked(prepared: Prepared) -> np.ndarray | None:
@@ -305,52 +368,28 @@ def _metrics(prepared: Prepared, split: str, logits: np.ndarray, **calibration: 
     return evaluate(prepared.schema.problem_type, prepared.sets[split].labels, logits, list(prepared.schema.labels), **calibration)
 
 
-def _scores(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
-    """Test metrics and decisions, with temperature and thresholds fitted on validation as `textlora train` has them."""
-    kind, calibration = prepared.schema.problem_type, {}
+def _decisions(prepared: Prepared, held: tuple[str, np.ndarray, np.ndarray] | None) -> tuple[dict[str, Any], dict[str, float | None]]:
+    """Temperature and thresholds as `textlora train` fits them, and the scores of the held-out rows at temperature 1."""
+    kind, names = prepared.schema.problem_type, list(prepared.schema.labels)
+    if held is None:
+        return {}, {}
+    split, places, logits = held
+    labels, calibration = prepared.sets[split].labels[places], {}
     if kind != REGRESSION:
-        logits, labels = outcome.logits("validation"), prepared.sets["validation"].labels
         calibration["temperature"] = fit_temperature(logits, labels, kind)
         if kind == MULTI_LABEL:
             calibration["thresholds"] = fit_thresholds(probabilities(logits, kind, calibration["temperature"]), labels)
-    logits = outcome.logits("test")
+    return calibration, evaluate(kind, labels, logits, names)
+
+
+def _calibration(decided: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: decided[name] for name in ("temperature", "thresholds") if decided[name] is not None}
+    return found | ({"thresholds": np.array(found["thresholds"])} if "thresholds" in found else {})
+
+
+def _scores(prepared: Prepared, outcome: Outcome, calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Test metrics and decisions."""
+    kind, logits = prepared.schema.problem_type, outcome.logits("test")
     decided = decide(probabilities(logits, kind, calibration.get("temperature", 1.0)), kind, calibration.get("thresholds"))
     as_numbers = decided.astype(np.int64) if kind in (SINGLE_LABEL, MULTI_LABEL) else decided.astype(np.float64)
     return {"test": _metrics(prepared, "test", logits, **calibration), "test_predictions": as_numbers.tolist()}
-
-
-def _memory_begin(device: str) -> int | None:
-    """Forget the largest memory held so far, so that the next reading is this run's; what is held now, bytes. Linux and CUDA only."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    if not sys.platform.startswith("linux"):
-        return None
-    with contextlib.suppress(AttributeError):  # where the C library is not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        return None
-    return _status("VmRSS")
-
-
-def _memory_peak(device: str) -> int | None:
-    if device.startswith("cuda"):
-        return peak_memory(device)
-    return _status("VmHWM") if sys.platform.startswith("linux") else None
-
-
-def _status(name: str) -> int | None:
-    try:
-        with open("/proc/self/status", encoding="utf-8") as file:
-            return next((1024 * int(line.split()[1]) for line in file if line.startswith(name + ":")), None)
-    except OSError:
-        return None
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Where the runs were made."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {"system": platform.system(), "device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "kind": device}

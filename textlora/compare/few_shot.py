@@ -27,12 +27,13 @@ TEMPERATURE = 0.1
 
 
 class Embedder(WholeModel):
-    """The whole encoder as a model whose outputs are mean-pooled features of length 1, (B, H)."""
+    """The whole encoder as a model whose outputs are pooled features of length 1, (B, H)."""
 
     path = "contrastive"  # not "packed": the trainer then keeps a step's rows together, and every pair in it counts
 
-    def __init__(self, base: BaseWeights, device: str, encoder: PackedEncoder):
-        super().__init__(base, "all", 1, pooling="mean", device=device, encoder=encoder)
+    def __init__(self, base: BaseWeights, device: str, encoder: PackedEncoder, pooling: str):
+        super().__init__(base, "all", 1, pooling=pooling, device=device, encoder=encoder)
+        self._leaves = {name: tensor for name, tensor in self._leaves.items() if not name.startswith("pooler.")}  # features do not pass it
         self.modules_to_save, self._trainable = [], self._leaves
 
     def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
@@ -77,10 +78,11 @@ def train_embedder(prepared: Prepared, base: BaseWeights, encoder: PackedEncoder
     """
     if prepared.schema.problem_type != SINGLE_LABEL:
         raise UsageError("few-shot needs one class per row")
-    model = Embedder(base, prepared.device, encoder)
+    model = Embedder(base, prepared.device, encoder, prepared.pooling)
     train = prepared.sets["train"]
     trainer = Trainer(replace(prepared, model=model, sets={"train": train}))
     trainer.steps, trainer.loss = draw_steps(train.labels, prepared.config.epochs, prepared.config.seed), Contrast()  # type: ignore[assignment]
+    trainer.evaluate_at = [len(trainer.steps)]
     trainer.piece_tokens = sys.maxsize  # long texts too stay together
     for _ in trainer.records():
         pass

@@ -2,17 +2,20 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from textlora.compare.bench import Bench, Run
+from textlora.compare.bench import Bench, Run, pick_rows
 from textlora.compare.halving import Budget, middle, rungs, search_cost
 from textlora.compare.store import best_of, read_runs, write_json
-from textlora.methods import METHODS
+from textlora.config import default_rate
+from textlora.methods import METHODS, by_usefulness
 from textlora.metrics import METRICS
 from textlora.prepare import Prepared
+from textlora.training import plan
 
+PROBE = 0.1  # of what is left of a budget, the most that a short run may take which only tells how long a method's runs are
 FEWEST_STEPS = 100  # of a run on fewer rows: at the usual epochs eight rows would be four steps
 Record = dict[str, Any]
 Choice = tuple[Mapping[str, int], float | None]  # size and rate
@@ -30,13 +33,11 @@ class Runner:
         self.budget = Budget.parse(settings["budget"]) if settings["budget"] else None
         self.planned: list[Run] = []
         self.left_out: list[str] = []
-        self.share_ends = 0.0
+        self.folds = prepared.folds is not None
 
     def all(self) -> None:
         if self.budget is not None:
-            for i, method in enumerate(self.methods):
-                spent = sum(self.spent(earlier) for earlier in self.methods[:i])
-                self._within(method, (self.budget.amount - spent) / (len(self.methods) - i))
+            self._within_budget()
             return
         for method in self.methods:
             self._make_all(self.searches(method))
@@ -50,10 +51,19 @@ class Runner:
 
     def candidates(self, method: str) -> list[Choice]:
         row, settings = METHODS[method], self.settings
-        if not row.rates:
+        if row.fitted:
             return [({}, None)]
+        if not row.rates:
+            return [({}, self._own_rate(self.rows, self.seeds[0]))]
         sizes = [{row.size: size} for size in settings["sizes"][method]] if row.size else [{}]
         return [(size, rate) for size in sizes for rate in settings["learning_rates"][method]]
+
+    def _own_rate(self, rows: int, seed: int) -> float:
+        """The rate that `train` takes for so many rows."""
+        prepared = self.bench.prepared
+        train = prepared.sets["train"]
+        lengths = train.lengths if rows == self.rows else train.lengths[pick_rows(train.labels, rows, seed)]
+        return prepared.config.learning_rate or default_rate(len(plan(replace(prepared.config, seed=seed), lengths)))
 
     def searches(self, method: str) -> list[Run]:
         """Every size and rate on the first seed; none where there is nothing to choose."""
@@ -64,7 +74,7 @@ class Runner:
 
     def best(self, method: str) -> Choice | None:
         """Size and rate that validation prefers; None where every search failed."""
-        return self._best_of([self.done[run.key] for run in self.searches(method)]) if METHODS[method].rates else ({}, None)
+        return self._best_of([self.done[run.key] for run in self.searches(method)]) if METHODS[method].rates else self.candidates(method)[0]
 
     def _best_of(self, records: Sequence[Record]) -> Choice | None:
         found = best_of(records, self.metric, self.higher)
@@ -72,64 +82,122 @@ class Runner:
 
     def repeats(self, method: str, best: Choice | None) -> list[Run]:
         """The best with every seed. A fitted method draws nothing at random, so one run stands for all seeds."""
-        seeds = self.seeds if METHODS[method].rates else self.seeds[:1]
+        seeds = self.seeds[:1] if METHODS[method].fitted else self.seeds
         return [] if best is None else [Run("seeds", method, *best, seed, self.rows, self.epochs) for seed in seeds]
 
     def curve(self, method: str, best: Choice | None) -> list[Run]:
         """The best on fewer rows; each seed draws rows of its own."""
         fewer = [rows for rows in self.settings["rows"] if rows < self.rows] if best is not None else []
-        return [Run("rows", method, *best, seed, rows, self._epochs_for(method, rows)) for rows in fewer for seed in self.seeds]
+        runs = [Run("rows", method, *best, seed, rows, self._epochs_for(method, rows)) for rows in fewer for seed in self.seeds]
+        own = METHODS[method].fitted or METHODS[method].rates
+        return runs if own else [replace(run, learning_rate=self._own_rate(run.train_rows, run.seed)) for run in runs]
 
     def _epochs_for(self, method: str, rows: int) -> float:
         config = self.bench.prepared.config
         per_epoch = lambda rows: -(-rows // (config.batch_size * config.gradient_accumulation_steps))
         fewest = min(FEWEST_STEPS, per_epoch(self.rows) * self.epochs)
-        return max(self.epochs, float(-(-fewest // per_epoch(rows)))) if METHODS[method].rates else self.epochs
+        return max(self.epochs, float(-(-fewest // per_epoch(rows)))) if METHODS[method].rates else self.epochs  # the defaults have as many as ever
 
     def spent(self, method: str) -> float:
         """What a method's finished runs took of the budget."""
         assert self.budget is not None
         return sum(self.budget.cost(record, self.epochs, self.rows) for record in self.done.values() if record["method"] == method)
 
-    def _within(self, method: str, share: float) -> None:
-        """Search, repeat and draw the curve of one method for its share of the budget; what it leaves goes to the methods after it."""
+    def _within_budget(self) -> None:
+        """Whole methods, the most useful first, as far as the budget reaches; a trained one in part only where none fits whole."""
+        assert self.budget is not None
+        skipped, whole = [], []
+        for method in by_usefulness(self.methods):
+            (whole if self._whole(method) else skipped).append(method)
+        if skipped and all(METHODS[method].fitted for method in whole):
+            first = next((method for method in skipped if not METHODS[method].fitted), None)
+            if first is not None and self._in_part(first, self._available(first)):
+                skipped.remove(first)
+        self.planned = [run for run in self.planned if run.method not in skipped]  # short runs that told how long one takes
+        self.left_out += [f"{method}: not run, what is left of the budget does not reach for its search and its seeds" for method in skipped]
+        for method in whole:
+            curve = self.curve(method, self.best(method))
+            costs = [self._typical(method) * run.epochs / self.epochs * run.train_rows / self.rows for run in curve]
+            made = sum(self._if_it_fits(run, cost, self._available(method)) for run, cost in zip(curve, costs, strict=True))
+            if made < len(curve):
+                self.left_out.append(f"{method}: {made} of {len(curve)} runs on fewer rows")
+
+    def _available(self, method: str) -> float:
+        """What of the budget is a method's, with what it has spent."""
+        assert self.budget is not None
+        return self.budget.amount - sum(self.spent(other) for other in {*self.methods} - {method})
+
+    def _typical(self, method: str) -> float:
+        """What a run of full length on all rows took of the budget, at most."""
+        assert self.budget is not None
+        records = [record for record in self.done.values() if record["method"] == method and record["stage"] == "seeds"]
+        return max((self.budget.cost(record, self.epochs, self.rows) for record in records), default=0.0)
+
+    def _whole(self, method: str) -> bool:
+        """Search and repeat a method if all of that fits; one that searches nothing with as many seeds as fit."""
+        assert self.budget is not None
+        available, row = self._available(method), METHODS[method]
+        fits = lambda cost: cost <= available * (1 + 1e-9)
+        if not row.rates:
+            runs = self.repeats(method, self.best(method))
+            if not fits(1.0 if self.budget.unit == "runs" else 0.0) or available <= 0:
+                return False
+            made = sum(self._if_it_fits(run, self._typical(method) or 1.0, available, always=i == 0) for i, run in enumerate(runs))
+            if made < len(runs):
+                self.left_out.append(f"{method}: {made} of {len(runs)} seeds")
+            return True
         choices = self.candidates(method)
-        one = self._cost_of_one(method, choices, share)
-        if one is None or one > share:
-            self.left_out.append(f"{method}: not run, its share of the budget does not reach for one run")
-            return
-        self.share_ends = share
-        fits = lambda runs: runs * one <= share * (1 + 1e-9)
-        if not METHODS[method].rates:
-            best: Choice | None = choices[0]
-        elif fits(len(choices) + len(self.seeds)):
-            self._make_all(self.searches(method))
-            best = self.best(method)
-        elif fits(search_cost(len(choices)) + 1):
+        one = self._cost_of_one(method, choices, available)
+        if one is None or not fits(len(choices) * one + len(self.seeds) * self._repeat(one, True)):
+            return False
+        self._make_all(self.searches(method))
+        self._make_all(self.repeats(method, self.best(method)))
+        return True
+
+    def _repeat(self, one: float, searched: bool) -> float:
+        """What a run with a seed takes where one of the search takes `one`. In a cross-validation a search's run is three trainings on two thirds of
+        the rows; one with a seed is a training on all of them, with the three before it where no search has decided for it."""
+        return one if not self.folds or self.budget is None or self.budget.unit == "runs" else one * (0.5 if searched else 1.5)
+
+    def _in_part(self, method: str, share: float) -> bool:
+        """What fits of a method: short runs of all rates, the better half going on, or else its middle rate untried; whether anything did."""
+        choices = self.candidates(method)
+        one = self._cost_of_one(method, choices, share, asked=True)
+        if one is None:
+            return False
+        repeat = self._repeat(one, False)
+        if search_cost(len(choices)) * one + repeat <= share * (1 + 1e-9):
             best = self._halve(method, choices)
             self.left_out.append(f"{method}: rates compared in short runs, the better half going on to twice the length")
-        else:
+        elif repeat <= share * (1 + 1e-9):
             best = middle(choices)
             self.left_out.append(f"{method}: no search, run at rate {best[1]:g} untried")
-        repeats, curve = self.repeats(method, best), self.curve(method, best)
-        made = sum(self._if_it_fits(run, one, share, always=i == 0) for i, run in enumerate(repeats))
+        else:
+            return False
+        repeats = self.repeats(method, best)
+        made = sum(self._if_it_fits(run, repeat, share, always=i == 0) for i, run in enumerate(repeats))
         if made < len(repeats):
             self.left_out.append(f"{method}: {made} of {len(repeats)} seeds")
-        made = sum(self._if_it_fits(run, one * run.epochs / self.epochs * run.train_rows / self.rows, share) for run in curve)
-        if made < len(curve):
-            self.left_out.append(f"{method}: {made} of {len(curve)} runs on fewer rows")
+        return True
 
-    def _cost_of_one(self, method: str, choices: Sequence[Choice], share: float) -> float | None:
-        """What a run of full length takes of the budget: by the shortest run of the search; None where there is no room for that either."""
+    def _cost_of_one(self, method: str, choices: Sequence[Choice], share: float, asked: bool = False) -> float | None:
+        """What a run of the search takes of the budget: by its shortest one; None where there is no room for that either.
+
+        Args:
+            asked: whether the short run is wanted for itself; else it must be a small part of the share, by what other methods took.
+        """
         assert self.budget is not None
         if self.budget.unit == "runs":
             return 1.0
         if share <= 0:
             return None
-        if not METHODS[method].rates:
-            return 0.0
         short = rungs(len(choices))[0][1] if len(choices) > 1 else 0.25
         run = self.search(method, choices[0], self.epochs * short)
+        known = [
+            r["total_seconds"] * self.epochs / r["epochs"] for r in self.done.values() if not METHODS[r["method"]].fitted and r["stage"] != "rows"
+        ]
+        if not asked and run.key not in self.done and known and min(known) * short > PROBE * share:
+            return None
         self.make(run)
         return self.done[run.key]["total_seconds"] / short
 
@@ -189,13 +257,19 @@ class Runner:
         record = {"data": self.settings["data"], **_identity(run)}
         start = time.perf_counter()
         try:
-            record |= self.bench.run(METHODS[run.method], run)
+            record |= self.bench.run(METHODS[run.method], run, self._decided(run))
         except Exception as error:  # whatever goes wrong in one method must not end the comparison
             record |= {"metric": self.metric, "error": _one_line(error), "total_seconds": round(time.perf_counter() - start, 3)}
         record |= {"versions": self.settings["versions"], "machine": self.settings["machine"]}
         write_json(self.folder / "runs" / f"{run.key}.json", record)
         self.done[run.key] = record
         self.on_record({"kind": "end", **record, "done": left["done"] + 1, "all": count})
+
+    def _decided(self, run: Run) -> Record | None:
+        """What the search's run of the same choice found in its cross-validation."""
+        if run.stage != "seeds" or METHODS[run.method].fitted:
+            return None
+        return self.done.get(self.search(run.method, (run.size, run.learning_rate), run.epochs).key, {}).get("decided")
 
     def shown(self) -> list[str]:
         """Keys of the runs that the settings ask for, in the plan's order, each once."""

@@ -30,6 +30,7 @@ def render_study(study: Record, title: str) -> str:
     """
     trials = study["trials"]
     best = next((trial for trial in trials if trial["number"] == study["best"]), None)
+    choice = study["choice"] and next(trial for trial in trials if trial["number"] == study["choice"]["number"])
     complete = sum(trial["state"] == "complete" for trial in trials)
     return fill(
         "tuning.html",
@@ -40,10 +41,11 @@ def render_study(study: Record, title: str) -> str:
         meaning=METRICS[study["metric"]].what,
         higher=study["higher_is_better"],
         best=best,
-        first=_first(trials, best),
-        test=_test(study),
+        choice=choice,
+        headline=_headline(study, choice),
+        held=held_words(study),
         tiles=_tiles(study),
-        chosen=[(name.replace("_", "-"), shown(best, name)) for name in _names(study)] if best else [],
+        chosen=[(name.replace("_", "-"), shown(choice, name)) for name in _names(study)] if choice else [],
         history=_history(study) if any(last_value(trial) is not None for trial in trials) else None,
         legend=_legend({trial["state"] for trial in trials}),
         importance=_importance(study["importance"]) if study["importance"] else None,
@@ -69,16 +71,33 @@ def shown(trial: Record, name: str) -> str:
 
 def last_value(trial: Record) -> float | None:
     """Score of a complete trial, last score of any other, None where it has none."""
-    return trial["value"] if trial["value"] is not None else next(reversed(trial["epochs"].values()), None)
+    return trial["value"] if trial["value"] is not None else next(reversed(trial["scores"].values()), None)
 
 
-def _first(trials: Sequence[Record], best: Record | None) -> Record | None:
-    """The first trial, which starts from the settings of `train`, where it is another one than the best."""
-    return trials[0] if best and trials[0]["value"] is not None and trials[0]["number"] != best["number"] else None
+def held_words(study: Record) -> str:
+    """Which rows trials were scored on."""
+    folds = f" ({study['folds']}-fold cross-validation)" if study["folds"] else ""
+    return f"{whole(study['held'])} held-out rows{folds}"
 
 
-def _test(study: Record) -> Any:
-    return ((study["result"] or {}).get("test") or {}).get(study["metric"])
+def _headline(study: Record, choice: Record | None) -> Record | None:
+    """The score to read first: of the test rows where there are any, else of the rows that the search looked at, and said so."""
+    if choice is None:
+        return None
+    metric, name = metric_name(study["metric"]), "the defaults" if choice["defaults"] else f"trial {choice['number']}"
+    score = lambda result: ((result or {}).get("test") or {}).get(study["metric"])
+    test = score(study["result"])
+    if test is None:
+        many = sum(trial["state"] == "complete" for trial in study["trials"])
+        luck = "" if many == 1 else f" that {many} trials were compared on, so it is a little luckier than it is good"
+        return {"score": choice["value"], "what": f"held-out {metric}", "of": f"of {name} on the {held_words(study)}{luck}", "beside": None}
+    beside = score(study["defaults_result"]) if not choice["defaults"] else None
+    return {
+        "score": test,
+        "what": f"test {metric}",
+        "of": f"of {name} on {whole(study['rows'].get('test', 0))} test rows, which chose nothing",
+        "beside": beside,
+    }
 
 
 def _tiles(study: Record) -> list[tuple[str, str]]:
@@ -118,7 +137,8 @@ def _legend(states: set[str]) -> Markup:
 def _about(study: Record, trial: Record) -> str:
     value = last_value(trial)
     score = trial["state"] if value is None else f"{trial['state']}, {metric_name(study['metric'])} {number(value)}"
-    return f"trial {trial['number']}: {score}; " + ", ".join(f"{name.replace('_', ' ')} {shown(trial, name)}" for name in _names(study))
+    defaults = " (the defaults)" if trial["defaults"] else ""
+    return f"trial {trial['number']}{defaults}: {score}; " + ", ".join(f"{name.replace('_', ' ')} {shown(trial, name)}" for name in _names(study))
 
 
 def _history(study: Record) -> Markup:
@@ -128,7 +148,7 @@ def _history(study: Record) -> Markup:
     span = max(trial["number"] for trial in trials) or 1
     axes = figures.Axes((-0.03 * span, 1.03 * span), figures.room(values, 0.08))
     ticks = [tick for tick in figures.ticks(0, span, 8) if tick == int(tick)]
-    parts = [axes.frame("trial", f"validation {metric_name(study['metric'])}", ticks)]
+    parts = [axes.frame("trial", f"held-out {metric_name(study['metric'])}", ticks)]
     steps: list[Point] = []
     better = max if study["higher_is_better"] else min
     for trial in trials:
@@ -192,17 +212,19 @@ def _scale(name: str, values: Sequence[Any]) -> tuple[Callable[[Any], float], li
 
 
 def _row(study: Record, trial: Record) -> Record:
-    notes = [trial["reason"]] if trial["reason"] else []
+    notes = ["the defaults of train"] if trial["defaults"] else []
+    notes += [trial["reason"]] if trial["reason"] else []
     if trial["state"] == "pruned":
-        notes.append(f"after epoch {max(map(int, trial['epochs']))}")
+        notes.append(f"after {'fold' if study['folds'] else 'epoch'} {max(map(int, trial['scores']))}")
     if (trial["starts"] or 1) > 1:
         notes.append(f"started {trial['starts']} times")
     return {
         "number": trial["number"],
         "state": trial["state"],
         "best": trial["number"] == study["best"],
+        "chosen": bool(study["choice"]) and trial["number"] == study["choice"]["number"],
         "value": last_value(trial),
-        "cells": [shown(trial, name) if name != "lora_alpha" or trial["parameters"] else "" for name in _names(study)],
+        "cells": [shown(trial, name) if name != "lora_alpha" or trial["parameters"] or trial["defaults"] else "" for name in _names(study)],
         "parameters": trial["adapter_parameters"],
         "seconds": None if trial["seconds"] is None else f"{trial['seconds']:,.1f}",
         "note": "; ".join(notes),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import optuna
 
 MAX_STARTS = 3
+DEFAULTS = "defaults"  # attribute of the first trial
 JOURNAL, CLAIM, FINISH, TRIALS = 0, 1, 2, 3  # bytes of the lock file: one each for writes, claims and the end, then one for each trial
 
 
@@ -172,14 +173,15 @@ class SharedStudy:
 
         Args:
             ranges: parameter name -> distribution.
-            start: parameters of the first trial. The others are drawn by TPE (Bergstra et al. 2011) from (seed, number) and what is
+            start: parameters of the first trial, the defaults, as far as they lie in their ranges. The others are drawn by TPE (Bergstra et al. 2011) from (seed, number) and what is
                 known by then, so one process draws the same in one go or in several.
         """
         with self.locks.held(CLAIM):
             trial = self._left_behind(seed) or self._new(limit, start, seed)
             if trial is not None:
-                for name, distribution in ranges.items():  # its process may have died between two of them
-                    trial._suggest(name, distribution)
+                drawn = start if trial.user_attrs.get(DEFAULTS) else ranges  # the defaults may lie outside some ranges
+                for name in drawn:  # its process may have died between two of them
+                    trial._suggest(name, ranges[name])
             return trial
 
     def _left_behind(self, seed: int) -> "optuna.Trial | None":
@@ -198,8 +200,8 @@ class SharedStudy:
 
     def _new(self, limit: int, start: Mapping[str, Any], seed: int) -> "optuna.Trial | None":
         trials = self.trials()
-        if not trials and start:
-            self.study.enqueue_trial(dict(start))
+        if not trials:
+            self.study.enqueue_trial(dict(start), user_attrs={DEFAULTS: True})
             trials = self.trials()
         number = next((trial.number for trial in trials if trial.state.name == "WAITING"), len(trials))
         if number >= limit:

@@ -16,13 +16,13 @@ from textlora.files import write_text
 from textlora.report.comparison import cells
 from textlora.report.comparison.across import across
 from textlora.report.comparison.table import Comparison, Run, compare
-from textlora.report.comparison.words import sentences, sentences_of_many
+from textlora.report.comparison.words import sentences, sentences_of_many, verdict
 from textlora.report.numbers import clean, whole
 from textlora.report.pages import fill
 
 __all__ = ["render", "render_many", "require_matplotlib", "summary"]
 
-_NOT_LISTED = ("data", "descriptions", "labels", "left_out", "test_labels")
+_NOT_LISTED = ("data", "descriptions", "labels", "left_out", "split_lines", "test_labels")
 
 
 def require_matplotlib() -> None:
@@ -42,7 +42,8 @@ def render(settings: dict[str, Any], runs: Sequence[Run], folder: Path) -> dict[
         runs: the run files, in any order.
 
     Returns:
-        A summary that JSON can hold: data, metric, split, rows, best, sentences, and methods (the lines of report.csv).
+        A summary that JSON can hold: data, metric, split, rows, best, verdict, sentences (the verdict and more), left_out, and methods (the lines of
+        report.csv).
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -69,7 +70,7 @@ def render(settings: dict[str, Any], runs: Sequence[Run], folder: Path) -> dict[
     _write(page, records, Path(folder))
     best = table.best.name if table.best else None
     found = {"data": table.data, "metric": table.metric, "split": table.split, "rows": table.test_rows, "best": best}
-    return found | {"sentences": words, "methods": records}
+    return found | {"verdict": verdict(table), "sentences": words, "left_out": page["left_out"], "methods": records}
 
 
 def render_many(sets: Sequence[tuple[dict[str, Any], Sequence[Run]]], folder: Path) -> dict[str, Any]:

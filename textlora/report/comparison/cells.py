@@ -62,16 +62,35 @@ def _seeds(row: Row) -> str:
 def _notes(table: Comparison, scale: Scale) -> list[str]:
     notes = [
         f"{'Scores are in the metric’s own unit' if scale.own else 'Scores are times 100, differences in points'}. "
-        "± is the 95 % t interval over seeds: the luck of training, on these rows. A fitted method has no seed.",
+        "± is the 95 % t interval over seeds: the luck of training, on these test rows; it does not say how other test rows would score. "
+        "A fitted method has no seed.",
         "To the best: difference with its 95 % interval, from a paired bootstrap over the test rows with the luck of the seeds as a t variable. "
         "p is two-sided and corrected for the number of comparisons (Holm): below 0.05 the difference is more than noise. "
         "Not told apart does not mean equal: the interval says how far apart they may be.",
-        "Spread over rates: best minus worst validation score among the learning rates, with one seed; over seeds: best minus worst score "
+        "Spread over rates: best minus worst held-out score among the learning rates, with one seed; over seeds: best minus worst score "
         "at the best rate. Seconds: one training at the best rate, median over seeds. Peak memory: of the whole process. Saved: what is kept per task.",
     ]
+    notes += _pooled(table)
+    if table.settings.get("folds"):
+        notes.append(
+            f"Rates, checkpoints, temperature and thresholds were decided by {table.settings['folds']}-fold cross-validation on the training rows; "
+            "every run with a score on the test rows was trained on all of them."
+        )
     if table.split == "validation":
         notes[1] = "There was no test set: these rows also chose rates and checkpoints, so new rows will score a little lower, and nothing is tested."
     return notes
+
+
+def _pooled(table: Comparison) -> list[str]:
+    """What the heads see, where that is not the same for all."""
+    usual = table.settings.get("pooling")
+    words = {"first": "the first token, through the head that transformers has for the base", "mean": "the mean of all tokens"}
+    found = []
+    for pooling in words:
+        others = list(dict.fromkeys(run["method"] for run in table.runs if run.get("pooling") == pooling and pooling != usual))
+        if usual in words and others:
+            found.append(f"{', '.join(others)}: the head sees {words[pooling]}, since peft has no other way; all others: {words[usual]}.")
+    return found
 
 
 def averages(found: Across, icons: Icons) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from textlora.report.comparison.across import Across, Pair, told_apart
 from textlora.report.comparison.table import NOISE, OWN_UNIT, Comparison, Row
 from textlora.report.numbers import NONE, metric_name, number, size, whole
 
-__all__ = ["Scale", "p_text", "seconds", "sentences", "sentences_of_many", "stored"]
+__all__ = ["Scale", "p_text", "seconds", "sentences", "sentences_of_many", "stored", "verdict"]
+
+FEW_TEST_ROWS = 200
 
 
 class Scale:
@@ -65,7 +67,48 @@ def sentences(table: Comparison) -> list[str]:
     failed = [row for row in table.rows if row.mean is None]
     if best is None:
         return ["No method has a score yet.", *_failures(failed)]
-    return [_winner(table, best, scale), *_noise(table, best, scale), *_lora_and_full(table, scale), *_steady(table, scale), *_failures(failed)]
+    return [*verdict(table), *_lora_and_full(table, scale), *_steady(table, scale), *_failures(failed)]
+
+
+def verdict(table: Comparison) -> list[str]:
+    """What to take away: what won, whether that is more than noise, how the defaults stand, and whether there are test rows enough to tell."""
+    best, scale = table.best, Scale(table.metric)
+    if best is None:
+        return ["No method has a score yet."]
+    return [_winner(table, best, scale), *_noise(table, best, scale), *_defaults(table, best, scale), *_few_rows(table, scale)]
+
+
+def _over(*rows: Row) -> str:
+    """What an interval of a difference is over: it knows the luck of the seeds only where there are several."""
+    return "over test rows and seeds" if any(len(row.scores) > 1 for row in rows) else "over test rows"
+
+
+def _defaults(table: Comparison, best: Row, scale: Scale) -> list[str]:
+    """How `textlora train` as it is stands beside what was tuned."""
+    row = next((row for row in table.scored if row.method == "defaults"), None)
+    if row is None or len(table.scored) == 1:
+        return []
+    if row is best:
+        return ["Nothing that was tuned here is ahead of what textlora train does by default."]
+    gap = scale.points(best.mean - row.mean)
+    stand = "level with" if gap == scale.points(0.0) else f"{gap} behind"
+    if row.difference is None:
+        return [f"What textlora train does by default is {stand} {best.name}."]
+    between = f"95 % interval {_over(best, row)} {scale.interval(row.difference)}"
+    return [f"What textlora train does by default is {stand} {best.name} ({between}): {_verdict(row.p_holm < NOISE, best, row)}."]
+
+
+def _few_rows(table: Comparison, scale: Scale) -> list[str]:
+    """Whether the test rows can tell the methods apart at all."""
+    if table.split != "test" or not 0 < table.test_rows < FEW_TEST_ROWS or len(table.scored) < 2:
+        return []
+    halves = sorted((row.difference.high - row.difference.low) / 2 for row in table.scored[1:] if row.difference)
+    if not halves:
+        return [f"{whole(table.test_rows)} test rows are few: more of them would say more."]
+    return [
+        f"{whole(table.test_rows)} test rows are few: the intervals of the differences reach about {scale.points(halves[len(halves) // 2])} to either side, "
+        "and methods that are closer than that cannot be told apart here, whichever is better."
+    ]
 
 
 def _winner(table: Comparison, best: Row, scale: Scale) -> str:
@@ -77,7 +120,7 @@ def _winner(table: Comparison, best: Row, scale: Scale) -> str:
         return text
     gap, between = scale.points(best.mean - second.mean), ""
     if second.difference is not None:
-        between = f" (95 % interval of the difference {scale.interval(second.difference)})"
+        between = f" (95 % interval {_over(best, second)} {scale.interval(second.difference)})"
     if gap == scale.points(0.0):
         return f"{text} {second.name} is level with it{between}."
     return f"{text} {second.name} is next, {gap} behind{between}" + (
@@ -149,7 +192,7 @@ def _lora_and_full(table: Comparison, scale: Scale) -> list[str]:
     )
     gap = "" if side == "level with" else f"{scale.points(difference.value)} "
     return [
-        f"The best LoRA ({lora.name}) is {gap}{side} full fine-tuning (95 % interval {scale.interval(difference)}): "
+        f"The best LoRA ({lora.name}) is {gap}{side} full fine-tuning (95 % interval {_over(lora, full)} {scale.interval(difference)}): "
         f"{_verdict(not inside, lora, full)}."
     ]
 
