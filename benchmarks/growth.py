@@ -43,7 +43,9 @@ def step_cost(length: int, batch: int, r: int, layers: str, rows: int, steps: in
     from textlora.training import Trainer
 
     texts = [(" ".join(["film"] * (length - 2 - (k % 2 if length > 16 else 0))), "ab"[k % 2]) for k in range(max(rows, batch * 2))]
-    config = TrainConfig(model="minilm", pooling="first", epochs=max(1, -(-steps * batch // len(texts))), batch_size=batch, r=r, layers=layers, seed=0)
+    config = TrainConfig(
+        model="minilm", pooling="first", epochs=max(1, -(-steps * batch // len(texts))), batch_size=batch, r=r, layers=layers, seed=0
+    )
     trainer = Trainer(prepare(config, {"train": texts, "validation": texts[:2]}))
     seconds, tokens = [], []
     for record in trainer.records():

@@ -91,7 +91,7 @@ def main() -> None:
     train = [(row["text"], str(row["label"])) for row in read_rows(str(folder / "train.parquet"), ROWS)]
     held = [(row["text"], str(row["label"])) for row in read_rows(str(folder / f"{SETS[options.set]}.parquet"), ROWS)]
     config = TrainConfig(
-        model="minilm", epochs=EPOCHS, batch_size=8, learning_rate=5e-5, warmup=0.0, weight_decay=0.0, lora_dropout=DROPOUT, eval_every=math.ceil(ROWS / 8) * 5
+        model="minilm", pooling="first", epochs=EPOCHS, batch_size=8, learning_rate=5e-5, warmup=0.0, weight_decay=0.0, lora_dropout=DROPOUT, eval_every=math.ceil(ROWS / 8) * 5
     )  # fmt: skip
     prepared = prepare(config, {"train": train, "validation": held})
     model = prepared.model

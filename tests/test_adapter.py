@@ -499,7 +499,7 @@ def test_mean_pooling_is_ours_alone(tiny_base, tmp_path_factory):
     from textlora.classifier import encoded_logits
 
     assert close(classifier.logits(TEXTS), encoded_logits(reference, classifier.tokenizer.encode(TEXTS)))
-    assert "plain PEFT refuses this folder" in (run.folder / "README.md").read_text(encoding="utf-8")
+    assert "With PEFT and torch alone" in (run.folder / "README.md").read_text(encoding="utf-8")
 
 
 # --- relabel ---

@@ -595,7 +595,7 @@ def test_output_on_standard_output_is_one_json_line_and_errors_leave_it_empty(cl
 
     code, out, err = cli("evaluate", single.folder, "--data", single.config.test, "--model", single.config.model, "--json")
     assert (code, err, out.count("\n")) == (0, "", 1)
-    assert json.loads(out)["test"] == single.result["test"]
+    assert json.loads(out)["test"] == pytest.approx(single.result["test"], abs=1e-6)
 
     code, out, err = cli("inspect", single.folder, "--json", "--against", single.config.model)
     assert (code, err, out.count("\n")) == (0, "", 1)

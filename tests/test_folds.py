@@ -164,7 +164,7 @@ def test_the_saved_head_has_the_temperature_in_it(tiny_base, tmp_path):
         pass
     trainings.prepared.model.load_trainable(trainings.trainer.best)
     held = trainings.held()
-    temperature = fit_temperature(held.logits, trainings.prepared.sets["train"].labels[held.rows], classifier.meta.problem_type)
+    temperature = fit_temperature(held.logits, trainings.prepared.sets["train"].labels[held.rows], classifier.meta.problem_type, out_of_fold=True)
     assert temperature == pytest.approx(classifier.meta.fitted_temperature)
     trained = encoded_logits(trainings.prepared.model, trainings.prepared.tokenizer.encode(texts))
     assert np.allclose(trained, temperature * logits, atol=1e-5)

@@ -50,7 +50,7 @@ def finish(prepared: Prepared, trainings: Trainings, run: Path, prover: Prover) 
     if held is not None:
         labels = prepared.sets[held.split].labels[held.rows]
         if kind != REGRESSION:
-            calibration["temperature"] = fit_temperature(held.logits, labels, kind)
+            calibration["temperature"] = fit_temperature(held.logits, labels, kind, out_of_fold=bool(held.folds))
         if kind == MULTI_LABEL:
             calibration["thresholds"] = fit_thresholds(probabilities(held.logits, kind, calibration["temperature"]), labels)
         finals.append(_final(prepared, trainings, "validation", held.logits, prepared.sets[held.split].pick(held.rows), calibration))

@@ -23,7 +23,7 @@ _ADAPTER = ("base", "labels", "problem_type", "revision", "no_verify")
 @click.option("--seed", type=int, default=42, help="Seed that picks --limit-eval rows.  [default: 42]")
 @click.option("--adapters-as-inputs", "graph", is_flag=True, help="FOLDER is a base model: write one graph that takes any of its adapters as inputs.")
 @click.option("--target-modules", type=CommaList(), metavar="NAMES", help="Its dense layers that can take LoRA. Default: all.")
-@click.option("--pooling", type=click.Choice(("first", "mean")), help="What its heads see.  [default: first]")
+@click.option("--pooling", type=click.Choice(("first", "mean")), help="What its heads see.  [default: as --pooling auto of train]")
 @click.option("--as-adapter", "alone", is_flag=True, help="Write the adapter alone, an .onnx_adapter file for such a graph.")
 @json_option
 def export(output: Path, data: str | None, limit_eval: int | None, seed: int, graph: bool, alone: bool, as_json: bool, **flags: Any) -> None:
@@ -50,13 +50,13 @@ def export(output: Path, data: str | None, limit_eval: int | None, seed: int, gr
     if graph:
         from torch import set_num_threads
 
-        from textlora.base import find_base
+        from textlora.base import base_pooling, find_base
         from textlora.export import export_base
 
         if flags["threads"]:
             set_num_threads(flags["threads"])
         files = find_base(str(flags["folder"]))
-        result = export_base(files, output, pooling=places["pooling"] or "first", target_modules=places["target_modules"])
+        result = export_base(files, output, pooling=places["pooling"] or base_pooling(files)[0], target_modules=places["target_modules"])
     else:
         classifier = load_classifier(**flags)
         from textlora.adapter import read_adapter

@@ -376,7 +376,7 @@ def _decisions(prepared: Prepared, held: tuple[str, np.ndarray, np.ndarray] | No
     split, places, logits = held
     labels, calibration = prepared.sets[split].labels[places], {}
     if kind != REGRESSION:
-        calibration["temperature"] = fit_temperature(logits, labels, kind)
+        calibration["temperature"] = fit_temperature(logits, labels, kind, out_of_fold=split == "train")
         if kind == MULTI_LABEL:
             calibration["thresholds"] = fit_thresholds(probabilities(logits, kind, calibration["temperature"]), labels)
     return calibration, evaluate(kind, labels, logits, names)
