@@ -14,6 +14,7 @@ import numpy as np
 from textlora.calibration import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from textlora.errors import UsageError
 from textlora.metrics.rows import Rows, confusion, number
+from textlora.metrics.spread import correlation_interval, losses, mean_interval, r2_interval, share_bounds, wilson
 from textlora.metrics.tables import calibration_bins, details, per_class
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
 
 RANK_RESAMPLES: Final = 200
 _CHUNK = 100  # resamples held at once: 100 x 25,000 weights are 20 MB
-_NORMAL_975 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -133,16 +133,19 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """95 % intervals: what the metrics could be on other test rows of the same kind (not other training seeds).
 
-    Accuracy and exact match: Wilson's score interval (1927). All else: percentile bootstrap over rows (Efron 1979); metrics
-    of a single-label confusion matrix resample its cells, which is the same thing, faster; rank metrics take at most 200
-    resamples. ECE has none: resampling adds noise to its absolute gaps, so a percentile interval would sit too high.
+    Accuracy and exact match: Wilson's score interval (1927). All else: a bootstrap over rows (Efron 1979) gives the standard error,
+    to which few rows add what they leave open (`textlora.metrics.spread`), so that four rows without a mistake do not make a score
+    certain; on many rows the bootstrap decides alone. Metrics of a single-label confusion matrix resample its cells, which is the
+    same thing, faster; rank metrics take at most 200 resamples. A mean over labels of which some have no row may be anything for
+    those. ECE has none: resampling adds noise to its absolute gaps, so an interval would sit too high.
 
     Args:
         metrics: names; None is all of the problem type.
         seed: the same seed gives the same interval, whichever other metrics are asked for.
 
     Returns:
-        Name to (low, high), without the metrics that have no value.
+        Name to (low, high), without the metrics that have no value and those of which the rows say nothing: a mean or a correlation
+        from too few rows, an error of exactly 0, MCC where one label only occurs.
 
     Raises:
         UsageError: as `evaluate`, or a name is not a metric of the problem type.
@@ -170,18 +173,27 @@ def intervals(
                 samples.setdefault(name, []).append(values)
     result = {}
     for name in wanted:
-        values = np.concatenate(samples[name]) if name in samples else np.empty(0)
-        values = values[np.isfinite(values)]
-        if name in ("accuracy", "exact_match"):
-            result[name] = _wilson(int(rows.correct.sum()), rows.count)
-        elif len(values):
-            low, high = np.percentile(values, [2.5, 97.5])
-            result[name] = (float(low), float(high))
+        draws = np.concatenate(samples[name]) if name in samples else np.empty(0)
+        bounds = _bounds(rows, name, draws)
+        if bounds is not None and all(map(math.isfinite, bounds)):
+            result[name] = bounds
     return result
 
 
-def _wilson(successes: int, count: int) -> tuple[float, float]:
-    share, z2 = successes / count, _NORMAL_975**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = _NORMAL_975 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+def _bounds(rows: Rows, name: str, draws: np.ndarray) -> tuple[float, float] | None:
+    """Interval of one metric from its resampled values (R,)."""
+    if name in ("accuracy", "exact_match"):
+        return wilson(float(rows.correct.mean()), rows.count)
+    ones, counts = np.ones((1, rows.count)), rows.cell_counts[None]
+    found = rows.count_metrics(counts) | rows.row_metrics(ones) | rows.rank_metrics(ones, {name})
+    value = float(found[name][0])
+    if not math.isfinite(value):
+        return None
+    if name in ("spearman", "pearson"):
+        return correlation_interval(value, draws, rows.count, ranks=name == "spearman")
+    if name == "r2":
+        errors, unseen = losses(rows, "mse")
+        return r2_interval(value, draws, rows.count, mean_interval(1.0, errors / errors.mean(), unseen / errors.mean()) if errors.any() else None)
+    if name in ("mse", "mae", "log_loss"):
+        return mean_interval(value, *losses(rows, name))
+    return share_bounds(rows, name, value, draws)
