@@ -18,11 +18,11 @@ from textlora.errors import VerificationError
 from textlora.families import read_spec
 from textlora.files import write_text
 from textlora.golden import golden_rows
-from textlora.hardware import peak_memory, torch_threads
+from textlora.hardware import peak_memory
 from textlora.metrics import details, intervals
 from textlora.model import parameter_counts
 from textlora.prepare import Prepared
-from textlora.prover import Prover
+from textlora.reference import ReferenceModel
 from textlora.report import markdown_summary
 from textlora.training import Trainer, score
 
@@ -30,11 +30,8 @@ TOLERANCE = 1e-4  # of a saved float32 adapter against transformers + peft, rela
 _CARD_SETTINGS = ("epochs", "learning_rate", "scheduler", "warmup", "batch_size", "r", "lora_alpha", "lora_dropout", "layers", "max_length", "seed")
 
 
-def finish(prepared: Prepared, trainer: Trainer, run: Path, prover: Prover) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def finish(prepared: Prepared, trainer: Trainer, run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score the model as it stands (the best checkpoint), save it into `run/..`, and check the saved files.
-
-    Args:
-        prover: computes what transformers + peft say of them.
 
     Returns:
         the result record, and the `final` records of the log.
@@ -56,7 +53,7 @@ def finish(prepared: Prepared, trainer: Trainer, run: Path, prover: Prover) -> t
         if split in prepared.sets:
             finals.append(_final(prepared, trainer, split, calibration))
             scores[split] = finals[-1]["metrics"]
-    difference = _save(prepared, trainer, run, prover, calibration, scores, finals)
+    difference = _save(prepared, trainer, run, calibration, scores, finals)
     adapter, head = parameter_counts(prepared.model.trainable())
     result = {
         "problem_type": kind,
@@ -66,7 +63,6 @@ def finish(prepared: Prepared, trainer: Trainer, run: Path, prover: Prover) -> t
         "adapter_parameters": adapter,
         "head_parameters": head,
         "golden_difference": difference,
-        **({} if prover.trouble is None else {"prover_trouble": prover.trouble}),
         "train_rows": len(prepared.sets["train"].rows),
         **scores,
     }
@@ -91,7 +87,7 @@ def _final(prepared: Prepared, trainer: Trainer, split: str, calibration: dict[s
 
 
 def _save(
-    prepared: Prepared, trainer: Trainer, run: Path, prover: Prover, calibration: dict[str, Any], scores: dict[str, Any], finals: list[dict[str, Any]]
+    prepared: Prepared, trainer: Trainer, run: Path, calibration: dict[str, Any], scores: dict[str, Any], finals: list[dict[str, Any]]
 ) -> float:
     """Write into a staging folder, check it there, then move it up, `textlora.json` last."""
     config, files, model = prepared.config, prepared.files, prepared.model
@@ -119,7 +115,7 @@ def _save(
             label_separator=prepared.schema.label_separator,
             thresholds=None if thresholds is None else tuple(map(float, thresholds)),
             temperature=float(calibration["temperature"]),
-            golden=tuple(_golden(prepared, staging, prover)),
+            golden=tuple(_golden(prepared, staging)),
             scores=scores,
             training={
                 "data_sha256": prepared.data_sha256,
@@ -167,11 +163,11 @@ def _write_tokenizer(prepared: Prepared, folder: Path) -> None:
     write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
-def _golden(prepared: Prepared, folder: Path, prover: Prover) -> list[dict[str, Any]]:
+def _golden(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
     """Golden texts with the logits that transformers + peft give for the saved files, float32 on the CPU."""
     rows = golden_rows(prepared.pairs)
-    encoded = prepared.tokenizer.encode([a for a, _ in rows], [b for _, b in rows])
-    logits = prover.golden(folder, prepared.files.folder, len(prepared.schema.labels), prepared.config.pooling, encoded)
+    reference = ReferenceModel.from_adapter(folder, prepared.files.folder, len(prepared.schema.labels), pooling=prepared.config.pooling)
+    logits = encoded_logits(reference, prepared.tokenizer.encode([a for a, _ in rows], [b for _, b in rows]))
     return [{"text": a, "text_pair": b, "logits": [float(x) for x in row]} for (a, b), row in zip(rows, logits, strict=True)]
 
 
@@ -185,10 +181,9 @@ def _prove(prepared: Prepared, folder: Path) -> float:
     for name, tensor in prepared.model.trainable().items():
         if not np.array_equal(saved[name].numpy(), tensor.detach().cpu().float().numpy()):
             raise VerificationError(f"tensor '{name}' was not saved as it was trained")
-    with torch_threads(1):  # little work
-        classifier = TextClassifier.load(folder, base=str(prepared.files.folder), device="cpu", verify=False)
-        stored = np.array([row["logits"] for row in classifier.meta.golden])
-        now = classifier.plain_logits([row["text"] for row in classifier.meta.golden], [row["text_pair"] for row in classifier.meta.golden])
+    classifier = TextClassifier.load(folder, base=str(prepared.files.folder), device="cpu", verify=False)
+    stored = np.array([row["logits"] for row in classifier.meta.golden])
+    now = classifier.plain_logits([row["text"] for row in classifier.meta.golden], [row["text_pair"] for row in classifier.meta.golden])
     difference = np.abs(stored - now)
     if not (difference <= TOLERANCE * np.maximum(1, np.abs(stored))).all():
         raise VerificationError(

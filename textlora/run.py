@@ -28,7 +28,6 @@ from textlora.hardware import peak_memory
 from textlora.model import parameter_counts
 from textlora.prefix import build_prefix
 from textlora.prepare import Prepared, prepare
-from textlora.prover import Prover
 from textlora.report import render
 from textlora.training import Trainer, start_head
 
@@ -58,7 +57,6 @@ def run_training(
     on_record: Callable[[Record], None] = lambda record: None,
     stop: Callable[[], bool] = lambda: False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    prover: Prover | None = None,
 ) -> Record:
     """Train, or go on with, one adapter; leave it in `config.output`; return the result record.
 
@@ -66,7 +64,6 @@ def run_training(
         sources: rows, DataFrames or datasets by split, in place of the settings' paths.
         on_record: called with every line of `run/metrics.jsonl` as it is written.
         stop: asked after each step; True makes a checkpoint and raises Interrupted.
-        prover: begun already by who calls; default: one of this run's own, begun now.
 
     Raises:
         TextloraError: what is wrong and where; nothing is left behind unless training had begun.
@@ -84,25 +81,23 @@ def run_training(
     if config.threads:
         torch.set_num_threads(config.threads)
     began = time.perf_counter()
-    with prover or Prover() as prover:
-        prepared = prepare(config, sources)
-        trainer = Trainer(prepared)
-        _start(prepared)
-        new = not output.exists()
-        with folder_lock(run):
-            try:
-                return _run(prepared, trainer, run, prover, on_record, stop, checkpoint_seconds, began)
-            except BaseException:
-                if not (run / "config.toml").is_file():  # nothing worth keeping was written
-                    shutil.rmtree(output if new else run, ignore_errors=True)
-                raise
+    prepared = prepare(config, sources)
+    trainer = Trainer(prepared)
+    _start(prepared)
+    new = not output.exists()
+    with folder_lock(run):
+        try:
+            return _run(prepared, trainer, run, on_record, stop, checkpoint_seconds, began)
+        except BaseException:
+            if not (run / "config.toml").is_file():  # nothing worth keeping was written
+                shutil.rmtree(output if new else run, ignore_errors=True)
+            raise
 
 
 def _run(
     prepared: Prepared,
     trainer: Trainer,
     run: Path,
-    prover: Prover,
     on_record: Callable[[Record], None],
     stop: Callable[[], bool],
     checkpoint_seconds: float,
@@ -153,7 +148,7 @@ def _run(
                     f"stopped at step {trainer.step} of {len(trainer.steps)}", f"`textlora train --resume --output {run.parent}` goes on"
                 )
         prepared.model.load_trainable(trainer.best)
-        result, finals = finish(prepared, trainer, run, prover)
+        result, finals = finish(prepared, trainer, run)
         for record in finals:
             emit(record)
         end = {

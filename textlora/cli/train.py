@@ -36,9 +36,8 @@ def train(config_file: str | None, resume: bool, as_json: bool, quiet: bool, **f
         config = resume_config(Path(settings["output"]), settings)
     config = config or TrainConfig(**settings)
     from textlora.progress import TrainingDisplay
-    from textlora.prover import Prover
 
-    with Prover() as prover, TrainingDisplay(quiet) as display, _interruptible() as interrupt:  # its imports run beside those of torch here
+    with TrainingDisplay(quiet) as display, _interruptible() as interrupt:
         display.say("reading the data and the base model ...")
         from textlora.run import run_training
 
@@ -46,7 +45,7 @@ def train(config_file: str | None, resume: bool, as_json: bool, quiet: bool, **f
             interrupt.gentle = record["kind"] in ("start", "data", "step", "evaluation")
             display.show(record)
 
-        result = run_training(config, resume=resume, on_record=on_record, stop=lambda: interrupt.asked, prover=prover)
+        result = run_training(config, resume=resume, on_record=on_record, stop=lambda: interrupt.asked)
         display.say(f"saved to {result['output']}: open {Path(result['output']) / 'run' / 'report.html'}")
     if as_json:
         print_json(result)
