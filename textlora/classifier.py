@@ -17,7 +17,7 @@ from textlora.calibration import decide, probabilities
 from textlora.config import MULTI_LABEL, REGRESSION
 from textlora.errors import AdapterError, UsageError
 from textlora.foreign.facts import find_facts, find_length
-from textlora.hardware import Workers, bounded_memory, choose_device, side_by_side
+from textlora.hardware import Workers, bounded_memory, choose_device, side_by_side, torch_threads
 from textlora.hub import adapter_folder
 from textlora.model import Model, open_model
 from textlora.tokens import Encoded, TextTokenizer, even_batches, load_tokenizer, pack
@@ -106,7 +106,7 @@ class TextClassifier:
     def verify(self, name: str = "this adapter") -> float:
         """Recompute the golden examples in plain float32; the largest difference of a logit. Raises AdapterError beyond the tolerance."""
         stored = np.array([row["logits"] for row in self.meta.golden], dtype=np.float64)
-        with exact_float32():
+        with exact_float32(), torch_threads(1):  # little work
             now = self.plain_logits([row["text"] for row in self.meta.golden], [row["text_pair"] for row in self.meta.golden])
         if stored.shape != now.shape:
             raise AdapterError(f"{name}: golden examples have {stored.shape[-1]} logits, the model gives {now.shape[-1]}")

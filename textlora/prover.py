@@ -56,7 +56,7 @@ class Prover:
 
     def start(self) -> Self:
         """Start the process, and return at once. Nothing where there is one, or where transformers + peft are imported here. Raises nothing."""
-        if self._process is not None or Prover._begun or "textlora.reference" in sys.modules:
+        if self._process is not None or Prover._begun or _imported():
             return self
         Prover._begun = True
         try:
@@ -126,6 +126,11 @@ class Prover:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _imported() -> bool:
+    """Whether transformers + peft are here already."""
+    return "textlora.reference" in sys.modules
 
 
 def golden_logits(adapter_folder: str, base_folder: str, num_labels: int, pooling: str, rows: list[list[list[int]]]) -> list[list[float]]:
