@@ -14,6 +14,7 @@ from textlora.errors import UsageError
 
 LOG_TEMPERATURE_RANGE: Final = (-3.0, 3.0)
 THRESHOLD_RANGE: Final = (0.05, 0.95)
+COMMON_POSITIVES, OWN_POSITIVES = 10.0, 50.0  # positives at which the common and a label's own threshold count half
 PRIOR_SPREAD: Final = 0.5  # of log T around 0: about twenty rows weigh as much
 UNSEEN_ERRORS: Final = 3.0
 FLOOR_ROWS: Final = 2.0
@@ -172,24 +173,40 @@ def _floor(logits: np.ndarray, problem_type: str, error: float) -> float:
 
 
 def fit_thresholds(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Per label, the threshold with the highest F1 on the given (validation) rows.
+    """Per label, a threshold for a high F1, its own only as far as the label's positives support it.
+
+    First one threshold for all labels: the one with the highest F1 over all decisions together (micro F1), its logit times
+    `K / (K + 10)` for K positives in all, which draws it towards 0.5. Then each label's own with the highest F1: with k positives its
+    logit counts `k / (k + 50)`, that of the common one the rest. On a handful of positives the best threshold of a label is where these
+    happen to lie, and costs more than it gains on other rows (docs/decisions/few-rows.md).
 
     Candidates are 0.5, both ends of [0.05, 0.95] and the midpoints between neighbouring scores inside; of equally good
-    ones the nearest to 0.5 wins (then the lower). So no label's F1 on these rows is below its F1 at 0.5.
+    ones the nearest to 0.5 wins (then the lower).
 
     Args:
-        probs: (N, C) scores in [0, 1].
+        probs: (N, C) scores in [0, 1] of rows that the model has not been trained on.
         labels: (N, C) of 0 and 1.
 
     Returns:
-        (C,) float64; 0.5 for a label without a positive row or with scores that are not finite.
+        (C,) float64; 0.5 for a label with scores that are not finite, the common one for a label without a positive row.
     """
     probs, truth = np.asarray(probs, dtype=np.float64), np.asarray(labels) > 0.5
+    usable = np.isfinite(probs).all(axis=0)
     thresholds = np.full(probs.shape[1], 0.5)
-    for column, (scores, positive) in enumerate(zip(probs.T, truth.T, strict=True)):
-        if positive.any() and np.isfinite(scores).all():
-            thresholds[column] = _best_threshold(scores, positive)
+    if not truth[:, usable].any():
+        return thresholds
+    positives = truth.sum(axis=0)
+    known = int(positives[usable].sum())
+    common = _logit(_best_threshold(probs[:, usable].ravel(), truth[:, usable].ravel())) * known / (known + COMMON_POSITIVES)
+    for column in np.flatnonzero(usable):
+        own = _logit(_best_threshold(probs[:, column], truth[:, column])) if positives[column] else common
+        share = positives[column] / (positives[column] + OWN_POSITIVES)
+        thresholds[column] = 1 / (1 + np.exp(-(common + share * (own - common))))
     return thresholds
+
+
+def _logit(probability: float) -> float:
+    return float(np.log(probability / (1 - probability)))
 
 
 def _best_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
