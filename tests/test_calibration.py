@@ -1,5 +1,7 @@
 """Probabilities, decisions, temperature and thresholds, against SciPy, scikit-learn and brute force."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -86,7 +88,7 @@ def test_temperature_is_the_most_likely_on_a_fine_grid(problem_type):
     assert np.log(fit_temperature(logits, labels, problem_type, out_of_fold=True)) == pytest.approx(1.4 * best, abs=0.006)
     unsure = np.log(fit_temperature(logits / 20, labels, problem_type))
     assert unsure < -0.2
-    assert np.log(fit_temperature(logits / 20, labels, problem_type, out_of_fold=True)) == pytest.approx(unsure / 2, abs=1e-3)
+    assert np.log(fit_temperature(logits / 20, labels, problem_type, out_of_fold=True)) == pytest.approx(unsure / 4, abs=1e-3)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 60, 240, 2000])
@@ -110,7 +112,19 @@ def test_unsure_rows_are_made_surer_with_a_mistake_among_them_only():
     labels[0] = 1
     found = fit_temperature(logits, labels, SINGLE)
     assert found < fit_temperature(logits[:20], labels[:20], SINGLE) < 1
-    assert 1 - probabilities(logits, SINGLE, found).max(axis=1).mean() >= 3 / 206
+    assert 1 - probabilities(logits, SINGLE, found).max(axis=1).mean() >= 1 / 202
+
+
+def test_rows_of_cross_validation_call_for_more_the_more_of_them_are_wrong():
+    random = np.random.default_rng(3)
+    labels = random.integers(0, 2, 400)
+    stretched = []
+    for share in (0.05, 0.3):
+        truth = np.where(np.arange(400) < 400 * share, 1 - labels, labels)
+        logits = np.outer(2 * labels - 1, [-2.0, 2.0]) + random.normal(size=(400, 2))
+        own, grown = (np.log(fit_temperature(logits, truth, SINGLE, out_of_fold=folds)) for folds in (False, True))
+        stretched.append(grown / own)
+    assert stretched == pytest.approx([1.2, 1.4], abs=0.03)
 
 
 def test_temperature_of_few_rows_stays_near_1():
@@ -129,11 +143,15 @@ def test_temperature_is_1_where_it_cannot_help():
     assert fit_temperature(zeros[:, :1], labels.astype(float), REGRESSION) == 1.0
 
 
-def test_thresholds_by_hand():
-    probs = np.array([[0.1, 0.9, 0.3, 0.01], [0.2, 0.8, 0.3, 0.02], [0.4, 0.7, 0.3, 0.03], [0.6, 0.6, 0.3, 0.04]])
-    labels = np.array([[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1], [1, 0, 0, 1]])
-    # 1: any in (0.2, 0.4] is perfect, the midpoint is taken. 2: the best is above 0.8. 3: no positive. 4: scores below the range.
-    np.testing.assert_allclose(fit_thresholds(probs, labels), [0.3, 0.85, 0.5, 0.5])
+def _slow_best(scores, positive):
+    """The threshold with the highest F1, tried one by one: the nearest to 0.5 of the best."""
+    between = sorted(set(scores.tolist()))
+    middles = [min(0.95, max(0.05, (x + y) / 2)) for x, y in itertools.pairwise(between)]
+    return min([0.05, 0.95, 0.5, *middles], key=lambda t: (-_f1(positive, scores >= t), abs(t - 0.5), t))
+
+
+def _logit(p):
+    return np.log(p / (1 - p))
 
 
 SCORES = st.integers(2, 12).flatmap(
@@ -147,17 +165,29 @@ def _f1(truth, picked):
 
 @given(SCORES)
 @settings(deadline=None)
-def test_thresholds_beat_every_other_in_the_range(case):
+def test_thresholds_are_a_labels_own_as_far_as_its_positives_support_it(case):
     probs, labels = case
     found = fit_thresholds(probs, labels)
-    assert ((found >= 0.05) & (found <= 0.95)).all()
-    for c in range(2):
-        if not labels[:, c].any():
-            assert found[c] == 0.5
-            continue
-        best = _f1(labels[:, c], probs[:, c] >= found[c])
-        others = [t for t in (*np.linspace(0.05, 0.95, 91), *probs[:, c]) if 0.05 <= t <= 0.95]
-        assert best >= max(_f1(labels[:, c], probs[:, c] >= t) for t in others) - 1e-12
+    assert ((found >= 0.05 - 1e-9) & (found <= 0.95 + 1e-9)).all()
+    if not labels.any():
+        assert (found == 0.5).all()
+        return
+    positives = labels.sum(axis=0)
+    common = _logit(_slow_best(probs.ravel(), labels.ravel())) * positives.sum() / (positives.sum() + 10)
+    for c, k in enumerate(positives):
+        own = _logit(_slow_best(probs[:, c], labels[:, c])) if k else common
+        assert _logit(found[c]) == pytest.approx((50 * common + k * own) / (50 + k), abs=1e-9)
+
+
+def test_many_positives_give_each_label_its_own_threshold_and_few_a_common_one():
+    random = np.random.default_rng(1)
+    labels = (random.random((5000, 2)) < 0.5).astype(int)
+    probs = np.clip(np.where(labels == 1, [0.3, 0.8], [0.1, 0.6]) + random.normal(size=labels.shape) * 0.04, 0.01, 0.99)
+    np.testing.assert_allclose(fit_thresholds(probs, labels), [0.2, 0.7], atol=0.04)
+    few = fit_thresholds(probs[:12], labels[:12])
+    assert few[1] - few[0] < 0.25
+    few = fit_thresholds(np.hstack([probs[:12], probs[:12, :1] * np.nan]), np.hstack([labels[:12], labels[:12, :1]]))
+    assert few[2] == 0.5
 
 
 def test_thresholds_tie_goes_to_the_middle_and_the_order_of_rows_does_not_matter():

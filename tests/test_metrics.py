@@ -13,7 +13,7 @@ from scipy.special import expit, softmax
 from sklearn import metrics as sk
 
 from textlora.errors import UsageError
-from textlora.metrics import DEFAULT_METRIC, METRICS, calibration_bins, confusion, details, evaluate, intervals, per_class
+from textlora.metrics import DEFAULT_METRIC, METRICS, calibration_bins, cannot_tell, confusion, details, evaluate, intervals, per_class
 from textlora.metrics.ranking import average_precision, roc_auc, spearman
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -380,3 +380,19 @@ def test_regression_details():
 def test_details_of_broken_logits_are_empty():
     found = details(SINGLE, np.array([0]), np.array([[np.nan, 0.0]]), names(2), ["t"], ["w"])
     assert found == {"confusion": None, "per_class": [], "calibration": [], "mistakes": [], "scatter": []}
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "interval", "told"),
+    [
+        ("accuracy", 0.9, (0.8, 0.95), True),
+        ("accuracy", 0.9, (0.6, 0.95), False),
+        ("micro_f1", 1.0, None, False),
+        ("mse", 4.0, (3.0, 5.9), True),
+        ("mse", 4.0, (1.0, 9.0), False),
+        ("ece", 0.1, None, True),
+        ("auc", None, None, True),
+    ],
+)
+def test_a_sentence_where_the_rows_cannot_tell(metric, value, interval, told):
+    assert (cannot_tell(metric, value, interval, 10) is None) == told

@@ -9,7 +9,7 @@ import pytest
 
 from textlora.cli.compare import ComparisonDisplay
 from textlora.cli.tune import SearchDisplay
-from textlora.progress import LINE_SECONDS, Display, TrainingDisplay, clock, time_left
+from textlora.progress import LINE_SECONDS, Display, TrainingDisplay, clock, report_line, time_left
 
 
 @pytest.fixture
@@ -164,3 +164,10 @@ def test_quiet_says_nothing_even_in_a_terminal(kind):
         display.say("hello")
         display.count("things", 1, 2)
     assert err.seen() == ""
+
+
+def test_the_last_line_says_where_the_rows_cannot_tell():
+    record = {"kind": "final", "split": "test", "rows": 4, "metrics": {"accuracy": 1.0}, "intervals": {"accuracy": [0.5101, 1.0]}}
+    assert "4 rows cannot tell: the true accuracy may be anything between 0.51 and 1.00." in report_line(record)
+    assert "cannot tell" in report_line(record | {"metrics": {"mse": 0.0}, "intervals": {}})
+    assert "\n" not in report_line(record | {"rows": 4000, "intervals": {"accuracy": [0.97, 1.0]}})

@@ -272,6 +272,17 @@ def test_markdown_summary_holds_the_metrics():
     assert "adapter parameters: 147,456; head parameters: 770; epochs: 3.0; training time: 83.1 s" in summary
 
 
+def test_page_and_summary_say_where_the_rows_cannot_tell():
+    told, about = "4 rows cannot tell: the true accuracy may be anything between 0.51 and 1.00.", "An interval is over other test rows"
+    for rows, interval in ((4, [0.5101, 1.0]), (4000, [0.88, 0.9])):
+        records = make_records(rows=rows)
+        final = next(r for r in records if r.get("split") == "test" and r["kind"] == "final")
+        final["rows"], final["intervals"]["accuracy"] = rows, interval
+        for shown in (render(records, "a run"), markdown_summary(records)):
+            assert (told in shown) == (rows == 4)
+            assert shown.count(about) == 1
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.87, "0.8700"), (2e-05, "2e-05"), (0, "0.0000"), (None, "–"), (float("nan"), "–"), (12345.678, "12,345.6780"), (-0.5, "-0.5000")],

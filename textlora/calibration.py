@@ -14,11 +14,13 @@ from textlora.errors import UsageError
 
 LOG_TEMPERATURE_RANGE: Final = (-3.0, 3.0)
 THRESHOLD_RANGE: Final = (0.05, 0.95)
+COMMON_POSITIVES, OWN_POSITIVES = 10.0, 50.0  # positives at which the common and a label's own threshold count half
 PRIOR_SPREAD: Final = 0.5  # of log T around 0: about twenty rows weigh as much
 UNSEEN_ERRORS: Final = 3.0
 FLOOR_ROWS: Final = 2.0
-# From models of the folds to one of all rows: factors of log T above and below 0, and log of the growth of well separated logits.
-GROWN_SURER, GROWN_LESS_SURE, GROWN_LOGITS = 1.4, 0.5, 0.1
+# From models of the folds to one of all rows: log T above 0 grows by 4 times the share of wrong rows, at most by 0.4 of itself; factor of log T
+# below 0; log of the growth of well separated logits.
+GROWN_PER_ERROR, GROWN_SURER, GROWN_LESS_SURE, GROWN_LOGITS = 4.0, 0.4, 0.25, 0.1
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -99,14 +101,15 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, problem_type: str, *
     With N rows, log T is the larger of two values:
 
     - The maximum a posteriori: it minimises `sum of the rows' log loss + (log T)^2 / (2 * 0.5^2)`, so few rows leave T near 1.
-    - A floor: T where the mean claimed chance of a mistake reaches `3 / (N + 6)`, times `N / (N + 2)`. N rows without a mistake do
-      not exclude an error of up to 3 / N (rule of three, Hanley and Lippman-Hand 1983); the log loss alone would sharpen such rows
-      without end. A multi-label row is a mistake where any of its labels is wrong. Without
-      a mistake among the rows T is at least 1.
+    - A floor: T where the mean claimed chance of a mistake reaches `u / (N + 2 u)`, times `N / (N + 2)`; u is 3 less the wrong rows.
+      N rows without a mistake do not exclude an error of up to 3 / N (rule of three, Hanley and Lippman-Hand 1983); the log loss
+      alone would sharpen such rows without end. A multi-label row is wrong where any of its labels is. Without a wrong row T is at
+      least 1; from three on there is no floor.
 
     Rows of cross-validation (`out_of_fold`) come from models that saw fewer rows and took fewer steps than the one to be scaled: its
-    logits are larger, and it is more certain than it should be by more. Then log T of the first is multiplied by 1.4 above 0
-    and halved below, and the floor's rises by 0.1; measured on ten sets (docs/decisions/few-rows.md).
+    logits are larger, and where it errs it is surer than it should be by more. Then log T of the first is multiplied, above 0 by
+    `1 + min(0.4, 4 * share of wrong rows)` and below by 0.25, and the floor's rises by 0.1; measured on ten sets
+    (docs/decisions/few-rows.md).
 
     Args:
         logits: (N, C) of rows that the model has not been trained on.
@@ -130,15 +133,24 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, problem_type: str, *
         return float(rows.sum()) * parts + log_t**2 / (2 * PRIOR_SPREAD**2)
 
     log_t = _lowest(loss, *LOG_TEMPERATURE_RANGE)
-    decided = decide(probabilities(logits, problem_type), problem_type)
-    if loss(log_t) >= loss(0.0) or (log_t < 0 and np.array_equal(decided, np.asarray(labels) > 0.5 if problem_type == MULTI_LABEL else labels)):
+    wrong = _wrong_rows(logits, labels, problem_type)
+    if loss(log_t) >= loss(0.0) or (log_t < 0 and not wrong):
         log_t = 0.0
-    floor = _floor(logits, problem_type, UNSEEN_ERRORS / (count + 2 * UNSEEN_ERRORS))
+    unseen = max(0.0, UNSEEN_ERRORS - wrong)
+    floor = _floor(logits, problem_type, unseen / (count + 2 * unseen)) if unseen else LOG_TEMPERATURE_RANGE[0]
     if out_of_fold:
-        log_t *= GROWN_SURER if log_t > 0 else GROWN_LESS_SURE
+        log_t *= 1 + min(GROWN_SURER, GROWN_PER_ERROR * wrong / count) if log_t > 0 else GROWN_LESS_SURE
         floor += GROWN_LOGITS
     floor *= count / (count + FLOOR_ROWS)
     return float(np.exp(min(max(log_t, floor), LOG_TEMPERATURE_RANGE[1])))
+
+
+def _wrong_rows(logits: np.ndarray, labels: np.ndarray, problem_type: str) -> int:
+    """Rows whose decision at T = 1 is not the truth; of a multi-label row, any of them."""
+    decided = decide(probabilities(logits, problem_type), problem_type)
+    if problem_type == SINGLE_LABEL:
+        return int((decided != np.asarray(labels)).sum())
+    return int((decided != (np.asarray(labels) > 0.5)).any(axis=1).sum())
 
 
 def _lowest(function: Callable[[float], float], low: float, high: float) -> float:
@@ -172,24 +184,40 @@ def _floor(logits: np.ndarray, problem_type: str, error: float) -> float:
 
 
 def fit_thresholds(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Per label, the threshold with the highest F1 on the given (validation) rows.
+    """Per label, a threshold for a high F1, its own only as far as the label's positives support it.
+
+    First one threshold for all labels: the one with the highest F1 over all decisions together (micro F1), its logit times
+    `K / (K + 10)` for K positives in all, which draws it towards 0.5. Then each label's own with the highest F1: with k positives its
+    logit counts `k / (k + 50)`, that of the common one the rest. On a handful of positives the best threshold of a label is where these
+    happen to lie, and costs more than it gains on other rows (docs/decisions/few-rows.md).
 
     Candidates are 0.5, both ends of [0.05, 0.95] and the midpoints between neighbouring scores inside; of equally good
-    ones the nearest to 0.5 wins (then the lower). So no label's F1 on these rows is below its F1 at 0.5.
+    ones the nearest to 0.5 wins (then the lower).
 
     Args:
-        probs: (N, C) scores in [0, 1].
+        probs: (N, C) scores in [0, 1] of rows that the model has not been trained on.
         labels: (N, C) of 0 and 1.
 
     Returns:
-        (C,) float64; 0.5 for a label without a positive row or with scores that are not finite.
+        (C,) float64; 0.5 for a label with scores that are not finite, the common one for a label without a positive row.
     """
     probs, truth = np.asarray(probs, dtype=np.float64), np.asarray(labels) > 0.5
+    usable = np.isfinite(probs).all(axis=0)
     thresholds = np.full(probs.shape[1], 0.5)
-    for column, (scores, positive) in enumerate(zip(probs.T, truth.T, strict=True)):
-        if positive.any() and np.isfinite(scores).all():
-            thresholds[column] = _best_threshold(scores, positive)
+    if not truth[:, usable].any():
+        return thresholds
+    positives = truth.sum(axis=0)
+    known = int(positives[usable].sum())
+    common = _logit(_best_threshold(probs[:, usable].ravel(), truth[:, usable].ravel())) * known / (known + COMMON_POSITIVES)
+    for column in np.flatnonzero(usable):
+        own = _logit(_best_threshold(probs[:, column], truth[:, column])) if positives[column] else common
+        share = positives[column] / (positives[column] + OWN_POSITIVES)
+        thresholds[column] = 1 / (1 + np.exp(-(common + share * (own - common))))
     return thresholds
+
+
+def _logit(probability: float) -> float:
+    return float(np.log(probability / (1 - probability)))
 
 
 def _best_threshold(scores: np.ndarray, positive: np.ndarray) -> float:

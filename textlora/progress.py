@@ -24,9 +24,13 @@ def report_line(record: dict[str, Any]) -> str | None:
         held = "held-out" if record.get("folds") else "validation"
         return f"epoch {record['epoch']:.2f}  step {record['step']}  {held} loss {record['loss'] or 0:.4f}  {shown}{mark}"
     if kind == "final":
-        low, high = (record["intervals"].get(_first(record["metrics"])) or (None, None))[:2]
-        span = f" (95% {low:.4f} to {high:.4f})" if low is not None else ""
-        return f"{record['split']}: {_metric(record['metrics'])}{span} on {record['rows']} rows"
+        from textlora.metrics import cannot_tell
+
+        name, rows = _first(record["metrics"]), record["rows"]
+        bounds = record["intervals"].get(name)
+        span = f" (95% {bounds[0]:.4f} to {bounds[1]:.4f})" if bounds else ""
+        open_still = cannot_tell(name, record["metrics"].get(name), bounds, rows)
+        return f"{record['split']}: {_metric(record['metrics'])}{span} on {rows} rows" + (f"\n  {open_still}" if open_still else "")
     if kind == "end":
         return f"trained {record['epochs']:.2f} epochs in {clock(record['train_seconds'])}, {record['tokens_per_second']:,.0f} tokens/s"
     return None

@@ -34,6 +34,12 @@ def evaluate(data: str, limit_eval: int | None, seed: int, output: Path | None, 
         span = result["intervals"].get(name)
         shown = "not defined here" if value is None else f"{value:.4f}"
         click.echo(f"{name:24} {shown}" + (f"   95% {span[0]:.4f} to {span[1]:.4f}" if span else ""))
+    from textlora.metrics import cannot_tell
+
+    name = next(iter(result["test"]))
+    open_still = cannot_tell(name, result["test"][name], result["intervals"].get(name), result["rows"])
+    if open_still:
+        click.echo(open_still)
 
 
 @app.command()

@@ -6,6 +6,7 @@ N is the number of rows, C the number of labels, R the number of resamples; regr
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,9 +20,11 @@ from textlora.metrics.tables import calibration_bins, details, per_class
 
 __all__ = [
     "DEFAULT_METRIC",
+    "INTERVALS_ARE",
     "METRICS",
     "MetricInfo",
     "calibration_bins",
+    "cannot_tell",
     "confusion",
     "details",
     "evaluate",
@@ -30,6 +33,8 @@ __all__ = [
     "standard_error",
 ]
 
+# Once beside every table of intervals: what they are about.
+INTERVALS_ARE: Final = "An interval is over other test rows of the same kind; training again with another seed can move the score further."
 RANK_RESAMPLES: Final = 200
 _CHUNK = 100  # resamples held at once: 100 x 25,000 weights are 20 MB
 
@@ -77,6 +82,22 @@ _SHARES: Final = ("accuracy", "micro_f1", "macro_f1", "weighted_f1", "exact_matc
 def standard_error(metric: str, value: float, rows: int) -> float:
     """Standard error of a score on `rows` rows, `sqrt(p (1 - p) / n)`: exact for accuracy, rough for F1, 0 for what is no share of rows."""
     return math.sqrt(value * (1 - value) / rows) if metric in _SHARES else 0.0
+
+
+def cannot_tell(metric: str, value: float | None, interval: Sequence[float] | None, rows: int) -> str | None:
+    """One sentence where the rows leave a score open: an interval wider than 0.2 (of errors: an upper end above twice the lower), or none.
+
+    None where the rows are enough, the score has no value, or the metric never has an interval.
+    """
+    if value is None or metric not in METRICS or metric == "ece":
+        return None
+    few = f"{rows:,} row{'s' * (rows != 1)} cannot tell"
+    if interval is None:
+        return f"{few} how far the true {metric} is from this one."
+    low, high = interval
+    if high - low <= 0.2 if METRICS[metric].higher_is_better else high <= 2 * low:
+        return None
+    return f"{few}: the true {metric} may be anything between {low:.2f} and {high:.2f}."
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a value too large for a float becomes None, without a warning

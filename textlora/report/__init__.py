@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import escape
 
 from textlora.calibration import MULTI_LABEL, REGRESSION
-from textlora.metrics import DEFAULT_METRIC, METRICS
+from textlora.metrics import DEFAULT_METRIC, INTERVALS_ARE, METRICS, cannot_tell
 from textlora.report import figures
 from textlora.report.numbers import NONE, clean, metric_name, number, percent, setting, size, whole
 from textlora.report.pages import css_share, fill, finite
@@ -43,6 +43,7 @@ def render(records: list[dict[str, Any]], title: str) -> str:
         head=_headline(run),
         tiles=_tiles(run),
         splits=[split for split in _SPLITS if split in run.finals],
+        intervals_are=INTERVALS_ARE,
         metric_rows=_metric_rows(run),
         curves=_curves(run),
         shown=run.shown,
@@ -64,7 +65,8 @@ def markdown_summary(records: list[dict[str, Any]]) -> str:
     if not head:
         return ""
     between = f" (95 % interval {number(head['interval'][0])} to {number(head['interval'][1])})" if head["interval"] else ""
-    text = [f"**{_in_markdown(head['name'])} {number(head['value'])}**{between} on {whole(head['rows'])} {head['split']} rows.", ""]
+    open_still = f" {_in_markdown(head['open'])}" if head["open"] else ""
+    text = [f"**{_in_markdown(head['name'])} {number(head['value'])}**{between} on {whole(head['rows'])} {head['split']} rows.{open_still}", ""]
     splits = [split for split in _SPLITS if split in run.finals]
     text.append("| metric | " + " | ".join(f"{split} | 95 % interval" for split in splits) + " |")
     text.append("|---|" + "---:|---:|" * len(splits))
@@ -73,6 +75,8 @@ def markdown_summary(records: list[dict[str, Any]]) -> str:
         for cell in row["cells"]:
             cells += [number(cell["value"]), " to ".join(map(number, cell["interval"])) if cell["interval"] else ""]
         text.append(f"| {_in_markdown(row['name'])} | " + " | ".join(cells) + " |")
+    if head["interval"]:
+        text += ["", INTERVALS_ARE]
     facts = [f"{_in_markdown(name)}: {value}" for name, value in _tiles(run)]
     return "\n".join([*text, "", "; ".join(facts) + "." if facts else ""]).rstrip() + "\n"
 
@@ -147,7 +151,9 @@ def _headline(run: _Run) -> dict[str, Any] | None:
     if interval and finite(value) and all(0 <= part <= 1 for part in (value, *interval)):
         bar = {"low": css_share(interval[0]), "rest": css_share(1 - interval[1]), "value": css_share(value)}
     known = {"name": metric_name(name), "value": value, "interval": interval, "meaning": METRICS[name].what if name in METRICS else ""}
-    return known | {"split": run.shown["split"], "rows": run.shown.get("rows"), "right": right, "baseline": baseline, "bar": bar}
+    rows = run.shown.get("rows")
+    known |= {"open": cannot_tell(name, value, interval, rows) if rows else None}
+    return known | {"split": run.shown["split"], "rows": rows, "right": right, "baseline": baseline, "bar": bar}
 
 
 def _tiles(run: _Run) -> list[tuple[str, str]]:
