@@ -31,17 +31,19 @@ _END = """
 said["imported"] = sorted({name.split(".")[0] for name in sys.modules})
 print(json.dumps(said))
 """
-# A classifier by its pipeline: logits in the dtype of the file and in float32, and in float32 the scores as the pipeline makes them.
+# A classifier by its pipeline: logits in the dtype of the file and in float32, and in float32 the scores that the pipeline makes of them.
 _PIPELINE = """
 for name, how in (("as_loaded", {}), ("float32", {"dtype": torch.float32})):
     model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, trust_remote_code=code, **how)
     said["strange"] = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind])
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=-1, truncation=True, top_k=None)
-    ask = lambda **how: [{a["label"]: a["score"] for a in classify(row, **how)} for row in rows]
-    said["logits"][name] = [[answer[label] for label in labels] for answer in ask(function_to_apply="none")]
+    seen = []
+    model.register_forward_hook(lambda module, given, output: seen.append(output.logits[0].float().tolist()))
+    answers = [{a["label"]: a["score"] for a in classify(row)} for row in rows]
+    said["logits"][name] = seen
+    said["scores"] = [[answer[label] for label in labels] for answer in answers]
     if model.dtype == torch.float32:
-        said["scores"] = [[answer[label] for label in labels] for answer in ask()]
         break
 said["labels"] = labels
 """
@@ -65,7 +67,7 @@ except RuntimeError:
     pass
 try:
     from sentence_transformers import SentenceTransformer
-except ImportError:
+except Exception:  # not there, or not fit for the libraries that are
     said["encoded"] = by_hand("/2_Dense/model.safetensors", "linear.")
 else:
     classifier = SentenceTransformer(folder, device="cpu")
