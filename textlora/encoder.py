@@ -136,6 +136,8 @@ class PackedEncoder:
             x = checkpoint(self._block, *arguments, use_reentrant=False, preserve_rng_state=False) if checkpointing else self._block(*arguments)
         if only_first:
             return x if self.spec.layers else x.index_select(0, layout.cu_seqlens[:-1])
+        if native.has_passes(x):
+            return passes.mean(x[: batch.tokens], layout.cu_seqlens)
         if not in_one_call(x):
             return torch.stack([part.mean(0) for part in x[: batch.tokens].split(batch.cu_seqlens.diff().tolist())])
         owners = torch.searchsorted(layout.cu_seqlens[1:], torch.arange(len(x), dtype=torch.int32, device=x.device), right=True)

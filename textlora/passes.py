@@ -1,4 +1,4 @@
-"""What lies between the products of a block, with gradients: bias and GELU, and bias, residual sum and norm; and whole blocks.
+"""What lies between the products of a block, with gradients: bias and GELU, and bias, residual sum and norm; whole blocks; and means of texts.
 
 On a CPU each of the former is one pass of C (native/passes.c), which torch takes two to four for, and all blocks are one call (native/train.c). The base's
 tensors get no gradient.
@@ -30,6 +30,11 @@ def add_gelu(product: Tensor, bias: Tensor | None) -> Tensor:
 def add_norm(product: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, eps: float) -> Tensor:
     """`layer_norm(product + bias + residual)`, (T, width); the last four of (width,). Writes over the product, which nobody else may read."""
     return _Norm.apply(product, bias, residual.contiguous(), weight, shift, eps)
+
+
+def mean(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The mean of each text's rows, (T, width) to (B, width); cu_seqlens (B+1,) int32."""
+    return _Mean.apply(x, cu_seqlens) if torch.is_grad_enabled() and x.requires_grad else native.mean(x.contiguous(), cu_seqlens)
 
 
 def blocks(
@@ -77,6 +82,19 @@ class _Norm(torch.autograd.Function):
         native.norm_back(grad.contiguous(), weight, normed, scale)
         torch.autograd.graph.increment_version(normed)  # a second way back would find the gradient here: torch refuses it
         return normed, None, normed, None, None, None
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cu_seqlens):
+        ctx.save_for_backward(cu_seqlens)
+        ctx.rows = len(x)
+        return native.mean(x.contiguous(), cu_seqlens)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (cu_seqlens,) = ctx.saved_tensors
+        return native.mean_back(grad.contiguous(), cu_seqlens, ctx.rows), None
 
 
 class _Blocks(torch.autograd.Function):

@@ -32,7 +32,7 @@ long textlora_attention_scratch(void) { return sizeof(struct room); }
 #include "attention.h"
 
 /* Of all functions in this folder; __init__.py wants the one it knows. */
-int textlora_version(void) { return 8; }
+int textlora_version(void) { return 9; }
 
 /* Numbers in a vector of this processor's, 16 or 8; 0 where it has no AVX2, or the system does not save the registers. */
 int textlora_attention_lanes(void)

@@ -1,4 +1,4 @@
-/* Bias, residual and norm in one pass over memory, forward and back, and embeddings.
+/* Bias, residual and norm in one pass over memory, forward and back, embeddings, and means of texts.
  *
  * Written for no processor in particular: vectors of sixteen, which compilers turn into what there is; each function is compiled for several
  * kinds of x86 processors and chosen when the library is loaded. Widths are multiples of LANES. Called by __init__.py, which checks all arguments.
@@ -62,5 +62,35 @@ void textlora_embed(const int64_t *ids, const int64_t *types, const int64_t *pos
     for (long r = 0; r < rows; r++) {
         memcpy(out + r * width, word + ids[r] * width, width * sizeof(float));
         textlora_norm(out + r * width, type ? type + types[r] * width : 0, position + positions[r] * width, weight, shift, out + r * width, 0, 1, width, eps);
+    }
+}
+
+enum { APART = 32 }; /* rows summed by themselves: the error of a long sum grows with the rows of a part, and with the parts */
+
+/* out (texts, width) = the mean of rows starts[t] to starts[t + 1] - 1 of x (rows, width) for each text t. */
+EACH void textlora_mean(const float *x, const int32_t *starts, float *out, long texts, long width)
+{
+    for (long t = 0; t < texts; t++, out += width) {
+        float one = 1.0f / (starts[t + 1] - starts[t]);
+        for (long i = 0; i < width; i += LANES) {
+            vector sum = {0};
+            for (long from = starts[t]; from < starts[t + 1]; from += APART) {
+                long to = from + APART < starts[t + 1] ? from + APART : starts[t + 1];
+                vector part = {0};
+                for (long r = from; r < to; r++) part += load(x + r * width + i);
+                sum += part;
+            }
+            store(out + i, sum * one);
+        }
+    }
+}
+
+/* The gradient of x from that of out. */
+EACH void textlora_mean_back(const float *d, const int32_t *starts, float *dx, long texts, long width)
+{
+    for (long t = 0; t < texts; t++, d += width) {
+        float one = 1.0f / (starts[t + 1] - starts[t]);
+        for (long r = starts[t]; r < starts[t + 1]; r++)
+            for (long i = 0; i < width; i += LANES) store(dx + r * width + i, load(d + i) * one);
     }
 }
