@@ -19,6 +19,7 @@ from textlora.compare.few_shot import TEMPERATURE, Contrast, draw_steps
 from textlora.compare.halving import Budget, middle, rungs, search_cost
 from textlora.compare.runner import Runner
 from textlora.compare.store import best_of
+from textlora.config import default_rate
 from textlora.errors import DataError, StorageError, UsageError
 from textlora.methods import METHODS
 from textlora.prepare import prepare
@@ -80,6 +81,46 @@ def test_a_run_is_what_train_makes_of_the_same_settings(tiny_base, tmp_path, tas
     shape = np.asarray(record["test_predictions"])
     assert shape.shape == ((16, 3) if task == "multi" else (16,))
     assert (shape.dtype.kind == "f") == (task == "regression")
+
+
+@pytest.mark.parametrize("task", ["single", "multi", "regression"])
+def test_cross_validation_is_that_of_train(tiny_base, tmp_path, task):
+    """The defaults, and a run whose decisions come from the search, score on the test rows what `train` scores there."""
+    config = settings(tmp_path, tiny_base("bert"), task, r=2, validation=None)
+    result = run_training(config)
+    bench = Bench(prepare(config))
+    of = lambda stage, method, size: Run(stage, method, size, config.learning_rate, 42, 40, 2.0)
+    searched = bench.run(METHODS["lora-qv"], of("rates", "lora-qv", {"r": 2}))
+    if task != "multi":  # whose thresholds `train` has fitted by then
+        assert searched["validation"][searched["metric"]] == pytest.approx(result["validation"][searched["metric"]])
+    for record in (
+        bench.run(METHODS["lora-qv"], of("seeds", "lora-qv", {"r": 2}), searched["decided"]),
+        bench.run(METHODS["defaults"], of("seeds", "defaults", {})),
+    ):
+        assert record["test"] == pytest.approx(result["test"], nan_ok=True)
+        assert record["best_epoch"] == pytest.approx(result["best_step"] / 5)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_few_rows_are_compared_by_cross_validation(config):
+    """The search holds every row out once; what it decides goes with its choice to the seeds; the defaults have the rate of their own rule."""
+    seen, real = [], Bench.run
+    config = replace(config, validation=None, learning_rate=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bench, "run", lambda self, method, run, decided=None: seen.append((run, decided)) or real(self, method, run, decided))
+        compare(Comparison(config, ("tfidf", "defaults", "lora-qv"), RATES, seeds=2, rows=(12,)))
+    found, runs = read_comparison(config.output)
+    assert (found["validation_rows"], found["folds"]) == (40, 3)
+    assert not [run["error"] for run in runs if "error" in run]
+    search = {run["learning_rate"]: run["decided"] for run in runs if run["stage"] == "rates"}
+    assert set(search) == {1e-3, 1e-2}
+    for run, decided in seen:
+        best = search[run.learning_rate] if (run.method, run.stage) == ("lora-qv", "seeds") else None
+        assert decided == best
+    rates = {(run["train_rows"], run["stage"]): run["learning_rate"] for run in runs if run["method"] == "defaults"}
+    assert rates == {(40, "seeds"): default_rate(10), (12, "rows"): default_rate(4)}
+    assert {run["seed"] for run in runs if run["method"] == "defaults" and run["stage"] == "seeds"} == {42, 43}
+    assert all(run["test"] for run in runs if run["stage"] != "rates")
 
 
 @pytest.mark.parametrize("task", ["multi", "regression", "pairs"])
@@ -203,10 +244,10 @@ def test_killed_twice_and_resumed_gives_the_uninterrupted_table(config):
 def test_a_method_that_diverges_or_fails_is_a_row_that_says_so(config, monkeypatch):
     real = Bench.run
 
-    def run(self, method, run):
+    def run(self, method, run, decided=None):
         if method.name == "probe":
             raise RuntimeError("out of\nmemory")
-        return real(self, method, run)
+        return real(self, method, run, decided)
 
     monkeypatch.setattr(Bench, "run", run)
     rates = {"full": (1e30,), "head": (1e-3, 1e30), "lora-qv": (1e-3,)}
@@ -258,31 +299,39 @@ def test_halving():
     assert [middle(range(n)) for n in (1, 2, 3, 9)] == [0, 0, 1, 4]
 
 
-@pytest.mark.parametrize("runs", [40, 16, 9, 4, 2])
+@pytest.mark.parametrize("runs", [40, 9, 4, 2, 1])
 @pytest.mark.usefixtures("no_report")
-def test_a_budget_is_shared_and_kept(config, runs):
-    """Three rates and three seeds of two methods are 12 runs of full length, and one more is TF-IDF's."""
+def test_a_budget_runs_whole_methods(config, runs):
+    """Three rates and three seeds are six runs of full length, and one is TF-IDF's; the more useful methods come first."""
     config = replace(config, epochs=4.0)
-    compare(Comparison(config, ("tfidf", "head", "lora-qv"), {"": (1e-3, 3e-3, 1e-2)}, seeds=3, budget=f"{runs}runs"))
+    compare(Comparison(config, ("head", "tfidf", "lora-qv"), {"": (1e-3, 3e-3, 1e-2)}, seeds=3, budget=f"{runs}runs"))
     settings, made = read_comparison(config.output)
-    cost = {method: sum(run["epochs"] / 4 for run in made if run["method"] == method) for method in ("tfidf", "head", "lora-qv")}
+    cost = {method: sum(run["epochs"] / 4 for run in made if run["method"] == method) for method in ("tfidf", "lora-qv", "head")}
     assert sum(cost.values()) <= runs
+    not_run = [line.split(":")[0] for line in settings["left_out"] if "not run" in line]
+    assert (list(cost.values()), not_run) == {
+        40: ([1, 6, 6], []),
+        9: ([1, 6, 0], ["head"]),
+        4: ([1, 2.75, 0], ["head"]),  # no trained method fits whole: one in part
+        2: ([1, 1, 0], ["head"]),
+        1: ([1, 0, 0], ["lora-qv", "head"]),
+    }[runs]
     left = "\n".join(settings["left_out"])
-    if runs >= 16:
-        assert cost == {"tfidf": 1, "head": 6, "lora-qv": 6}
-        assert left == ""
-    if runs == 9:
-        assert cost == {"tfidf": 1, "head": 3.75, "lora-qv": 3.75}
-        lengths = sorted(run["epochs"] for run in made if run["method"] == "head")
-        assert lengths == [1.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
-        assert left.count("better half") == 2
-        assert left.count("2 of 3 seeds") == 2
+    lengths = sorted(run["epochs"] for run in made if run["method"] == "lora-qv")
     if runs == 4:
-        assert cost == {"tfidf": 1, "head": 1, "lora-qv": 2}  # a share of 1.5, then what is left
-        assert left.count("no search, run at rate 0.003 untried") == 2
+        assert lengths == [1.0, 1.0, 1.0, 2.0, 2.0, 4.0]
+        assert "lora-qv: rates compared in short runs" in left
+        assert "lora-qv: 1 of 3 seeds" in left
     if runs == 2:
-        assert "tfidf: not run, its share" in left
-        assert cost["head"] == cost["lora-qv"] == 1
+        assert "no search, run at rate 0.003 untried" in left
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_defaults_need_no_search_and_take_the_seeds_that_fit(config):
+    compare(Comparison(config, ("defaults", "head"), RATES, seeds=3, budget="2runs"))
+    settings, made = read_comparison(config.output)
+    assert [(run["method"], run["stage"], run["seed"]) for run in made] == [("defaults", "seeds", 42), ("defaults", "seeds", 43)]
+    assert settings["left_out"][0] == "defaults: 2 of 3 seeds"
 
 
 @pytest.mark.usefixtures("no_report")
@@ -290,13 +339,13 @@ def test_halving_keeps_what_validation_prefers(config, monkeypatch):
     """Scores that rise with the rate: the largest must come through, the smallest must fall first."""
     real = Bench.run
 
-    def run(self, method, run):
-        record = real(self, method, run)
+    def run(self, method, run, decided=None):
+        record = real(self, method, run, decided)
         return record | {"validation": record["validation"] | {"accuracy": run.learning_rate}} if run.stage == "rates" else record
 
     monkeypatch.setattr(Bench, "run", run)
     config = replace(config, epochs=4.0)
-    compare(Comparison(config, ("head",), {"": (1e-3, 3e-3, 1e-2)}, seeds=1, budget="3runs"))
+    compare(Comparison(config, ("head",), {"": (1e-3, 3e-3, 1e-2)}, seeds=1, budget="3.5runs"))
     made = [(run["stage"], run["learning_rate"], run["epochs"]) for run in read_comparison(config.output)[1]]
     assert made == [
         ("rates", 1e-3, 1.0),
@@ -310,15 +359,20 @@ def test_halving_keeps_what_validation_prefers(config, monkeypatch):
 
 @pytest.mark.usefixtures("no_report")
 def test_a_budget_of_time(config, monkeypatch):
-    """With every epoch of 40 rows taking ten seconds, a share of 100 s is five runs of two epochs."""
+    """Every epoch of 40 rows takes ten seconds, so that three rates and three seeds of two epochs are two minutes, after a short run of 5 seconds."""
     real = Bench.run
-    monkeypatch.setattr(Bench, "run", lambda self, method, run: real(self, method, run) | {"total_seconds": 10 * run.epochs * run.train_rows / 40})
-    compare(Comparison(config, ("head", "lora-qv"), {"": (1e-3, 3e-3, 1e-2)}, seeds=3, rows=(8,), budget="200s"))
-    settings, made = read_comparison(config.output)
-    for method in ("head", "lora-qv"):
-        assert sum(run["total_seconds"] for run in made if run["method"] == method) <= 100
-        assert sum(run["stage"] == "seeds" for run in made if run["method"] == method) == 3
-    assert any("better half" in line for line in settings["left_out"])
+    monkeypatch.setattr(Bench, "run", lambda self, method, run, *more: real(self, method, run, *more) | {"total_seconds": 10 * run.epochs * run.train_rows / 40})  # fmt: skip
+    for budget, whole in (("200s", ["lora-qv"]), ("250s", ["lora-qv", "head"])):
+        folder = config.output + budget
+        asked = Comparison(replace(config, output=folder), ("head", "lora-qv"), {"": (1e-3, 3e-3, 1e-2)}, seeds=3, rows=(8,), budget=budget)
+        compare(asked)
+        settings, made = read_comparison(folder)
+        assert sorted({run["method"] for run in made}) == sorted(whole)
+        assert sum(run["total_seconds"] for run in made) <= float(budget[:-1])
+        for method in whole:
+            assert sum(run["stage"] == "seeds" for run in made if run["method"] == method) == 3
+        assert any(line.startswith("head: not run") for line in settings["left_out"]) == (len(whole) == 1)
+        assert len([run for run in made if run["stage"] == "rows"]) == (3 if len(whole) == 1 else 0)
 
 
 def test_best_is_by_score_then_loss_then_rate():
@@ -422,6 +476,8 @@ def test_the_command(cli, config):
     summary = json.loads(out)
     assert {row["method"] for row in summary["methods"]} == {"majority", "head"}
     lines = err.splitlines()
+    assert summary["verdict"] == summary["sentences"][: len(summary["verdict"])]
+    assert lines[-1 - len(summary["verdict"]) : -1] == summary["verdict"]
     assert lines[1].startswith("[1/4] majority seed 42 on 40 rows: validation accuracy ")
     assert "[4/4] head rate 0.01 seed 43 on 40 rows: validation accuracy " in err
     assert lines[-1].endswith("report.html")

@@ -204,6 +204,54 @@ def test_one_seed_is_told():
     assert "probe" not in words[words.index("The luck") :].split(":")[0]
 
 
+def as_defaults(settings, runs, method="lora-qv"):
+    """The same with a method's runs as those of the defaults, which nothing was searched for."""
+    runs = [run | {"method": "defaults", "size": {}} if run["method"] == method else run for run in runs]
+    return settings | {"methods": ["defaults" if name == method else name for name in settings["methods"]]}, [
+        run for run in runs if (run["method"], run["stage"]) != ("defaults", "rates")
+    ]
+
+
+def test_the_verdict_says_how_the_defaults_stand(tmp_path):
+    settings, runs = as_defaults(*records(methods=("majority", "probe", "lora-qv", "lora-all")))
+    found = render(settings | {"left_out": ["head: not run"]}, runs, tmp_path)
+    assert found["sentences"][: len(found["verdict"])] == found["verdict"]
+    assert found["left_out"] == ["head: not run"]
+    rows = {line["method"]: line for line in found["methods"]}
+    assert found["best"] == "lora-all"
+    told = next(line for line in found["verdict"] if line.startswith("What textlora train does by default"))
+    assert f"{100 * (rows['lora-all']['score'] - rows['defaults']['score']):.1f} point" in told
+    assert told.endswith("more than noise." if rows["defaults"]["p_holm"] < 0.05 else "no more than noise.")
+    alone = sentences(compare(*as_defaults(*records(methods=("majority", "lora-all")), "lora-all")))
+    assert "Nothing that was tuned here is ahead of what textlora train does by default." in alone
+
+
+@pytest.mark.parametrize(("rows", "few"), [(40, True), (300, False)])
+def test_few_test_rows_are_told(rows, few):
+    table = compare(*records(methods=("probe", "lora-qv", "full"), test_rows=rows))
+    said = [line for line in sentences(table) if line.startswith(f"{rows} test rows are few")]
+    assert bool(said) == few
+    if few:
+        halves = sorted((row.difference.high - row.difference.low) / 2 for row in table.scored[1:])
+        assert f"about {100 * halves[1]:.1f} point" in said[0]
+
+
+def test_kinds_of_intervals_are_named():
+    several, one = (" ".join(sentences(compare(*records(methods=("probe", "lora-qv", "full"), seeds=seeds)))) for seeds in (3, 1))
+    assert "95 % interval over test rows and seeds " in several
+    assert "95 % interval over test rows " in one
+    assert "and seeds" not in one
+
+
+def test_heads_that_see_something_else_are_named(tmp_path):
+    settings, runs = records(methods=("probe", "full", "prefix"))
+    runs = [run | {"pooling": "first" if run["method"] == "prefix" else "mean"} for run in runs]
+    render(settings | {"pooling": "mean"}, runs, tmp_path)
+    assert "prefix: the head sees the first token" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    render(settings | {"pooling": "mean"}, [run for run in runs if run["method"] != "prefix"], tmp_path)
+    assert "the head sees" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_lower_is_better_where_the_metric_says_so():
     settings, runs = records(methods=("probe", "lora-qv"))
     labels = np.linspace(0, 5, 300)
@@ -215,7 +263,7 @@ def test_lower_is_better_where_the_metric_says_so():
     table = compare(settings, runs)
     assert [row.name for row in table.rows] == ["lora-qv", "probe"]
     assert table.rows[1].difference.value == pytest.approx(0.248)
-    assert "probe is next, 0.2480 behind (95 % interval of the difference +0.24" in sentences(table)[0]
+    assert "probe is next, 0.2480 behind (95 % interval over test rows and seeds +0.24" in sentences(table)[0]
     assert "more than noise" in sentences(table)[0]
 
 

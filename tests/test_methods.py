@@ -2,15 +2,19 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from support import settings
 
 from textlora.compare.bench import Bench, Run, pick_rows
+from textlora.compare.fitted import STRENGTHS, fit
 from textlora.config import TrainConfig
 from textlora.errors import UsageError
-from textlora.methods import DEFAULT_METHODS, METHODS, find_methods
+from textlora.methods import DEFAULT_METHODS, METHODS, by_usefulness, find_methods
 from textlora.prepare import Prepared, prepare
 
 HEAD = 2 * 32 + 2  # of the tiny bert with two labels
@@ -24,7 +28,8 @@ def prepared(tiny_base, tmp_path_factory) -> Prepared:
 def run_of(method: str, stage: str = "rates", rows: int = 40, epochs: float = 1.0, seed: int = 42) -> Run:
     row = METHODS[method]
     size = {row.size: 2} if row.size else {}
-    return Run(stage, method, size, row.rates[0] if row.rates else None, seed, rows, epochs)
+    rate = row.rates[0] if row.rates else None if row.fitted else 5e-3
+    return Run(stage, method, size, rate, seed, rows, epochs)
 
 
 def test_rows_are_complete():
@@ -66,6 +71,7 @@ def test_the_table_imports_nothing_heavy():
         ("majority", 0, 0),
         ("probe", 0, HEAD),
         ("head", 0, HEAD),
+        ("defaults", 4 * 2 * (32 * 2 + 2 * 32), HEAD),  # rank 4 in these settings
         ("lora-qv", 2 * 2 * (32 * 2 + 2 * 32), HEAD),
         ("lora-all", 2 * (4 * 2 * 64 + 2 * 2 * (32 + 48)), HEAD),
         ("rslora", 2 * 2 * 128, HEAD),
@@ -109,8 +115,9 @@ def test_equal_runs_are_equal(prepared, method):
 @pytest.mark.parametrize(("method", "rate"), [("tfidf", None), ("probe", None), ("full", 3e-3), ("lora-all", 2e-2), ("few-shot", 1e-3)])
 def test_methods_learn_an_easy_task(prepared, method, rate):
     size = {"r": 4} if METHODS[method].size else {}
-    record = Bench(prepared).run(METHODS[method], Run("seeds", method, size, rate, 42, 40, 6.0))
+    record = Bench(replace(prepared, pooling="mean")).run(METHODS[method], Run("seeds", method, size, rate, 42, 40, 6.0))
     assert record["test"]["accuracy"] >= 0.8
+    assert record["pooling"] == (None if method == "tfidf" else "mean")
 
 
 def test_states_below_frozen_blocks_are_computed_once_and_change_nothing(prepared, monkeypatch):
@@ -140,3 +147,88 @@ def test_fewer_rows_are_nested_and_begin_with_every_class():
     assert pick_rows(labels, 8, seed=2).tolist() != pick_rows(labels, 8, seed=1).tolist()
     several = torch.tensor([[1, 0, 0]] * 9 + [[0, 1, 1]]).float().numpy()
     assert 9 in pick_rows(several, 2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def crossed(tiny_base, tmp_path_factory) -> Prepared:
+    """The same rows without validation rows: cross-validation decides."""
+    prepared = prepare(settings(tmp_path_factory.mktemp("crossed"), tiny_base("bert"), validation=None))
+    assert prepared.folds is not None
+    return prepared
+
+
+def test_a_probe_is_chosen_on_rows_it_has_not_seen(crossed):
+    """Against a loop over folds and strengths; scaling is learned from the rows that are trained on."""
+    random, labels, folds = np.random.default_rng(0), crossed.sets["train"].labels, crossed.folds
+    features = {split: random.normal(size=(len(data.rows), 5)) + data.labels[:, None] for split, data in crossed.sets.items()}
+    scores = {}
+    for strength in STRENGTHS:
+        right = []
+        for fold in (0, 1, 2):
+            x, new = features["train"][folds != fold], features["train"][folds == fold]
+            mean, spread = x.mean(0), x.std(0) + 1e-6
+            model = LogisticRegression(C=strength, max_iter=1000).fit((x - mean) / spread, labels[folds != fold])
+            right += (model.predict((new - mean) / spread) == labels[folds == fold]).tolist()
+        scores[strength] = np.mean(right)
+    fitted = fit("probe", crossed, features)
+    best = max(scores, key=scores.get)
+    assert fitted.chosen == {"C": best}
+    split, places, logits = fitted.held
+    assert (split, sorted(places.tolist())) == ("train", list(range(40)))
+    assert (logits.argmax(1) == labels[places]).mean() == pytest.approx(scores[best])
+    mean, spread = features["train"].mean(0), features["train"].std(0) + 1e-6
+    last = LogisticRegression(C=best, max_iter=1000).fit((features["train"] - mean) / spread, labels)
+    assert (fitted.logits("test").argmax(1) == last.predict((features["test"] - mean) / spread)).all()
+
+
+@pytest.mark.parametrize("method", ["tfidf", "probe", "few-shot", "lora-qv"])
+def test_what_a_search_decides_is_enough_for_a_seed(crossed, method):
+    """With the decisions of the search, a run with its seed is the run that makes them itself."""
+    bench, row = Bench(crossed), METHODS[method]
+    size = {"r": 2} if row.size else {}
+    of = lambda stage: Run(stage, method, size, None if row.fitted else 3e-3, 42, 40, 2.0)
+    found = bench.run(row, of("rates"))
+    assert found["test"] is None
+    whole, after = bench.run(row, of("seeds")), bench.run(row, of("seeds"), found["decided"] if not row.fitted else None)
+    for record in (whole, after):
+        assert record["validation"] == pytest.approx(found["validation"])
+        assert record["test_predictions"] == whole["test_predictions"]
+        assert record["test"] == pytest.approx(whole["test"])
+        assert record["best_epoch"] == found["best_epoch"]
+
+
+def test_pooling_of_methods_of_peft(crossed):
+    """IA3 takes the mean; what prepends has the base's own head where the pooling was not asked for, and is refused where it was."""
+    mean = replace(crossed, pooling="mean", folds=None)
+    record = Bench(mean).run(METHODS["ia3"], run_of("ia3"))
+    assert (record["pooling"], record["head_parameters"], record["trainable_parameters"]) == ("mean", HEAD, 2 * (3 * 32 + 48))
+    auto = replace(mean, config=replace(mean.config, pooling="auto"))
+    assert Bench(auto).run(METHODS["prompt"], run_of("prompt"))["pooling"] == "first"
+    asked = replace(mean, config=replace(mean.config, pooling="mean"))
+    with pytest.raises(UsageError, match="'prefix' has no mean pooling"):
+        Bench(asked).run(METHODS["prefix"], run_of("prefix"))
+
+
+def test_ia3_scales_what_the_mean_is_taken_of(crossed):
+    """At its start it changes nothing: the logits are those of the mean of the base's own states."""
+    from textlora.classifier import encoded_logits
+    from textlora.reference import ReferenceModel
+    from textlora.soft import SoftModel
+
+    encoded = crossed.sets["test"].encoded
+    model = SoftModel.open("ia3", 0, crossed.files.folder, 2, pooling="mean", seed=3)
+    plain = ReferenceModel.create(crossed.files.folder, crossed.config.lora, 2, pooling="mean", seed=3)
+    heads = [[t for name, t in one.trainable().items() if "classifier" in name] for one in (model, plain)]
+    with torch.no_grad():
+        for mine, theirs in zip(*heads, strict=True):
+            mine.copy_(theirs)
+    assert np.allclose(encoded_logits(model, encoded), encoded_logits(plain, encoded), atol=1e-5)
+    with torch.no_grad():
+        for name, tensor in model.trainable().items():
+            if "ia3" in name:
+                tensor.mul_(1.5)
+    assert not np.allclose(encoded_logits(model, encoded), encoded_logits(plain, encoded), atol=1e-3)
+
+
+def test_order_of_usefulness():
+    assert by_usefulness(["dora", "prompt", "full", "ia3", "defaults", "tfidf"]) == ["tfidf", "defaults", "full", "dora", "prompt", "ia3"]

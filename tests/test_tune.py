@@ -9,18 +9,24 @@ import signal
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import torch
 from support import log_of, single_rows, snapshot, task_files, write_csv
 
+import textlora.finish
+import textlora.training
 import textlora.tune.search
 from textlora.classifier import TextClassifier
 from textlora.config import TrainConfig, default_rate, read_config
 from textlora.errors import StorageError, TrainingError, UsageError
+from textlora.metrics import evaluate
 from textlora.prepare import prepare
 from textlora.report.tuning import last_value, render_study
+from textlora.run import run_training
 from textlora.tune import tune
+from textlora.tune.choice import LUCK, MOST_BYTES, Answers, choose, factor
 from textlora.tune.search import fresh
 from textlora.tune.shared import MAX_STARTS, Locks, shown
 from textlora.tune.space import SEARCHED, count_blocks, distributions, free_settings, start_parameters, trial_settings
@@ -220,10 +226,10 @@ def test_pruning_stops_what_lags_behind(config, monkeypatch):
     monkeypatch.setattr(textlora.tune.search, "trial_settings", lambda config, given, parameters, blocks: settings(config, parameters))
 
     def settings(config, parameters):
-        return dataclasses.replace(config, learning_rate=1e-2 if parameters["lora_dropout"] == 0 else 1e-9, batch_size=4)
+        return dataclasses.replace(config, learning_rate=1e-2 if parameters["lora_dropout"] == 0 else 1e-9)
 
     records = []
-    config = dataclasses.replace(config, epochs=8.0)
+    config = dataclasses.replace(config, epochs=8.0, learning_rate=1e-2, batch_size=4)
     result = run(config, 3, ("epochs", *(name for name in SEARCHED if name != "lora_dropout")), records)
     study = trials_of(config)
     lagging = [i for i, (_, parameters, *_) in enumerate(study) if parameters["lora_dropout"] != 0]
@@ -236,34 +242,37 @@ def test_pruning_stops_what_lags_behind(config, monkeypatch):
 
 
 def test_a_diverging_trial_fails_and_the_study_goes_on(config, monkeypatch):
-    plain = textlora.tune.search.trial_settings
+    plain, wild_ones = textlora.tune.search.trial_settings, []
 
     def wild(config, given, parameters, blocks):
         found = plain(config, given, parameters, blocks)
-        return dataclasses.replace(found, learning_rate=1e30) if found.r == 8 else found
+        return dataclasses.replace(found, learning_rate=1e30) if not wild_ones.append(found) and len(wild_ones) == 1 else found
 
     monkeypatch.setattr(textlora.tune.search, "trial_settings", wild)
     records = []
     result = run(config, 3, records=records)
     assert (result["failed"], result["trials"]) == (1, 3)
-    end = next(r for r in records if r["kind"] == "trial_end" and r["number"] == 0)
+    end = next(r for r in records if r["kind"] == "trial_end" and r["number"] == 1)
     assert end["state"] == "failed"
     assert re.fullmatch(r"the loss is (nan|inf) at step \d+", end["reason"])
-    assert trials_of(config)[0][0] == "FAIL"
+    assert trials_of(config)[1][0] == "FAIL"
     assert end["reason"] in (Path(config.output) / "report.html").read_text(encoding="utf-8")
 
 
 def test_memory_that_does_not_suffice_fails_a_trial(config, monkeypatch):
-    plain = textlora.tune.search.Trainer
+    plain = textlora.tune.search.Trainings
 
-    def small(prepared, prefix):
+    def small(prepared, *given, **named):
         if prepared.config.r == 8:
             raise torch.OutOfMemoryError("no room")
-        return plain(prepared, prefix)
+        return plain(prepared, *given, **named)
 
-    monkeypatch.setattr(textlora.tune.search, "Trainer", small)
+    monkeypatch.setattr(textlora.tune.search, "Trainings", small)
     records = []
-    assert run(config, 2, records=records)["failed"] == 1
+    result = run(config, 2, records=records)
+    assert result["failed"] == 1
+    assert (result["chosen"]["number"], result["chosen"]["defaults"]) == (1, False)  # the defaults failed
+    assert "not enough memory" in result["chosen"]["why"]
     assert next(r for r in records if r["kind"] == "trial_end")["reason"] == "not enough memory"
 
 
@@ -291,35 +300,38 @@ def test_timeout_begins_no_trial(config):
     assert run(config, 9, timeout=1e-9)["trials"] == 2
 
 
-def test_the_best_is_trained_as_train_does_it(config, monkeypatch):
+def test_the_choice_is_trained_as_train_does_it(config, monkeypatch):
     """Its evaluations are the trial's to the last digit, the folder is an adapter, and the test rows are scored once."""
     test = write_csv(Path(config.output).parent / "other.csv", single_rows(14, seed=9))
     config = dataclasses.replace(config, test=str(test), layers="last:1")
-    sizes, plain = [], textlora.training.encoded_logits
+    sizes, plain = [], textlora.finish.encoded_logits
 
     def counting(model, encoded, *rest):
         sizes.append(len(encoded))
         return plain(model, encoded, *rest)
 
+    monkeypatch.setattr(textlora.finish, "encoded_logits", counting)
     monkeypatch.setattr(textlora.training, "encoded_logits", counting)
     builds, plain_prefix = [], textlora.tune.search.build_prefix
     monkeypatch.setattr(textlora.tune.search, "build_prefix", lambda *given: builds.append(1) or plain_prefix(*given))
     records = []
     result = run(config, 4, ("epochs", "layers"), records)
-    assert sizes.count(14) == 1
+    assert sizes.count(14) == (1 if result["chosen"]["defaults"] else 2)
     assert len(builds) == 1  # the frozen states are shared
     best = Path(result["adapter"])
     assert best == Path(config.output) / "best"
-    (_, parameters, value, scores) = trials_of(config)[result["best"]["number"]]
+    (_, parameters, value, scores) = trials_of(config)[result["chosen"]["number"]]
     evaluations = {int(r["epoch"]): r["metrics"]["accuracy"] for r in log_of(best) if r["kind"] == "evaluation"}
     assert evaluations == scores
-    assert result["validation"]["accuracy"] == value == result["best"]["value"]
+    assert result["validation"]["accuracy"] == value == result["chosen"]["value"]
+    assert result["best"]["value"] == max(value for state, _, value, _ in trials_of(config) if state == "COMPLETE")
     settings = read_config(best / "run" / "config.toml")
     assert (settings["learning_rate"], settings["r"]) == (parameters["learning_rate"], parameters["r"])
     assert (settings["layers"], settings["epochs"], settings["lora_alpha"]) == ("last:1", 2.0, 2.0 * parameters["r"])
     assert TextClassifier.load(best).predict(["a great film"])[0].label in ("pos", "neg")
     assert [r["kind"] for r in records][:2] == ["study", "trial"]
-    assert sorted(p.name for p in Path(config.output).iterdir()) == ["best", "config.toml", "report.html", "study.log", "study.log.locks"]
+    found = {p.name for p in Path(config.output).iterdir()} - {"defaults"}
+    assert sorted(found) == ["best", "config.toml", "report.html", "study.log", "study.log.locks"]
 
 
 def test_once_more_changes_nothing_and_more_trials_go_on(config):
@@ -335,18 +347,160 @@ def test_once_more_changes_nothing_and_more_trials_go_on(config):
     assert trials_of(config)[:3] == study
     assert more["trials"] == 6
     assert more["best"]["value"] == max(value for state, _, value, _ in trials_of(config) if state == "COMPLETE")
-    assert read_config(Path(config.output) / "best" / "run" / "config.toml")["r"] == more["best"]["settings"]["r"]
+    assert read_config(Path(config.output) / "best" / "run" / "config.toml")["r"] == more["chosen"]["settings"]["r"]
 
 
-def test_a_better_trial_takes_the_place_of_the_best(config):
-    run(config, 1)
-    old = read_config(Path(config.output) / "best" / "run" / "config.toml")
+def lead_by(config, right, **parameters):
+    """Add a complete trial whose answers are right on so many of the validation rows."""
+    labels = prepare(config).sets["validation"].labels
+    logits = np.eye(2)[np.where(np.arange(len(labels)) < right, labels, 1 - labels)]
+    answers = Answers("single_label_classification", "accuracy", labels, ("neg", "pos")).pack(logits)
     study = optuna.load_study(study_name="textlora", storage=journal(config))
-    better = study.trials[0].params | {"r": 3}
-    study.add_trial(optuna.create_trial(params=better, distributions=study.trials[0].distributions, value=1.0))
-    result = run(config, 2)
-    assert (old["r"], result["best"]["settings"]["r"], result["best"]["number"]) == (8, 3, 1)
+    ranges = distributions(free_settings(config, ("epochs",)), 2, 32)
+    given = {name: study.trials[0].params.get(name, 5e-3) for name in ranges} | parameters
+    study.add_trial(optuna.create_trial(params=given, distributions=ranges, value=right / len(labels), user_attrs={"answers": answers}))
+
+
+def test_only_a_clear_lead_takes_the_place_of_the_defaults(config):
+    """Both are trained and scored on the test rows then; where the lead is small the defaults stay, and say why."""
+    files = task_files(Path(config.output).parent, "single")
+    config = dataclasses.replace(config, learning_rate=1e-7, test=files["test"])  # outside its range, and learns nothing
+    first = run(config, 1)
+    right = round(16 * first["best"]["value"])
+    assert first["chosen"]["defaults"]
+    assert first["defaults"]["settings"]["learning_rate"] == 1e-7
+    assert "learning_rate" not in first["defaults"]["parameters"]
+    old = read_config(Path(config.output) / "best" / "run" / "config.toml")
+    assert (old["learning_rate"], old["r"]) == (1e-7, 8)
+    lead_by(config, right + 1, r=5)
+    close = run(config, 2)
+    assert (close["best"]["number"], close["chosen"]["number"]) == (1, 0)
+    assert 0 < close["chosen"]["lead"] < close["chosen"]["lead_needed"]
+    assert "the defaults are kept" in close["sentences"][0]
+    assert not (Path(config.output) / "defaults").exists()
+    lead_by(config, 16, r=3)
+    records = []
+    clear = run(config, 3, records=records)
+    assert (clear["best"]["number"], clear["chosen"]["number"], clear["chosen"]["defaults"]) == (2, 2, False)
+    assert clear["chosen"]["lead"] > clear["chosen"]["lead_needed"]
+    assert [r["kind"] for r in records if r["kind"] in ("best", "defaults")] == ["best", "defaults"]
     assert read_config(Path(config.output) / "best" / "run" / "config.toml")["r"] == 3
+    assert read_config(Path(config.output) / "defaults" / "run" / "config.toml")["learning_rate"] == 1e-7
+    assert clear["defaults"]["test"] == first["test"]
+    page = (Path(config.output) / "report.html").read_text(encoding="utf-8")
+    assert f"The defaults have {first['test']['accuracy']:.4f}" in page
+    assert f"{clear['test']['accuracy']:.4f}" in clear["sentences"][1]
+    assert f"{first['test']['accuracy']:.4f}" in clear["sentences"][1]
+
+
+def test_the_defaults_are_never_pruned(config, monkeypatch):
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: True)
+    result = run(config, 3)
+    assert [state for state, *_ in trials_of(config)] == ["COMPLETE", "PRUNED", "PRUNED"]
+    assert result["chosen"]["defaults"]
+    assert result["chosen"]["why"].startswith("No other trial is complete")
+
+
+@pytest.fixture
+def crossed(config):
+    """Without validation rows: cross-validation decides."""
+    return dataclasses.replace(config, validation=None, layers="last:1")
+
+
+def test_few_rows_are_scored_by_cross_validation(crossed, monkeypatch):
+    """Trials are scored on every row by a training that did not see it; what is chosen gets the same score when it is trained."""
+    builds, plain_prefix = [], textlora.tune.search.build_prefix
+    monkeypatch.setattr(textlora.tune.search, "build_prefix", lambda *given: builds.append(1) or plain_prefix(*given))
+    records = []
+    result = run(crossed, 3, ("epochs", "layers"), records)
+    assert len(builds) == 1  # the frozen states are those of all rows
+    assert (result["folds"], result["held_out_rows"]) == (3, 40)
+    study = trials_of(crossed)
+    for state, _, value, scores in study:
+        assert state == "COMPLETE"
+        assert list(scores) == [1, 2, 3]
+        assert scores[3] == value  # by then all rows are held out
+        assert value * 40 == pytest.approx(round(value * 40))
+    assert [r["fold"] for r in records if r["kind"] == "fold" and r["number"] == 0] == [1, 2, 3]
+    assert result["validation"]["accuracy"] == result["chosen"]["value"]
+    config = dataclasses.replace(crossed, output=crossed.output + "-train")
+    assert run_training(config)["validation"]["accuracy"] == result["defaults"]["value"]
+    page = (Path(crossed.output) / "report.html").read_text(encoding="utf-8")
+    assert "40 held-out rows (3-fold cross-validation)" in page
+
+
+def test_killed_between_folds(crossed, tmp_path):
+    def dying():
+        def on_record(record):
+            if record["kind"] == "fold" and (record["number"], record["fold"]) == (1, 2):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        tune(crossed, ("epochs",), trials=3, on_record=on_record)
+
+    assert in_child(dying) == -signal.SIGKILL
+    run(crossed, 3)
+    whole = dataclasses.replace(crossed, output=str(tmp_path / "whole"))
+    run(whole, 3)
+    assert trials_of(crossed) == trials_of(whole)
+
+
+def test_pruned_after_a_fold(crossed, monkeypatch):
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: True)
+    records = []
+    run(crossed, 2, records=records)
+    assert [(r["number"], r["fold"]) for r in records if r["kind"] == "fold"] == [(0, 1), (0, 2), (0, 3), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "labels"),
+    [
+        ("single_label_classification", "accuracy", np.arange(60) % 3),
+        ("single_label_classification", "macro_f1", np.arange(60) % 3),
+        ("single_label_classification", "log_loss", np.arange(60) % 3),
+        ("multi_label_classification", "micro_f1", (np.arange(180).reshape(60, 3) % 4 == 0).astype(np.float32)),
+        ("regression", "mse", np.linspace(-1, 1, 60).astype(np.float32)),
+    ],
+)
+def test_answers_are_compared_row_by_row(kind, metric, labels):
+    random = np.random.default_rng(0)
+    truth = labels[:, None] if kind == "regression" else np.eye(3)[labels] * 2 - 1 if labels.ndim == 1 else labels * 2 - 1
+    good, bad = (truth + noise * random.normal(size=truth.shape) for noise in (0.5, 1.5))
+    answers = Answers(kind, metric, labels, ("a", "b", "c"))
+    score = lambda logits: evaluate(kind, labels, logits, ["a", "b", "c"])[metric]
+    value, error = answers.lead(answers.pack(good), answers.pack(bad))
+    assert value == pytest.approx(abs(score(good) - score(bad)), abs=2e-3)
+    assert value > 0
+    assert error > 0
+    assert answers.lead(answers.pack(bad), answers.pack(good))[0] == pytest.approx(-value)
+    if metric == "accuracy":
+        right = [(logits.argmax(1) == labels).astype(float) for logits in (good, bad)]
+        rows = np.std(right[0] - right[1]) / np.sqrt(60)
+        assert error == pytest.approx(np.hypot(rows, LUCK * np.sqrt(2)), rel=0.05)
+
+
+def test_answers_of_many_rows_stay_small():
+    labels = np.zeros(200_000, dtype=np.int64)
+    answers = Answers("single_label_classification", "accuracy", labels, ("a", "b"))
+    text = answers.pack(np.random.default_rng(0).normal(size=(200_000, 2)))
+    assert len(text) < 64_000
+    assert len(answers.unpack(text)) == len(answers.picked) == MOST_BYTES
+
+
+def test_the_best_of_many_that_are_alike_is_seldom_preferred():
+    """Trials that are as good as the defaults: luck alone must not choose them in more than about one study of twenty."""
+    random, labels, chosen = np.random.default_rng(1), np.zeros(150, dtype=np.int64), 0
+    answers = Answers("single_label_classification", "accuracy", labels, ("a", "b"), 3)
+    for _ in range(100):
+        ease = random.normal(1.0, 1.0, size=150)
+        right = ease + 0.5 * random.normal(size=(8, 150)) > 0
+        trials = [
+            {"number": i, "defaults": i == 0, "state": "complete", "reason": None, "answers": answers.pack(np.eye(2)[1 - ok.astype(int)])}
+            for i, ok in enumerate(right)
+        ]
+        chosen += choose(trials, int(right.mean(1).argmax()), answers).number != 0
+    assert chosen <= 10
+    assert factor(1) == pytest.approx(1.645, abs=1e-3)
+    assert factor(7) < factor(29)
 
 
 def test_a_trial_that_others_put_in_is_run(config):
@@ -414,7 +568,7 @@ def test_fresh_is_what_prepare_makes(config, tiny_base):
 def test_reference_path(config, tiny_base):
     result = run(dataclasses.replace(config, model=str(tiny_base("modernbert"))), 2)
     assert result["complete"] == 2
-    assert result["validation"]["accuracy"] == result["best"]["value"]
+    assert result["validation"]["accuracy"] == result["chosen"]["value"]
 
 
 def test_other_problem_types(tmp_path, tiny_base):
@@ -479,8 +633,9 @@ def test_command(cli, config, flags):
     assert (result["trials"], result["output"], result["adapter"]) == (2, config.output, config.output + "/best")
     assert "test" not in result
     assert "searching learning_rate, r, target_modules, layers, lora_dropout, batch_size in 2 trials" in err
-    assert re.search(r"^trial 0: accuracy 0\.\d{4}  best so far  \(1 of 2 done  \d+:\d\d left\)$", err, flags=re.MULTILINE)
+    assert re.search(r"^trial 0 \(the defaults\): accuracy 0\.\d{4}  best so far  \(1 of 2 done  \d+:\d\d left\)$", err, flags=re.MULTILINE)
     assert "optuna" not in err.lower()
+    assert err.splitlines()[-2] == result["sentences"][0]
     assert cli(*flags, "--trials", "2")[2] == ""
 
 
@@ -578,15 +733,16 @@ def made_up_study(count=30, **changes):
             "target_modules": None if i % 2 == 0 else ("all-linear",),
         }
         trial = {"number": i, "state": state, "value": value if state == "complete" else None, "parameters": parameters, "settings": settings}
-        trial |= {"epochs": {} if state == "failed" else {"1": value - 0.1, "2": value}, "best_epoch": 2.0, "adapter_parameters": 9216}
+        trial |= {"scores": {} if state == "failed" else {"1": value - 0.1, "2": value}, "best_epoch": 2.0, "adapter_parameters": 9216}
         trial |= {"reason": "the loss is nan at step 3 <b>&" if state == "failed" else None, "seconds": None if state == "running" else 2.5}
-        trials.append(trial | {"starts": 2 if i == 5 else None})
+        trials.append(trial | {"starts": 2 if i == 5 else None, "defaults": i == 0})
     best = max((t for t in trials if t["state"] == "complete"), key=lambda t: t["value"], default={"number": None})
     return {
         "metric": "accuracy", "higher_is_better": True, "model": "minilm", "problem_type": "single_label_classification",
-        "rows": {"train": 200, "validation": 100}, "searched": list(SEARCHED), "trials": trials, "best": best["number"],
+        "rows": {"train": 200, "validation": 100, "test": 50}, "held": 100, "folds": 0, "searched": list(SEARCHED), "trials": trials, "best": best["number"],
         "importance": {"learning_rate": 0.7, "r": 0.2, "epochs": 0.1}, "settings": {"seed": 42, "pooling": "first"},
-        "result": {"test": {"accuracy": 0.8125}},
+        "choice": None if best["number"] is None else {"number": best["number"], "defaults": best["number"] == 0},
+        "result": {"test": {"accuracy": 0.8125}}, "defaults_result": {"test": {"accuracy": 0.7890}}, "sentences": ["Chosen: <it>."],
     } | changes  # fmt: skip
 
 
@@ -626,7 +782,8 @@ def test_report_shows_every_trial():
     rows = page.rows[1:]
     assert [row[0] for row in rows] == [str(t["number"]) for t in study["trials"]]
     for row, trial in zip(rows, study["trials"], strict=True):
-        assert row[1].startswith("best" if trial["number"] == study["best"] else trial["state"])
+        assert row[1].startswith("chosen" if trial["number"] == study["choice"]["number"] else trial["state"])
+        assert ("the defaults" in row[1]) == trial["defaults"]
         value = last_value(trial)
         assert row[2] == ("–" if value is None else f"{value:.4f}")
         assert row[3:10] == [
@@ -642,6 +799,10 @@ def test_report_shows_every_trial():
     assert page.classes.count("m-failed") == sum(t["state"] == "failed" for t in study["trials"]) + 1  # only in the history
     assert shown_at < len(study["trials"])
     assert "0.8125" in text
+    assert "test accuracy</b>" in text
+    assert "50 test rows" in text
+    assert "The defaults have 0.7890" in text
+    assert "Chosen: &lt;it&gt;." in text
     assert re.findall(r">(\d+ %)<", text) == ["70 %", "20 %", "10 %"]
 
 
@@ -652,8 +813,20 @@ def test_report_of_small_studies(study):
     assert ("No trial is complete" in text) == (study["best"] is None)
 
 
+def test_without_test_rows_the_page_says_what_its_score_is():
+    """A score of the search never stands alone: on how many rows it was, and that trials were compared on them."""
+    study = made_up_study(9, result={}, defaults_result=None, held=4, folds=3)
+    text = render_study(study, "few")
+    best = next(trial for trial in study["trials"] if trial["number"] == study["best"])
+    head = text[text.index('class="headline"') :][:900]
+    assert f"{best['value']:.4f}" in head
+    assert "held-out accuracy" in head
+    assert "4 held-out rows (3-fold cross-validation)" in head
+    assert "trials were compared on" in head
+
+
 def test_report_of_a_study_that_failed():
     study = made_up_study(3, best=None, result=None, importance=None)
     for trial in study["trials"]:
-        trial.update(state="failed", value=None, epochs={})
+        trial.update(state="failed", value=None, scores={})
     assert "History" not in render_study(study, "failed")

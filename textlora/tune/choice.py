@@ -21,6 +21,7 @@ from textlora.metrics.paired import DECIDED, paired_scores
 CHANCE = 0.05  # of leaving defaults that are as good as every other trial
 MOST_BYTES = 48_000  # of a trial's answers before they are written as text: some databases take 64 kB
 RESAMPLES, FEW_RESAMPLES = 2000, 300
+LUCK = 0.015  # by which a training's score moves with its seed (standard deviation, metrics from 0 to 1), which rows cannot tell
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,16 @@ class Answers:
     """Packs what a trial answered on N held-out rows: decisions where they determine the metric, else logits in half precision.
 
     Of more rows than `MOST_BYTES` have room for, some are kept, evenly spaced, the same of every trial.
+
+    Attributes:
+        trainings: how many answered; each answered its part of the rows.
     """
 
     problem_type: str
     metric: str
     labels: np.ndarray
     names: tuple[str, ...]
+    trainings: int = 1
 
     @property
     def decided(self) -> bool:
@@ -82,8 +87,8 @@ class Answers:
         return values.reshape(-1, self._width) if not self.decided or self.problem_type == MULTI_LABEL else values
 
     def lead(self, mine: str, theirs: str) -> tuple[float, float] | None:
-        """How much better `mine` is than `theirs` (above 0 whichever way the metric goes), and the standard error by a paired bootstrap over the
-        rows (Efron and Tibshirani 1993). None where the metric has no value."""
+        """How much better `mine` is than `theirs` (above 0 whichever way the metric goes), and the standard error: by a paired bootstrap over the
+        rows (Efron and Tibshirani 1993), with the luck of the trainings added. None where the metric has no value."""
         labels, sign = self.labels[self.picked], 1 if METRICS[self.metric].higher_is_better else -1
         a, b = self.unpack(mine), self.unpack(theirs)
         if self.decided:
@@ -96,7 +101,8 @@ class Answers:
             pairs = np.array([[math.nan if x is None else x for x in pair] for pair in both])
             value, draws = pairs[0, 0] - pairs[0, 1], pairs[1:, 0] - pairs[1:, 1]
         draws = draws[np.isfinite(draws)]
-        return (sign * float(value), float(draws.std())) if math.isfinite(value) and len(draws) > 1 else None
+        luck = 0.0 if self.metric in ("log_loss", "mse", "mae") else LUCK * math.sqrt(2 / self.trainings)
+        return (sign * float(value), math.hypot(float(draws.std()), luck)) if math.isfinite(value) and len(draws) > 1 else None
 
     def _draws(self, random: np.random.Generator) -> list[np.ndarray]:
         count = len(self.picked)

@@ -57,7 +57,7 @@ class Search:
         self.steps = len(plan(config, prepared.sets["train"].lengths))
         self.folds = 0 if prepared.folds is None else len(set(prepared.folds[prepared.folds >= 0].tolist()))
         held = prepared.sets["validation"].labels if prepared.folds is None else self._held_labels()
-        self.answers = Answers(prepared.schema.problem_type, prepared.metric, held, prepared.schema.labels)
+        self.answers = Answers(prepared.schema.problem_type, prepared.metric, held, prepared.schema.labels, max(1, self.folds))
         self._prefixes: dict[int, Mapping[str, HiddenStates]] = {}
 
     def _held_labels(self) -> np.ndarray:

@@ -24,8 +24,8 @@ __all__ = ["MARKERS", "RC", "Drawing", "Mark", "icon", "mark"]
 
 COLOURS = light_colours()
 INK, SOFT, GRID, CARD, BLUE, ORANGE = (COLOURS[name] for name in ("ink", "soft", "grid", "card", "a", "b"))
-# The last ones are stars of three and four points.
-MARKERS = (*"osD^vPXph<>*d", (4, 1, 0), (3, 1, 0), (4, 1, 45), (3, 1, 180))
+# The last ones are stars of three, four and six points.
+MARKERS = (*"osD^vPXph<>*d", (4, 1, 0), (3, 1, 0), (4, 1, 45), (3, 1, 180), (6, 1, 0))
 FROZEN = ("majority", "tfidf", "probe", "head")
 TEXT = 9.0  # points
 _FONT = "DejaVu Sans"
@@ -78,7 +78,7 @@ class Drawing:
 
 def mark(method: str, place_in_order: int) -> Mark:
     """Marker by the method's place in the order, colour by its kind: LoRA and its kin, the encoder untouched, all else."""
-    colour = SOFT if method in FROZEN else BLUE if "lora" in method or method in ("dora", "pissa") else ORANGE
+    colour = SOFT if method in FROZEN else BLUE if "lora" in method or method in ("defaults", "dora", "pissa") else ORANGE
     return Mark(MARKERS[place_in_order % len(MARKERS)], colour)
 
 
