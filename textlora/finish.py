@@ -22,7 +22,7 @@ from textlora.errors import VerificationError
 from textlora.families import read_spec
 from textlora.files import write_text
 from textlora.golden import golden_rows
-from textlora.hardware import peak_memory
+from textlora.hardware import peak_memory, torch_threads
 from textlora.metrics import details, intervals
 from textlora.model import parameter_counts, scaled_head
 from textlora.prepare import EncodedSet, Prepared
@@ -166,7 +166,8 @@ def _save(
         card = model_card(meta, lora, architecture, markdown_summary(finals), settings, run.resolve().parent.name)
         write_text(staging / "README.md", card)
         write_side_file(staging, meta)
-        difference = _prove(prepared, staging, tensors, calibration["temperature"])
+        with torch_threads(1):  # a dozen short texts: a team of threads would wait for a busy core
+            difference = _prove(prepared, staging, tensors, calibration["temperature"])
         copy_folder(staging, run.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
