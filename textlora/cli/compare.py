@@ -132,7 +132,8 @@ def run_line(record: dict[str, Any]) -> str:
     """A finished run and its score."""
     if "error" in record:
         return f"{run_name(record)}: failed, {record['error']}"
-    scores = [f"{split} {record['metric']} {record[split][record['metric']]:.4f}" for split in ("validation", "test") if _has(record, split)]
+    names = {"validation": "held-out", "test": "test"}
+    scores = [f"{names[split]} {record['metric']} {record[split][record['metric']]:.4f}" for split in names if _has(record, split)]
     return f"{run_name(record)}: {', '.join(scores)} in {clock(record['total_seconds'])}"
 
 

@@ -103,7 +103,7 @@ class SearchDisplay(TrainingDisplay):
             self.trials, self.first, self.searched_metric, self.began = record["trials"], record["done"], record["metric"], time.monotonic()
             self.done = self.first
             again = f", {record['done']} are done" if record["done"] else ""
-            for line in record["lines"]:
+            for line in record.get("lines", ()):
                 self.say(line)
             self.say(f"searching {', '.join(record['searched'])} in {record['trials']} trials{again}")
         elif kind == "trial":
@@ -141,10 +141,10 @@ class SearchDisplay(TrainingDisplay):
         self.done = record["done"]
         self.left = time_left(self.began, self.done - self.first, self.trials - self.done)
         left = f"  {self.left}" if self.left else ""
-        named = " (the defaults)" if record["defaults"] else ""
+        named = " (the defaults)" if record.get("defaults") else ""
         self.say(f"trial {record['number']}{named}: {text}  ({self.done} of {self.trials} done{left})")
         self._trial(record, f"  {record['state']}")
 
 
 def name_of(record: dict[str, Any]) -> str:
-    return "defaults" if record["defaults"] else f"settings of trial {record['number']}"
+    return "defaults" if record.get("defaults") else f"settings of trial {record['number']}"

@@ -114,7 +114,8 @@ class Runner:
             if first is not None and self._in_part(first, self._available(first)):
                 skipped.remove(first)
         self.planned = [run for run in self.planned if run.method not in skipped]  # short runs that told how long one takes
-        self.left_out += [f"{method}: not run, what is left of the budget does not reach for its search and its seeds" for method in skipped]
+        if skipped:
+            self.left_out.append(f"{', '.join(skipped)}: not run, what is left of the budget does not reach for search and seeds")
         for method in whole:
             curve = self.curve(method, self.best(method))
             costs = [self._typical(method) * run.epochs / self.epochs * run.train_rows / self.rows for run in curve]

@@ -105,8 +105,11 @@ def _few_rows(table: Comparison, scale: Scale) -> list[str]:
     halves = sorted((row.difference.high - row.difference.low) / 2 for row in table.scored[1:] if row.difference)
     if not halves:
         return [f"{whole(table.test_rows)} test rows are few: more of them would say more."]
+    reach = halves[len(halves) // 2]
+    if reach <= 0 or (not scale.own and reach < 1 / table.test_rows):  # answers that agree say little of those that were not asked
+        return [f"{whole(table.test_rows)} test rows are few: more of them would say more."]
     return [
-        f"{whole(table.test_rows)} test rows are few: the intervals of the differences reach about {scale.points(halves[len(halves) // 2])} to either side, "
+        f"{whole(table.test_rows)} test rows are few: the intervals of the differences reach about {scale.points(reach)} to either side, "
         "and methods that are closer than that cannot be told apart here, whichever is better."
     ]
 
