@@ -106,7 +106,7 @@ def test_lines_of_a_comparison(now, capsys, left):
         display.show({"kind": "end", **RUN, "error": "the loss is nan", "done": 4, "all": None})
     ending = "" if left is None else "  about 1:00 left"
     assert capsys.readouterr().err.splitlines() == [
-        f"[3/9] lora-qv r 8 rate 0.001 seed 7 on 500 rows: validation accuracy 0.5000 in 1:01{ending}",
+        f"[3/9] lora-qv r 8 rate 0.001 seed 7 on 500 rows: held-out accuracy 0.5000 in 1:01{ending}",
         f"[4] lora-qv r 8 rate 0.001 seed 7 on 500 rows: failed, the loss is nan{ending}",
     ]
 
@@ -136,7 +136,7 @@ def test_lines_of_a_search_and_of_its_last_training(now, capsys):
         "trial 1: accuracy 0.5000  best so far  (2 of 4 done  0:40 left)",
         "trial 2: failed: the loss is nan  (3 of 4 done  0:10 left)",
         "trial 3: pruned  (4 of 4 done)",
-        "training the settings of trial 1 (accuracy 0.5000) ...",
+        "training the settings of trial 1 on all rows (held-out accuracy 0.5000) ...",
         "epoch 1.00  step 2  validation loss 0.2500  accuracy 0.7500  best so far",
     ]
 

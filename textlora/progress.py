@@ -18,9 +18,11 @@ def report_line(record: dict[str, Any]) -> str | None:
         return f"model: {record['model']} on {record['device']}, {counts}, {len(record['labels'])} labels{note}{pooling}"
     if kind == "evaluation":
         shown = _metric(record["metrics"])
-        mark = "  best so far" if record["best"] else "  kept" if record["kept"] else ""
         if "fold" in record:  # its scores are shown together with the other folds'
             return None
+        mark = "  best so far" if record["best"] else "  kept" if record["kept"] else ""
+        if record.get("folds"):  # which one is kept was known before
+            mark = "  kept" if record["kept"] else ""
         held = "held-out" if record.get("folds") else "validation"
         return f"epoch {record['epoch']:.2f}  step {record['step']}  {held} loss {record['loss'] or 0:.4f}  {shown}{mark}"
     if kind == "final":
@@ -30,9 +32,11 @@ def report_line(record: dict[str, Any]) -> str | None:
         bounds = record["intervals"].get(name)
         span = f" (95% {bounds[0]:.4f} to {bounds[1]:.4f})" if bounds else ""
         open_still = cannot_tell(name, record["metrics"].get(name), bounds, rows)
-        return f"{record['split']}: {_metric(record['metrics'])}{span} on {rows} rows" + (f"\n  {open_still}" if open_still else "")
+        where = f"held out in {record['folds']} folds" if record.get("folds") else record["split"]
+        return f"{where}: {_metric(record['metrics'])}{span} on {rows} rows" + (f"\n  {open_still}" if open_still else "")
     if kind == "end":
-        return f"trained {record['epochs']:.2f} epochs in {clock(record['train_seconds'])}, {record['tokens_per_second']:,.0f} tokens/s"
+        folds = f" after {clock(record['cross_validation_seconds'])} of cross-validation" if record.get("cross_validation_seconds") else ""
+        return f"trained {record['epochs']:.2f} epochs in {clock(record['train_seconds'])}{folds}, {record['tokens_per_second']:,.0f} tokens/s"
     return None
 
 

@@ -141,7 +141,14 @@ def _run(
 
         if not log_bytes:
             emit(start_record(prepared, trainings))
-            emit({"kind": "data", **prepared.report.as_dict(), "lines": [*prepared.report.lines(), *prepared.split_lines]})
+            emit(
+                {
+                    "kind": "data",
+                    **prepared.report.as_dict(),
+                    "lines": [*prepared.report.lines(), *prepared.split_lines],
+                    "split_lines": prepared.split_lines,
+                }
+            )
         if not trainings.finished:
             start = time.perf_counter()
             trainings.use(build_prefix(prepared, run), time.perf_counter() - start)

@@ -33,6 +33,7 @@ ADAPTERS = {
     "bert-pairs": ("bert", "pairs", {"truncation": "tail"}),
     "bert-dora": ("bert", "single", {"use_dora": True, "target_modules": ("all-linear",), "lora_alpha": 6.0}),
     "bert-mean": ("bert", "single", {"pooling": "mean", "layers": "last:1"}),
+    "bert-mean-folds": ("bert", "single", {"pooling": "mean", "validation": None}),
     "roberta-multi": ("roberta", "multi", {"use_rslora": True}),
     "distilbert-regression": ("distilbert", "regression", {"truncation": "head-tail"}),
 }

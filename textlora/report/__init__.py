@@ -42,11 +42,11 @@ def render(records: list[dict[str, Any]], title: str) -> str:
         multi_label=run.problem_type == MULTI_LABEL,
         head=_headline(run),
         tiles=_tiles(run),
-        splits=[split for split in _SPLITS if split in run.finals],
+        splits=[_shown(run.finals[split]) for split in _SPLITS if split in run.finals],
         intervals_are=INTERVALS_ARE,
         metric_rows=_metric_rows(run),
         curves=_curves(run),
-        shown=run.shown,
+        shown=run.shown | {"split": _shown(run.shown)},
         confusion=_confusion(run),
         calibration=_calibration(run),
         scatter=_scatter(run),
@@ -68,7 +68,7 @@ def markdown_summary(records: list[dict[str, Any]]) -> str:
     open_still = f" {_in_markdown(head['open'])}" if head["open"] else ""
     text = [f"**{_in_markdown(head['name'])} {number(head['value'])}**{between} on {whole(head['rows'])} {head['split']} rows.{open_still}", ""]
     splits = [split for split in _SPLITS if split in run.finals]
-    text.append("| metric | " + " | ".join(f"{split} | 95 % interval" for split in splits) + " |")
+    text.append("| metric | " + " | ".join(f"{_shown(run.finals[split])} | 95 % interval" for split in splits) + " |")
     text.append("|---|" + "---:|---:|" * len(splits))
     for row in _metric_rows(run):
         cells = []
@@ -79,6 +79,11 @@ def markdown_summary(records: list[dict[str, Any]]) -> str:
         text += ["", INTERVALS_ARE]
     facts = [f"{_in_markdown(name)}: {value}" for name, value in _tiles(run)]
     return "\n".join([*text, "", "; ".join(facts) + "." if facts else ""]).rstrip() + "\n"
+
+
+def _shown(final: dict[str, Any]) -> str:
+    """What the rows of a final evaluation are called: rows that cross-validation held out in turn are no split."""
+    return final.get("shown") or final.get("split") or ""
 
 
 def _in_markdown(text: str) -> str:
@@ -102,6 +107,10 @@ class _Run:
         kinds: dict[str, dict[Any, dict[str, Any]]] = defaultdict(dict)
         for record in records:
             kind = record.get("kind")
+            if "fold" in record:  # what the folds found stands in the evaluations of the last training
+                continue
+            if kind == "final" and record.get("folds"):
+                record = record | {"shown": "held-out"}
             key = {"step": record.get("step"), "evaluation": record.get("step"), "final": record.get("split")}.get(kind)
             kinds[kind][key] = record
         start, data, end = (kinds[kind].get(None, {}) for kind in ("start", "data", "end"))
@@ -111,6 +120,11 @@ class _Run:
     @property
     def problem_type(self) -> str:
         return self.start.get("problem_type", "")
+
+    @property
+    def held_name(self) -> str:
+        """Of the rows that evaluations are on."""
+        return "held-out" if any(record.get("folds") for record in self.evaluations) else "validation"
 
     @property
     def shown(self) -> dict[str, Any]:
@@ -153,7 +167,7 @@ def _headline(run: _Run) -> dict[str, Any] | None:
     known = {"name": metric_name(name), "value": value, "interval": interval, "meaning": METRICS[name].what if name in METRICS else ""}
     rows = run.shown.get("rows")
     known |= {"open": cannot_tell(name, value, interval, rows) if rows else None}
-    return known | {"split": run.shown["split"], "rows": rows, "right": right, "baseline": baseline, "bar": bar}
+    return known | {"split": _shown(run.shown), "rows": rows, "right": right, "baseline": baseline, "bar": bar}
 
 
 def _tiles(run: _Run) -> list[tuple[str, str]]:
@@ -167,7 +181,7 @@ def _tiles(run: _Run) -> list[tuple[str, str]]:
         ("tokens per second", whole(end.get("tokens_per_second"))),
         ("peak memory", size(end.get("peak_memory_bytes"))),
         ("best step", whole(end.get("best_step"))),
-        (f"its validation {metric_name(best.get('name') or '')}", number(best.get("value"))),
+        (f"its {_shown(run.finals.get('validation') or {}) or 'validation'} {metric_name(best.get('name') or '')}", number(best.get("value"))),
     ]
     return [(name, value) for name, value in facts if value != NONE]
 
@@ -193,7 +207,7 @@ def _curves(run: _Run) -> list[dict[str, Any]]:
     if span > 1:
         loss.append(figures.Line(f"mean of {span} steps", "a", figures.running_mean(training, span)))
     if validation:
-        loss.append(figures.Line("validation", "b", validation, validation))
+        loss.append(figures.Line(run.held_name, "b", validation, validation))
     if loss:
         charts.append((loss, "loss"))
     flat = [{"step": r.get("step"), **(r.get("metrics") or {})} for r in run.evaluations]
@@ -201,7 +215,7 @@ def _curves(run: _Run) -> list[dict[str, Any]]:
     scores = points(flat, name) if name else []
     if scores:
         best = [point for point in scores if point[0] == run.end.get("best_step")]
-        lines = [figures.Line(f"validation {metric_name(name)}", "a", scores, scores)]
+        lines = [figures.Line(f"{run.held_name} {metric_name(name)}", "a", scores, scores)]
         charts.append((lines + ([figures.Line("checkpoint that was kept", "best", [], best)] if best else []), metric_name(name)))
     return [{"legend": figures.legend(lines), "svg": figures.lines(lines, "step", title)} for lines, title in charts]
 
