@@ -268,7 +268,14 @@ def test_each_key_of_the_side_file(bench):
         bench.refused(folder, f"{folder / SIDE}: {'not a textlora side file' if key == 'format' else CHANGED}")
         (folder / SIDE).write_text(json.dumps(content | {key: _other(content[key])}), encoding="utf-8")
         bench.refused(folder, f"{folder / SIDE}: ")
-    for key in content.keys() - {"format", "sha256", "label_separator", "thresholds", "fitted_temperature"}:  # the last three may be absent: null, and 1
+    for key in content.keys() - {
+        "format",
+        "sha256",
+        "label_separator",
+        "thresholds",
+        "fitted_temperature",
+        "fitted_shift",
+    }:  # the last four may be absent: null, and 1
         (folder / SIDE).write_text(json.dumps(content), encoding="utf-8")
         forge(folder, lambda c, key=key: c.pop(key))
         bench.refused(folder, f"{folder / SIDE}: '{key}' is missing or of the wrong type")

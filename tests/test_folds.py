@@ -224,6 +224,29 @@ def test_going_on_from_an_adapter_takes_the_temperature_out_again(tiny_base, tmp
         assert torch.allclose(prepared.model.trainable()[name], folder.tensors[name] * folder.meta.fitted_temperature)
 
 
+def test_less_certain_scores_move_to_the_class_frequencies(tiny_base, tmp_path):
+    """Uneven classes and few steps: the saved logits are the trained ones over T and what the frequencies say; going on takes both out again."""
+    rows = [(f"{text} {i}", "pos" if i % 4 else "neg") for i, (text, _) in enumerate(single_rows(60, seed=6))]
+    config = folded(tmp_path / "a", tiny_base("bert"), train=str(write_csv(tmp_path / "uneven.csv", rows)), test=None, learning_rate=0.03, epochs=6.0)
+    run_training(config)
+    meta, texts = read_adapter(config.output).meta, [text for text, _ in single_rows(12, 5)]
+    assert meta.fitted_temperature > 1
+    prior = np.log(np.array([15 + 1, 45 + 1]))
+    assert np.allclose(meta.fitted_shift, (1 - 1 / meta.fitted_temperature) * (prior - prior.mean()))
+    trainings = Trainings(prepare(config))
+    for _ in trainings.records():
+        pass
+    trainings.prepared.model.load_trainable(trainings.trainer.best)
+    trained = encoded_logits(trainings.prepared.model, trainings.prepared.tokenizer.encode(texts))
+    saved = TextClassifier.load(config.output, base=config.model).logits(texts)
+    assert np.allclose(saved, trained / meta.fitted_temperature + meta.fitted_shift, atol=1e-5)
+    from textlora.run import _start
+
+    again = prepare(settings(tmp_path / "b", tiny_base("bert"), init_adapter=config.output))
+    _start(again)
+    assert np.allclose(encoded_logits(again.model, again.tokenizer.encode(texts)), trained, atol=1e-4)
+
+
 def test_every_row_is_accounted_for(tiny_base, tmp_path):
     rows = single_rows(40)
     path = write_csv(tmp_path / "rows.csv", [*rows, rows[0], rows[1]])

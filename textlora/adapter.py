@@ -72,7 +72,8 @@ class AdapterMeta:
     """What `textlora.json` says. `base` has id, revision, model_type and hash; `golden` has text, text_pair and logits.
 
     `temperature` is the one that a reader applies: 1 since the fitted one is divided into the head when an adapter is saved.
-    `fitted_temperature` says what it was: the head's last layer times it is the head as it was trained.
+    `fitted_temperature` says what it was, and `fitted_shift` what was added to each logit after that: the last bias less the shift, and then the
+    head's last layer times the temperature, is the head as it was trained.
     """
 
     labels: tuple[str, ...]
@@ -86,6 +87,7 @@ class AdapterMeta:
     thresholds: tuple[float, ...] | None = None
     temperature: float = 1.0
     fitted_temperature: float = 1.0
+    fitted_shift: tuple[float, ...] | None = None
     golden: tuple[dict[str, Any], ...] = ()
     scores: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -328,6 +330,8 @@ def read_meta(folder: Path) -> AdapterMeta | None:
         raise AdapterError(f"{path}: holds values that no textlora writes", "copy the adapter again")
     if values.get("thresholds") is not None:
         values["thresholds"] = tuple(map(float, values["thresholds"]))
+    if values.get("fitted_shift") is not None:
+        values["fitted_shift"] = tuple(map(float, values["fitted_shift"]))
     return AdapterMeta(**values)
 
 
@@ -350,6 +354,7 @@ def _sound(values: Mapping[str, Any]) -> bool:
         and 0 < values.get("fitted_temperature", 1.0) < math.inf
         and (separator is None or isinstance(separator, str))
         and (thresholds is None or numbers(thresholds))
+        and (values.get("fitted_shift") is None or numbers(values["fitted_shift"]))
         and all(isinstance(values["base"].get(key), str) for key in ("model_type", "hash"))
         and all(isinstance(digest, str) for digest in values["files"].values())
         and all(isinstance(row, dict) and isinstance(row.get("text"), str) and numbers(row.get("logits")) for row in values["golden"])

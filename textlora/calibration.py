@@ -5,6 +5,7 @@ Needs numpy only. N is the number of rows, C the number of labels; regression ha
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -95,7 +96,25 @@ def row_log_loss(logits: np.ndarray, labels: np.ndarray, problem_type: str, temp
     raise UsageError("regression has no log loss", "use mse or mae")
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray, problem_type: str, *, out_of_fold: bool = False) -> float:
+def class_prior(labels: np.ndarray, count: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """What the training labels (N,) of a single-label task say of a text unread: logits (C,) with mean 0, log of each class's rows and one more,
+    times its weight in the loss."""
+    rows = (np.bincount(labels, minlength=count) + 1.0) * (1.0 if weights is None else np.maximum(weights, 1e-6))
+    return np.log(rows) - np.log(rows).mean()
+
+
+def prior_shift(temperature: float, prior: np.ndarray | None) -> np.ndarray | float:
+    """What is added to logits after their division by a temperature: `(1 - 1 / T) prior` for T above 1, else nothing.
+
+    Scores that are less certain then move towards the classes' frequencies, and not towards equal shares, which rows that say little of a
+    rare class would be wrong about.
+    """
+    return 0.0 if prior is None or temperature <= 1 else (1 - 1 / temperature) * prior
+
+
+def fit_temperature(
+    logits: np.ndarray, labels: np.ndarray, problem_type: str, *, out_of_fold: bool = False, prior: np.ndarray | None = None
+) -> float:
     """A temperature that makes scores as certain as the given held-back rows support, and no more (Guo et al. 2017, section 4.2).
 
     With N rows, log T is the larger of two values:
@@ -114,6 +133,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, problem_type: str, *
     Args:
         logits: (N, C) of rows that the model has not been trained on.
         labels: single-label (N,) ints; multi-label (N, C) of 0 and 1.
+        prior: `class_prior` of a single-label task: the logits that are scored are `logits / T + prior_shift(T, prior)`.
 
     Returns:
         T above 0; 1.0 for regression, without rows, or with logits that are not finite.
@@ -128,8 +148,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, problem_type: str, *
         return 1.0
     parts = logits.shape[1] if problem_type == MULTI_LABEL else 1  # a row's loss is the mean over its labels: here their sum counts
 
+    def scored(log_t: float) -> np.ndarray:
+        temperature = float(np.exp(log_t))
+        return logits / temperature + prior_shift(temperature, prior)
+
     def loss(log_t: float) -> float:
-        rows = row_log_loss(logits, labels, problem_type, float(np.exp(log_t)))
+        rows = row_log_loss(scored(log_t), labels, problem_type)
         return float(rows.sum()) * parts + log_t**2 / (2 * PRIOR_SPREAD**2)
 
     log_t = _lowest(loss, *LOG_TEMPERATURE_RANGE)
@@ -137,7 +161,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, problem_type: str, *
     if loss(log_t) >= loss(0.0) or (log_t < 0 and not wrong):
         log_t = 0.0
     unseen = max(0.0, UNSEEN_ERRORS - wrong)
-    floor = _floor(logits, problem_type, unseen / (count + 2 * unseen)) if unseen else LOG_TEMPERATURE_RANGE[0]
+    error = unseen / (count + 2 * unseen)
+    if prior is not None:  # scores that say nothing but the frequencies claim no more than theirs
+        error = min(error, (1 - float(np.exp(_log_softmax(prior[None])).max())) / 2)
+    floor = _floor(scored, problem_type, error) if unseen else LOG_TEMPERATURE_RANGE[0]
     if out_of_fold:
         log_t *= 1 + min(GROWN_SURER, GROWN_PER_ERROR * wrong / count) if log_t > 0 else GROWN_LESS_SURE
         floor += GROWN_LOGITS
@@ -172,15 +199,46 @@ def _lowest(function: Callable[[float], float], low: float, high: float) -> floa
     return (low + high) / 2
 
 
-def _floor(logits: np.ndarray, problem_type: str, error: float) -> float:
-    """log T at which the mean claimed chance that a row's decision is wrong is `error`; it only grows with T, so bisection finds it."""
+def _floor(scored: Callable[[float], np.ndarray], problem_type: str, error: float) -> float:
+    """log T at which the mean claimed chance that a row's decision is wrong is `error`, by bisection."""
+
+    def claimed(log_t: float) -> float:
+        scores = probabilities(scored(log_t), problem_type)
+        right = scores.max(axis=1) if problem_type == SINGLE_LABEL else np.maximum(scores, 1 - scores).prod(axis=1)
+        return 1 - float(right.mean())
+
     low, high = LOG_TEMPERATURE_RANGE
     while high - low > 1e-5:
         middle = (low + high) / 2
-        scores = probabilities(logits, problem_type, float(np.exp(middle)))
-        right = scores.max(axis=1) if problem_type == SINGLE_LABEL else np.maximum(scores, 1 - scores).prod(axis=1)
-        low, high = (middle, high) if 1 - right.mean() < error else (low, middle)
+        low, high = (middle, high) if claimed(middle) < error else (low, middle)
     return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is done to logits before they are scores, and where a score decides: `logits / temperature + shift`; thresholds of multi-label scores."""
+
+    temperature: float = 1.0
+    shift: np.ndarray | None = None
+    thresholds: np.ndarray | None = None
+
+    def of(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (N, C) as they are scored, float32."""
+        return (logits / self.temperature + (0.0 if self.shift is None else self.shift)).astype(np.float32)
+
+
+def calibrate(
+    logits: np.ndarray, labels: np.ndarray, problem_type: str, *, out_of_fold: bool = False, prior: np.ndarray | None = None
+) -> Calibration:
+    """All that held-back rows decide about scores. Arguments and errors as in `fit_temperature`; nothing for regression."""
+    if problem_type == REGRESSION:
+        return Calibration()
+    temperature = fit_temperature(logits, labels, problem_type, out_of_fold=out_of_fold, prior=prior)
+    shift = prior_shift(temperature, prior)
+    found = Calibration(temperature, shift if isinstance(shift, np.ndarray) else None)
+    if problem_type != MULTI_LABEL:
+        return found
+    return replace(found, thresholds=fit_thresholds(probabilities(found.of(logits), problem_type), labels))
 
 
 def fit_thresholds(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:

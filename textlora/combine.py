@@ -34,7 +34,7 @@ from textlora.folders import new_folder, require_free
 from textlora.hub import adapter_folder
 from textlora.lora import delta
 from textlora.metrics import DEFAULT_METRIC
-from textlora.model import PREFIX, Model, open_model, scaled_head
+from textlora.model import PREFIX, Model, open_model, scaled_head, shifted_head
 from textlora.plain import load_net, named_loras, temperature_of, trained_whole
 
 COMBINATION_TYPES = ("linear", "svd", "ties", "dare")
@@ -95,11 +95,12 @@ def combine(
     )  # fmt: skip
     model, _ = open_model(files, lora, len(first.labels), pooling=first.pooling)
     temperature = math.exp(sum(w * math.log(_whole_temperature(c.meta)) for w, c in zip(weights, loaded, strict=True)) / sum(weights))
-    model.load_trainable(scaled_head(_tensors(model, made, rank, loaded, weights), 1 / temperature))
+    shift = _mean_shift(loaded, weights)
+    model.load_trainable(shifted_head(scaled_head(_tensors(model, made, rank, loaded, weights), 1 / temperature), shift))
     meta = AdapterMeta(
         labels=first.labels, problem_type=first.problem_type, pairs=first.pairs, pooling=first.pooling,
         max_length=max(classifier.tokenizer.max_length for classifier in loaded), truncation=first.truncation,
-        base=base_facts(files, model), label_separator=first.label_separator, fitted_temperature=temperature,
+        base=base_facts(files, model), label_separator=first.label_separator, fitted_temperature=temperature, fitted_shift=shift,
         training={
             "combination_type": combination_type, "combined_from": [folder.name for folder in folders], "weights": list(weights),
             "density": density, "seed": seed if combination_type == "dare" else None,
@@ -213,7 +214,10 @@ def _tensors(model: Model, made: dict[str, Factors], rank: int, loaded: list[Tex
     for name, (A, B) in made.items():
         found[f"{PREFIX}{name}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, rank - A.shape[0]))
         found[f"{PREFIX}{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, rank - B.shape[1]))
-    whole = [trained_whole(classifier.model, 1 / classifier.meta.fitted_temperature) for classifier in loaded]
+    whole = [
+        scaled_head(shifted_head(trained_whole(classifier.model), classifier.meta.fitted_shift, -1), classifier.meta.fitted_temperature)
+        for classifier in loaded
+    ]
     last = list(trained_whole(model))[-1].rpartition(".")[0]  # the layer whose rows are labels
     for key in model.trainable():
         if ".lora_" in key:
@@ -229,6 +233,17 @@ def _tensors(model: Model, made: dict[str, Factors], rank: int, loaded: list[Tex
     if strange := next((key for key in model.trainable() if key not in found), None):
         raise AdapterError(f"no adapter has tensor '{strange}'")
     return {key: found[key].float() for key in model.trainable()}
+
+
+def _mean_shift(loaded: list[TextClassifier], weights: Sequence[float]) -> tuple[float, ...] | None:
+    """What is added to each logit, by weight, in the first one's order of labels; None where no adapter adds anything."""
+    if all(classifier.meta.fitted_shift is None for classifier in loaded):
+        return None
+    labels, found = loaded[0].meta.labels, []
+    for classifier in loaded:
+        own = dict(zip(classifier.meta.labels, classifier.meta.fitted_shift or (0.0,) * len(labels), strict=True))
+        found.append([own[label] for label in labels])
+    return tuple(sum(w * one[c] for w, one in zip(weights, found, strict=True)) / sum(weights) for c in range(len(labels)))
 
 
 def _whole_temperature(meta: AdapterMeta) -> float:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textlora.calibration import fit_temperature, row_log_loss
+from textlora.calibration import class_prior, fit_temperature, prior_shift, row_log_loss
 from textlora.classifier import encoded_logits
-from textlora.config import REGRESSION, TrainConfig, default_rate
+from textlora.config import REGRESSION, SINGLE_LABEL, TrainConfig, default_rate
 from textlora.losses import Loss
 from textlora.prefix import HiddenStates, PickedStates
 from textlora.prepare import Prepared
@@ -32,7 +32,7 @@ class Held:
     folds: int
 
 
-def choose(found: Sequence[Evaluation], metric: str, labels: np.ndarray, problem_type: str) -> int:
+def choose(found: Sequence[Evaluation], metric: str, labels: np.ndarray, problem_type: str, prior: np.ndarray | None = None) -> int:
     """The checkpoint to keep, by scores of held-out rows: the latest that the rows cannot tell from the best.
 
     They can where its metric is more than a standard error below the best, or where its log loss, each checkpoint at a temperature of its own,
@@ -42,6 +42,7 @@ def choose(found: Sequence[Evaluation], metric: str, labels: np.ndarray, problem
     Args:
         found: evaluations of the same rows, in order; at least one.
         labels: of those rows.
+        prior: `calibration.class_prior`, towards which less certain scores move.
     """
     best, left = None, [0]
     for one in found:
@@ -56,7 +57,8 @@ def choose(found: Sequence[Evaluation], metric: str, labels: np.ndarray, problem
     losses = {}
     for i in left:
         logits = found[i].logits
-        losses[i] = row_log_loss(logits, labels, problem_type, fit_temperature(logits, labels, problem_type))
+        temperature = fit_temperature(logits, labels, problem_type, prior=prior)
+        losses[i] = row_log_loss(logits / temperature + prior_shift(temperature, prior), labels, problem_type)
     least = min(left, key=lambda i: losses[i].mean())
     noise = lambda difference: float(difference.std(ddof=1)) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
     return max(i for i in left if (losses[i] - losses[least]).mean() <= noise(losses[i] - losses[least]) + 1e-12)
@@ -205,8 +207,9 @@ class Trainings:
             if waited == (self.prepared.config.early_stopping_patience or len(found)):
                 found = found[: i + 1]
                 break
-        labels = self.prepared.sets["train"].labels[self.held_rows()]
-        return choose(found, self.prepared.metric, labels, self.prepared.schema.problem_type)
+        everything, schema = self.prepared.sets["train"].labels, self.prepared.schema
+        prior = class_prior(everything, len(schema.labels), Loss(self.prepared).class_weights) if schema.problem_type == SINGLE_LABEL else None
+        return choose(found, self.prepared.metric, everything[self.held_rows()], schema.problem_type, prior)
 
     def held(self) -> Held | None:
         """What temperature and thresholds are fitted on, at the checkpoint that is kept, whose weights the model must hold; None where there is nothing."""

@@ -95,6 +95,7 @@ def extract(merged: str, base: str, output: Path, r: int | None = None) -> dict[
         labels=labels, problem_type=problem_type, pairs=note.get("pairs") is True, pooling=pooling, max_length=tokenizer.max_length,
         truncation=tokenizer.truncation, base=base_facts(files, model), label_separator=note.get("label_separator"),
         thresholds=note.get("thresholds"), temperature=note.get("temperature", 1.0), fitted_temperature=note.get("fitted_temperature", 1.0),
+        fitted_shift=note.get("fitted_shift"),
         training={"extracted_from": whole.id or whole.folder.name, "rounded_to": str(dtype).removeprefix("torch.")},
         # without a version the folder says nothing on pairs, and takes both
         textlora_version=version("textlora") if note else "",

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from textlora.adapter import WEIGHTS_FILE, AdapterMeta, copy_folder, peft_config, write_side_file, write_weights
-from textlora.calibration import fit_temperature, fit_thresholds, probabilities
+from textlora.calibration import Calibration, calibrate, class_prior
 from textlora.card import model_card
 from textlora.classifier import TextClassifier, encoded_logits
-from textlora.config import MULTI_LABEL, REGRESSION
+from textlora.config import SINGLE_LABEL
 from textlora.cross_validation import Trainings
 from textlora.errors import VerificationError
 from textlora.families import read_spec
@@ -24,7 +24,7 @@ from textlora.files import write_text
 from textlora.golden import golden_rows
 from textlora.hardware import peak_memory, torch_threads
 from textlora.metrics import details, intervals
-from textlora.model import parameter_counts, scaled_head
+from textlora.model import parameter_counts, scaled_head, shifted_head
 from textlora.prepare import EncodedSet, Prepared
 from textlora.prover import Prover
 from textlora.report import markdown_summary
@@ -45,15 +45,11 @@ def finish(prepared: Prepared, trainings: Trainings, run: Path, prover: Prover) 
         StorageError: the disk is full.
     """
     kind, held = prepared.schema.problem_type, trainings.held()
-    calibration: dict[str, Any] = {"temperature": 1.0, "thresholds": None}
-    finals = []
+    calibration, finals = Calibration(), []
     if held is not None:
-        labels = prepared.sets[held.split].labels[held.rows]
-        if kind != REGRESSION:
-            calibration["temperature"] = fit_temperature(held.logits, labels, kind, out_of_fold=bool(held.folds))
-        if kind == MULTI_LABEL:
-            calibration["thresholds"] = fit_thresholds(probabilities(held.logits, kind, calibration["temperature"]), labels)
-        finals.append(_final(prepared, trainings, "validation", held.logits, prepared.sets[held.split].pick(held.rows), calibration))
+        data = prepared.sets[held.split].pick(held.rows)
+        calibration = calibrate(held.logits, data.labels, kind, out_of_fold=bool(held.folds), prior=_prior(prepared, trainings))
+        finals.append(_final(prepared, trainings, "validation", held.logits, data, calibration))
         finals[-1]["folds"] = held.folds
     if "test" in prepared.sets:
         data = prepared.sets["test"]
@@ -71,11 +67,19 @@ def finish(prepared: Prepared, trainings: Trainings, run: Path, prover: Prover) 
         "head_parameters": head,
         "golden_difference": difference,
         "train_rows": len(prepared.sets["train"].rows),
-        "temperature": calibration["temperature"],
+        "temperature": calibration.temperature,
         **_rows(prepared, trainings),
         **scores,
     }
     return result, finals
+
+
+def _prior(prepared: Prepared, trainings: Trainings) -> np.ndarray | None:
+    """What the class frequencies say of a text unread, where the head has a bias to hold it."""
+    bias, labels = list(prepared.model.trainable().values())[-1], prepared.sets["train"].labels
+    if prepared.schema.problem_type != SINGLE_LABEL or bias.ndim != 1:
+        return None
+    return class_prior(labels, len(prepared.schema.labels), trainings.trainer.loss.class_weights)
 
 
 def _rows(prepared: Prepared, trainings: Trainings) -> dict[str, Any]:
@@ -90,10 +94,11 @@ def _rows(prepared: Prepared, trainings: Trainings) -> dict[str, Any]:
     }
 
 
-def _final(prepared: Prepared, trainings: Trainings, split: str, logits: np.ndarray, data: EncodedSet, calibration: dict[str, Any]) -> dict[str, Any]:
+def _final(prepared: Prepared, trainings: Trainings, split: str, logits: np.ndarray, data: EncodedSet, calibration: Calibration) -> dict[str, Any]:
     kind, names = prepared.schema.problem_type, prepared.schema.labels
-    loss, metrics = score_logits(prepared, data.labels, logits, trainings.trainer.loss, **calibration)
-    ranges = intervals(kind, data.labels, logits, **calibration)
+    logits, thresholds = calibration.of(logits), calibration.thresholds
+    loss, metrics = score_logits(prepared, data.labels, logits, trainings.trainer.loss, thresholds=thresholds)
+    ranges = intervals(kind, data.labels, logits, thresholds=thresholds)
     texts = [row.text if row.text_pair is None else f"{row.text} || {row.text_pair}" for row in data.rows]
     wheres = [f"{row.source}:{row.where}" for row in data.rows]
     return {
@@ -103,7 +108,7 @@ def _final(prepared: Prepared, trainings: Trainings, split: str, logits: np.ndar
         "loss": loss,
         "metrics": metrics,
         "intervals": {name: list(bounds) if bounds is not None else None for name, bounds in ranges.items()},
-        "details": details(kind, data.labels, logits, names, texts, wheres, **calibration),
+        "details": details(kind, data.labels, logits, names, texts, wheres, thresholds=thresholds),
     }
 
 
@@ -111,14 +116,16 @@ def _save(
     prepared: Prepared,
     trainings: Trainings,
     run: Path,
-    calibration: dict[str, Any],
+    calibration: Calibration,
     scores: dict[str, Any],
     finals: list[dict[str, Any]],
     prover: Prover,
 ) -> float:
     """Write into a staging folder, check it there, then move it up, `textlora.json` last."""
     config, files, model, trainer = prepared.config, prepared.files, prepared.model, trainings.trainer
-    tensors = scaled_head(model.trainable(), 1 / calibration["temperature"])  # every reader then has calibrated scores; the model stays as it is
+    temperature, shift, thresholds = calibration.temperature, calibration.shift, calibration.thresholds
+    # on a copy, so that every reader has calibrated scores and the model stays as it was trained
+    tensors = shifted_head(scaled_head(model.trainable(), 1 / temperature), shift)
     adapter, head = parameter_counts(model.trainable())
     staging = run / "staging"
     shutil.rmtree(staging, ignore_errors=True)
@@ -131,7 +138,6 @@ def _save(
             tensors,
         )
         _write_tokenizer(prepared, staging)
-        thresholds = calibration["thresholds"]
         meta = AdapterMeta(
             labels=prepared.schema.labels,
             problem_type=prepared.schema.problem_type,
@@ -142,7 +148,8 @@ def _save(
             base={"id": files.id, "revision": files.revision, "model_type": files.config["model_type"], "hash": model.base_hash()},
             label_separator=prepared.schema.label_separator,
             thresholds=None if thresholds is None else tuple(map(float, thresholds)),
-            fitted_temperature=float(calibration["temperature"]),
+            fitted_temperature=float(temperature),
+            fitted_shift=None if shift is None else tuple(map(float, shift)),
             golden=tuple(_golden(prepared, staging, prover)),
             scores=scores,
             training={
@@ -167,7 +174,7 @@ def _save(
         write_text(staging / "README.md", card)
         write_side_file(staging, meta)
         with torch_threads(1):  # a dozen short texts: a team of threads would wait for a busy core
-            difference = _prove(prepared, staging, tensors, calibration["temperature"])
+            difference = _prove(prepared, staging, tensors, calibration)
         copy_folder(staging, run.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -200,9 +207,8 @@ def _golden(prepared: Prepared, folder: Path, prover: Prover) -> list[dict[str, 
     return [{"text": a, "text_pair": b, "logits": [float(x) for x in row]} for (a, b), row in zip(rows, logits, strict=True)]
 
 
-def _prove(prepared: Prepared, folder: Path, tensors: Mapping[str, Tensor], temperature: float) -> float:
-    """Load the folder afresh; its tensors must be those given, its logits those of transformers + peft, and times the temperature those of the
-    trained model.
+def _prove(prepared: Prepared, folder: Path, tensors: Mapping[str, Tensor], calibration: Calibration) -> float:
+    """Load the folder afresh; its tensors must be those given, its logits those of transformers + peft, and those of the trained model, calibrated.
 
     Returns:
         the largest difference of a golden logit.
@@ -220,7 +226,7 @@ def _prove(prepared: Prepared, folder: Path, tensors: Mapping[str, Tensor], temp
             f"the saved adapter gives logits {difference.max():.2g} away from transformers + peft", "please report this with run/config.toml"
         )
     golden = prepared.tokenizer.encode(*zip(*((row["text"], row["text_pair"]) for row in classifier.meta.golden), strict=True))
-    trained = encoded_logits(prepared.model, golden) / temperature
+    trained = calibration.of(encoded_logits(prepared.model, golden))
     if prepared.model.dtype == torch.float32 and not (np.abs(trained - now) <= TOLERANCE * np.maximum(1, np.abs(trained))).all():
         raise VerificationError(
             f"the saved adapter gives logits {np.abs(trained - now).max():.2g} away from the trained model", "please report this with run/config.toml"

@@ -61,7 +61,7 @@ def inspect_folder(path: Path | str, against: str | None = None, revision: str |
     if meta is None:
         facts["note"] = "no textlora.json: labels, task, length and base weights are not recorded"
     else:
-        keys = ("labels", "problem_type", "pairs", "pooling", "max_length", "truncation", "base", "temperature", "fitted_temperature")
+        keys = ("labels", "problem_type", "pairs", "pooling", "max_length", "truncation", "base", "temperature", "fitted_temperature", "fitted_shift")
         facts |= {key: getattr(meta, key) for key in (*keys, "thresholds", "scores", "training", "textlora_version")}
         facts["edited"] = changed_files(folder.path, meta)
     if against is not None:
@@ -223,7 +223,8 @@ def summary_lines(facts: dict[str, Any]) -> list[str]:
         if (applied := facts["temperature"]) != 1:
             lines.append(f"temperature: {applied:.4g}, by which whoever reads it divides the logits")
         if (fitted := facts["fitted_temperature"]) != 1:
-            lines.append(f"temperature: {fitted:.4g}, divided into the head")
+            moved = f", and the classes' frequencies added by {1 - 1 / fitted:.2g}" if facts["fitted_shift"] else ""
+            lines.append(f"temperature: {fitted:.4g}, divided into the head{moved}")
         for split, metrics in facts["scores"].items():
             lines.append(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None))
     lines += [f"fingerprint: {facts['fingerprint'][:23]}", *_spectrum_lines(layers)]

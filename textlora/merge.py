@@ -28,7 +28,7 @@ from textlora.reference import quietly
 TOLERANCE = 1e-4  # of a logit from the written files, relative to max(1, |logit|)
 SCORE_TOLERANCE = 1e-5  # of a score in float32; of a regression's value, relative to max(1, |value|)
 _LEFT_OUT = ("_name_or_path", "auto_map", "torch_dtype")
-_KEPT = ("pairs", "pooling", "truncation", "temperature", "fitted_temperature", "thresholds", "label_separator")
+_KEPT = ("pairs", "pooling", "truncation", "temperature", "fitted_temperature", "fitted_shift", "thresholds", "label_separator")
 
 
 def merge(

@@ -318,6 +318,14 @@ def scaled_head(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tenso
     return {name: t.detach() * factor if name.rpartition(".")[0] == last and factor != 1 else t for name, t in tensors.items()}
 
 
+def shifted_head(tensors: Mapping[str, Tensor], shift: Sequence[float] | None, sign: int = 1) -> dict[str, Tensor]:
+    """The same tensors with `shift` (C,) added to the head's last bias, which stands last, as a copy; with sign -1 taken off it."""
+    if shift is None:
+        return dict(tensors)
+    name, bias = list(tensors.items())[-1]
+    return {**tensors, name: bias.detach() + sign * torch.tensor(shift, dtype=bias.dtype, device=bias.device)}
+
+
 def open_model(
     files: BaseFiles,
     lora: LoraConfig,

@@ -31,7 +31,9 @@ def temperature_of(meta: AdapterMeta) -> float:
 
 def settled(meta: AdapterMeta) -> AdapterMeta:
     """The same adapter once its temperature is divided into the head: what readers without a place for one need."""
-    return replace(meta, temperature=1.0, fitted_temperature=meta.fitted_temperature * temperature_of(meta))
+    applied = temperature_of(meta)
+    shift = None if meta.fitted_shift is None else tuple(value / applied for value in meta.fitted_shift)
+    return replace(meta, temperature=1.0, fitted_temperature=meta.fitted_temperature * applied, fitted_shift=shift)
 
 
 def named_loras(model: Model) -> dict[str, Lora]:

@@ -26,7 +26,7 @@ from textlora.errors import AdapterError, Interrupted, StorageError, UsageError
 from textlora.files import folder_lock, remove_parts, write_text
 from textlora.finish import finish
 from textlora.hardware import peak_memory
-from textlora.model import parameter_counts, scaled_head
+from textlora.model import parameter_counts, scaled_head, shifted_head
 from textlora.prefix import build_prefix
 from textlora.prepare import Prepared, prepare
 from textlora.prover import Prover
@@ -212,8 +212,11 @@ def _start(prepared: Prepared) -> None:
     mine = prepared.model.trainable()
     same_labels = folder.meta is not None and folder.meta.labels == prepared.schema.labels
     taken = dict(mine)
-    scale = folder.meta.fitted_temperature if folder.meta is not None else 1.0  # the head as it was trained
-    for name, tensor in scaled_head(folder.tensors, scale).items():
+    given: Mapping[str, Any] = folder.tensors
+    if folder.meta is not None:  # the head as it was trained
+        in_order = {name: folder.tensors[name] for name in mine if name in folder.tensors}
+        given = folder.tensors | scaled_head(shifted_head(in_order, folder.meta.fitted_shift, -1), folder.meta.fitted_temperature)
+    for name, tensor in given.items():
         if ".lora_" in name or (name in mine and tensor.shape == mine[name].shape and same_labels):
             taken[name] = tensor
     if folder.meta is not None and folder.meta.base["hash"] != prepared.model.base_hash():

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from textlora.calibration import decide, fit_temperature, fit_thresholds, probabilities
+from textlora.calibration import Calibration, calibrate, class_prior, decide, probabilities
 from textlora.compare.few_shot import train_embedder
 from textlora.compare.fitted import Inputs, fit, fit_linear, held_out, scaled
 from textlora.compare.machine import memory_begin, memory_peak
-from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from textlora.config import MULTI_LABEL, SINGLE_LABEL
 from textlora.cross_validation import Trainings
 from textlora.errors import UsageError
 from textlora.hardware import choose_dtype
+from textlora.losses import Loss
 from textlora.methods import Method
 from textlora.metrics import evaluate
 from textlora.model import Model, PackedModel
@@ -121,11 +122,11 @@ class Bench:
             **({"chosen": outcome.chosen} if outcome.chosen else {}),
         }
         if search and prepared.folds is not None:
-            thresholds = calibration.get("thresholds")
             record["decided"] = {
                 "place": outcome.place,
-                "temperature": calibration.get("temperature"),
-                "thresholds": None if thresholds is None else np.asarray(thresholds).tolist(),
+                "temperature": calibration.temperature,
+                "shift": None if calibration.shift is None else calibration.shift.tolist(),
+                "thresholds": None if calibration.thresholds is None else calibration.thresholds.tolist(),
                 "validation": validation,
                 **outcome.chosen,
             }
@@ -364,32 +365,26 @@ def _in_head(model: Model, name: str) -> bool:
     return any(lies_in(".".join(parts[i:]), model.modules_to_save) for i in range(len(parts)))
 
 
-def _metrics(prepared: Prepared, split: str, logits: np.ndarray, **calibration: Any) -> dict[str, float | None]:
-    return evaluate(prepared.schema.problem_type, prepared.sets[split].labels, logits, list(prepared.schema.labels), **calibration)
-
-
-def _decisions(prepared: Prepared, held: tuple[str, np.ndarray, np.ndarray] | None) -> tuple[dict[str, Any], dict[str, float | None]]:
-    """Temperature and thresholds as `textlora train` fits them, and the scores of the held-out rows at temperature 1."""
+def _decisions(prepared: Prepared, held: tuple[str, np.ndarray, np.ndarray] | None) -> tuple[Calibration, dict[str, float | None]]:
+    """What `textlora train` fits on held-out rows, and their scores as they are."""
     kind, names = prepared.schema.problem_type, list(prepared.schema.labels)
     if held is None:
-        return {}, {}
+        return Calibration(), {}
     split, places, logits = held
-    labels, calibration = prepared.sets[split].labels[places], {}
-    if kind != REGRESSION:
-        calibration["temperature"] = fit_temperature(logits, labels, kind, out_of_fold=split == "train")
-        if kind == MULTI_LABEL:
-            calibration["thresholds"] = fit_thresholds(probabilities(logits, kind, calibration["temperature"]), labels)
-    return calibration, evaluate(kind, labels, logits, names)
+    labels = prepared.sets[split].labels[places]
+    prior = class_prior(prepared.sets["train"].labels, len(names), Loss(prepared).class_weights) if kind == SINGLE_LABEL else None
+    return calibrate(logits, labels, kind, out_of_fold=split == "train", prior=prior), evaluate(kind, labels, logits, names)
 
 
-def _calibration(decided: Mapping[str, Any]) -> dict[str, Any]:
-    found = {name: decided[name] for name in ("temperature", "thresholds") if decided[name] is not None}
-    return found | ({"thresholds": np.array(found["thresholds"])} if "thresholds" in found else {})
+def _calibration(decided: Mapping[str, Any]) -> Calibration:
+    arrays = (None if decided[name] is None else np.array(decided[name]) for name in ("shift", "thresholds"))
+    return Calibration(decided["temperature"], *arrays)
 
 
-def _scores(prepared: Prepared, outcome: Outcome, calibration: Mapping[str, Any]) -> dict[str, Any]:
+def _scores(prepared: Prepared, outcome: Outcome, calibration: Calibration) -> dict[str, Any]:
     """Test metrics and decisions."""
-    kind, logits = prepared.schema.problem_type, outcome.logits("test")
-    decided = decide(probabilities(logits, kind, calibration.get("temperature", 1.0)), kind, calibration.get("thresholds"))
+    kind, thresholds, labels = prepared.schema.problem_type, calibration.thresholds, prepared.sets["test"].labels
+    logits = calibration.of(outcome.logits("test"))
+    decided = decide(probabilities(logits, kind), kind, thresholds)
     as_numbers = decided.astype(np.int64) if kind in (SINGLE_LABEL, MULTI_LABEL) else decided.astype(np.float64)
-    return {"test": _metrics(prepared, "test", logits, **calibration), "test_predictions": as_numbers.tolist()}
+    return {"test": evaluate(kind, labels, logits, list(prepared.schema.labels), thresholds=thresholds), "test_predictions": as_numbers.tolist()}

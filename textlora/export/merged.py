@@ -31,7 +31,18 @@ from textlora.plain import NOTE, named_loras, settled, temperature_of, trained_w
 from textlora.tokens import Encoded
 
 MODEL_FILE, INT8_FILE = "model.onnx", "model_quantized.onnx"
-_FACTS = ("pairs", "pooling", "max_length", "truncation", "temperature", "fitted_temperature", "thresholds", "label_separator", "base")
+_FACTS = (
+    "pairs",
+    "pooling",
+    "max_length",
+    "truncation",
+    "temperature",
+    "fitted_temperature",
+    "fitted_shift",
+    "thresholds",
+    "label_separator",
+    "base",
+)
 LEFT_OUT = ("_name_or_path", "auto_map", "torch_dtype", "dtype")
 
 
