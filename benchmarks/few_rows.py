@@ -71,13 +71,14 @@ def one(data: Path, name: str, count: int, seed: int, develop: bool) -> dict[str
     meta = classifier.meta
     logits = np.asarray(classifier.logits([text for text, _ in test]), dtype=np.float64)
     labels = np.array([meta.labels.index(label) for _, label in test])
-    applied, fitted = meta.temperature, getattr(meta, "fitted_temperature", 1.0)
+    applied, fitted, shift = meta.temperature, getattr(meta, "fitted_temperature", 1.0), getattr(meta, "fitted_shift", None)
+    trained = (logits - (0.0 if shift is None else np.array(shift))) * fitted
     scores = logits / applied
     probs = np.exp(scores - scores.max(1, keepdims=True))
     probs /= probs.sum(1, keepdims=True)
     return {
         "set": name, "rows": count, "seed": seed, "test_rows": len(test), "accuracy": float((logits.argmax(1) == labels).mean()),
-        "temperature": applied * fitted, "log_loss": log_loss(scores, labels), "log_loss_at_1": log_loss(logits * fitted, labels),
+        "temperature": applied * fitted, "log_loss": log_loss(scores, labels), "log_loss_at_1": log_loss(trained, labels),
         "ece": calibration_error(probs, labels), "pooling": meta.pooling, "seconds": seconds, "step_seconds": sum(steps),
         "validation": meta.scores.get("validation"),
     }  # fmt: skip
