@@ -183,8 +183,8 @@ def _folds(rows: Sequence[Row], labels: np.ndarray, schema: LabelSchema, seed: i
     return make_folds(marks, [(row.text, row.text_pair) for row in rows], seed)
 
 
-def _deciders(split: Split, folds: np.ndarray | None, config: TrainConfig) -> list[str]:
-    """Sentences on what decides checkpoint, temperature and thresholds."""
+def _deciders(split: Split, folds: np.ndarray | None, given: bool) -> list[str]:
+    """Sentences on what decides checkpoint, temperature and thresholds; `given` says whether validation rows were."""
     count = len(split.rows["train"])
     if folds is not None:
         held = int((folds >= 0).sum())
@@ -193,7 +193,7 @@ def _deciders(split: Split, folds: np.ndarray | None, config: TrainConfig) -> li
     held = len(split.rows.get("validation", ()))
     if not held:
         return ["Warning: no row can be held out, so the last step is kept and nothing is calibrated."]
-    if config.validation is None:
+    if not given:
         return [f"{held:,} rows are held out for validation and decide; the other {count:,} are trained on."]
     few = (
         " These are few: without --validation, cross-validation would decide on all training rows."
@@ -271,7 +271,7 @@ def prepare(config: TrainConfig, sources: Mapping[str, Any] | None = None) -> Pr
     lengths = np.array([e.full for e in sets["train"].encoded])
     report = check_tables(picked["train"], {s: t for s, t in picked.items() if s != "train"}, schema, lengths, tokenizer.max_length)
     folds = _folds(rows["train"], labels["train"], schema, config.seed) if split.cross_validated else None
-    lines = [*split.lines(), *_deciders(split, folds, config)]
+    lines = [*split.lines(), *_deciders(split, folds, "validation" in tables)]
     return Prepared(
         config, files, model, reason, tokenizer, schema, sets, report, metric, tables["train"].sha256, device,
         pooling, pooling_reason, folds, lines, split.left_out,

@@ -13,7 +13,7 @@ from textlora.options import CommaList, merge_settings, setting_options
 from textlora.progress import Display, clock
 
 _SHARED = (
-    "train", "validation", "test", *DATA_FLAGS, "problem_type", "model", "revision", "output", "pooling", "epochs", "scheduler", "warmup",
+    "train", "validation", "validation_share", "test", *DATA_FLAGS, "problem_type", "model", "revision", "output", "pooling", "epochs", "scheduler", "warmup",
     "weight_decay", "batch_size", "batch_tokens", "max_grad_norm", "metric", "class_weights", "label_smoothing", "max_length", "truncation",
     "lora_alpha", "lora_dropout", "seed", "limit_train", "limit_eval", "device", "precision", "threads",
 )  # fmt: skip

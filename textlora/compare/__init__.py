@@ -116,7 +116,7 @@ def compare(asked: Comparison, sources: Mapping[str, Any] | None = None, *, on_r
 _FIXED = (
     "model", "revision", "pooling", "epochs", "scheduler", "warmup", "weight_decay", "batch_size", "batch_tokens", "gradient_accumulation_steps",
     "max_grad_norm", "metric", "class_weights", "label_smoothing", "max_length", "truncation", "lora_alpha", "lora_dropout", "seed",
-    "precision", "limit_train", "limit_eval",
+    "precision", "limit_train", "limit_eval", "validation_share",
 )  # fmt: skip
 
 
