@@ -25,8 +25,8 @@ setup: $(VENV)/.dev
 
 demo: $(VENV)/.demo
 	@rm -rf demo
-	$(BIN)/textlora train --train $(REVIEWS)/train.csv --test $(REVIEWS)/test.csv --learning-rate 2e-3 --epochs 6 --output demo/film-reviews
-	@$(BIN)/python $(REVIEWS)/baseline.py
+	$(BIN)/textlora train --train $(REVIEWS)/train.csv --test $(REVIEWS)/test.csv --output demo/film-reviews
+	@$(BIN)/python $(REVIEWS)/baseline.py demo/film-reviews
 	$(BIN)/textlora inspect demo/film-reviews
 	$(BIN)/textlora evaluate demo/film-reviews --data $(REVIEWS)/test.csv
 	$(BIN)/textlora merge demo/film-reviews --output demo/merged --data $(REVIEWS)/test.csv

@@ -72,7 +72,7 @@ def test_no_command_shows_the_help_and_fails(cli):
 def test_version(cli):
     code, out, err = cli("--version")
     assert (code, err) == (0, "")
-    assert out == "textlora 0.1.0\n"
+    assert out == "textlora 0.2.0\n"
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ from textlora.adapter import read_adapter
 from textlora.base import base_pooling, find_base
 from textlora.calibration import fit_temperature
 from textlora.classifier import encoded_logits
-from textlora.config import SINGLE_LABEL
-from textlora.cross_validation import Trainings, choose
+from textlora.cross_validation import Trainings
 from textlora.folds import make_folds
 from textlora.prepare import prepare
 from textlora.run import run_training
-from textlora.training import Evaluation, Trainer, start_head
+from textlora.training import Trainer, start_head
 
 
 def one_hot(classes: list[int]) -> np.ndarray:
@@ -117,45 +116,6 @@ def test_the_last_training_is_one_on_all_rows(tiny_base, tmp_path):
     assert trainings.trainer.kept_score == chosen.metrics["accuracy"]
     tokens = trainings.fold_tokens + trainings.trainer.tokens
     assert tokens <= 3 * trainings.trainer.tokens
-
-
-def evaluation(right: int, sure: float, rows: int = 200) -> Evaluation:
-    """Logits of two classes, all rows of class 0, of which so many are right, drawn anew for each number."""
-    logits, order = np.zeros((rows, 2)), np.random.default_rng(right).permutation(rows)
-    logits[order[:right], 0], logits[order[right:], 1] = sure, sure
-    return Evaluation(0.0, 0.0, {"accuracy": right / rows}, logits)
-
-
-@pytest.mark.parametrize(
-    ("evaluations", "kept"),
-    [
-        ([evaluation(150, 1.0), evaluation(150, 1.0)], 1),  # equal: the latest
-        ([evaluation(150, 1.0), evaluation(148, 1.0)], 1),  # within noise of each other
-        ([evaluation(160, 1.0), evaluation(120, 1.0)], 0),  # clearly fewer right
-        ([evaluation(150, 1.0), evaluation(150, 9.0)], 1),  # surer, which a temperature takes back
-    ],
-)
-def test_the_latest_that_rows_cannot_tell_from_the_best_is_kept(evaluations, kept):
-    assert choose(evaluations, "accuracy", np.zeros(200, dtype=np.int64), SINGLE_LABEL) == kept
-
-
-def test_scores_that_say_less_are_left_though_as_many_are_right():
-    """Both have 140 of 200 right, but the second is as sure of its mistakes as of the rest, the first is not."""
-    draw = np.random.default_rng(0)
-    labels = draw.integers(0, 2, 200)
-    right = np.arange(200) < 140
-    side = np.where(right, labels, 1 - labels)
-    telling, blind = np.zeros((200, 2)), np.zeros((200, 2))
-    telling[np.arange(200), side] = np.where(right, 2.0, 0.2)
-    blind[np.arange(200), side] = 2.0
-    found = [Evaluation(0.0, 0.0, {"accuracy": 0.7}, logits) for logits in (telling, blind)]
-    assert choose(found, "accuracy", labels, SINGLE_LABEL) == 0
-    assert choose(found[::-1], "accuracy", labels, SINGLE_LABEL) == 1
-
-
-def test_a_metric_without_a_value_keeps_the_last():
-    found = [Evaluation(0.0, 0.0, {"auc": None}, np.zeros((4, 2)))] * 3
-    assert choose(found, "auc", np.zeros(4, dtype=np.int64), SINGLE_LABEL) == 2
 
 
 def test_states_below_the_adapted_blocks_change_nothing(tiny_base, tmp_path):

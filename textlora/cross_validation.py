@@ -5,7 +5,7 @@ training's checkpoint, and its temperature and thresholds are fitted on them.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textlora.calibration import class_prior, fit_temperature, prior_shift, row_log_loss
 from textlora.classifier import encoded_logits
-from textlora.config import REGRESSION, SINGLE_LABEL, TrainConfig, default_rate
+from textlora.config import TrainConfig, default_rate
 from textlora.losses import Loss
 from textlora.prefix import HiddenStates, PickedStates
 from textlora.prepare import Prepared
@@ -30,38 +29,6 @@ class Held:
     rows: np.ndarray
     logits: np.ndarray
     folds: int
-
-
-def choose(found: Sequence[Evaluation], metric: str, labels: np.ndarray, problem_type: str, prior: np.ndarray | None = None) -> int:
-    """The checkpoint to keep, by scores of held-out rows: the latest that the rows cannot tell from the best.
-
-    They can where its metric is more than a standard error below the best, or where its log loss, each checkpoint at a temperature of its own,
-    is more than a standard error of the rows' differences above that of the best of those. Accuracy alone is blunt on a few hundred rows:
-    on glue_cola at 256 it kept checkpoints that had learned noise (docs/log.md).
-
-    Args:
-        found: evaluations of the same rows, in order; at least one.
-        labels: of those rows.
-        prior: `calibration.class_prior`, towards which less certain scores move.
-    """
-    best, left = None, [0]
-    for one in found:
-        better, _ = judge(metric, one.metrics.get(metric), best, len(one.logits))
-        best = one.metrics.get(metric) if better else best
-    if best is not None:
-        left = [i for i, one in enumerate(found) if judge(metric, one.metrics.get(metric), best, len(one.logits))[1]]
-    elif found:
-        left = [len(found) - 1]
-    if problem_type == REGRESSION or len(left) == 1:
-        return left[-1]
-    losses = {}
-    for i in left:
-        logits = found[i].logits
-        temperature = fit_temperature(logits, labels, problem_type, prior=prior)
-        losses[i] = row_log_loss(logits / temperature + prior_shift(temperature, prior), labels, problem_type)
-    least = min(left, key=lambda i: losses[i].mean())
-    noise = lambda difference: float(difference.std(ddof=1)) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-    return max(i for i in left if (losses[i] - losses[least]).mean() <= noise(losses[i] - losses[least]) + 1e-12)
 
 
 class Trainings:
@@ -117,8 +84,7 @@ class Trainings:
         prepared.model.load_trainable(self._fresh)
         if not self.in_folds:
             self._start(prepared)
-            known = self.evaluations()
-            return Trainer(prepared, prefix, known=(known, self.chosen()) if known else None)
+            return Trainer(prepared, prefix, known=self.evaluations() or None)
         train, held = self._rows(self.folds[self.number])
         rows = prepared.sets["train"]
         prepared = dataclasses.replace(prepared, config=self._config(), sets={"train": rows.pick(train), "validation": rows.pick(held)})
@@ -198,18 +164,15 @@ class Trainings:
         return np.concatenate([self._rows(fold)[1] for fold in self.folds[: len(self._done())]])
 
     def chosen(self) -> int:
-        """Place of the evaluation whose checkpoint the last training keeps: `choose`, before an early stop."""
-        found, best, waited = self.evaluations(), None, 0
-        for i, one in enumerate(found):
-            value = one.metrics.get(self.prepared.metric)
-            better, _ = judge(self.prepared.metric, value, best, len(one.logits))
-            best, waited = (value, 0) if better else (best, waited + 1)
-            if waited == (self.prepared.config.early_stopping_patience or len(found)):
-                found = found[: i + 1]
+        """Place of the evaluation whose checkpoint the last training keeps, by the rule it follows itself."""
+        best, kept, waited = None, 0, 0
+        for i, found in enumerate(self.evaluations()):
+            value = found.metrics.get(self.prepared.metric)
+            better, keep = judge(self.prepared.metric, value, best, len(found.logits))
+            best, kept, waited = value if better else best, i if keep else kept, 0 if better else waited + 1
+            if waited == self.prepared.config.early_stopping_patience:
                 break
-        everything, schema = self.prepared.sets["train"].labels, self.prepared.schema
-        prior = class_prior(everything, len(schema.labels), Loss(self.prepared).class_weights) if schema.problem_type == SINGLE_LABEL else None
-        return choose(found, self.prepared.metric, everything[self.held_rows()], schema.problem_type, prior)
+        return kept
 
     def held(self) -> Held | None:
         """What temperature and thresholds are fitted on, at the checkpoint that is kept, whose weights the model must hold; None where there is nothing."""

@@ -21,8 +21,6 @@ def report_line(record: dict[str, Any]) -> str | None:
         if "fold" in record:  # its scores are shown together with the other folds'
             return None
         mark = "  best so far" if record["best"] else "  kept" if record["kept"] else ""
-        if record.get("folds"):  # which one is kept was known before
-            mark = "  kept" if record["kept"] else ""
         held = "held-out" if record.get("folds") else "validation"
         return f"epoch {record['epoch']:.2f}  step {record['step']}  {held} loss {record['loss'] or 0:.4f}  {shown}{mark}"
     if kind == "final":

@@ -135,7 +135,7 @@ class Trainer:
     Args:
         prefix: hidden states of the splits, where they are known.
         evaluate_after: epochs after which to evaluate; default: every one, or as `eval_every` says; after the last step in any case.
-        known: what cross-validation found at each evaluation, in place of scores of validation rows, and the place of the one to keep.
+        known: what cross-validation found at each evaluation, in place of scores of validation rows.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Trainer:
         prepared: Prepared,
         prefix: Mapping[str, HiddenStates] | None = None,
         evaluate_after: Sequence[float] | None = None,
-        known: tuple[Sequence[Evaluation], int] | None = None,
+        known: Sequence[Evaluation] | None = None,
     ):
         self.prepared, self.config, self.model, self.prefix = prepared, prepared.config, prepared.model, prefix or {}
         self.known = known
@@ -289,8 +289,6 @@ class Trainer:
             return record | {"loss": None, "metrics": {}, "best": True, "kept": True}
         value = found.metrics.get(self.prepared.metric)
         better, kept = judge(self.prepared.metric, value, self.best_score, len(found.logits))
-        if self.known is not None:
-            kept = self.evaluate_at.index(self.step) == self.known[1]
         self.waited = 0 if better else self.waited + 1
         if better:
             self.best_score = value
@@ -301,7 +299,7 @@ class Trainer:
     def _scores(self, workers: Workers) -> Evaluation | None:
         """Of the validation rows now, or what cross-validation found at this point; None where there is neither."""
         if self.known is not None:
-            return self.known[0][self.evaluate_at.index(self.step)]
+            return self.known[self.evaluate_at.index(self.step)]
         held = self.prepared.sets.get("validation")
         if held is None:
             return None
