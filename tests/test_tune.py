@@ -603,7 +603,7 @@ def test_the_first_trial_is_what_train_does():
     assert trial_settings(config, (), start, 6) == config
     outside = TrainConfig(learning_rate=1.0, epochs=2.5, layers="0,1", target_modules=("query",), r=64, lora_dropout=0.12, batch_size=9)
     assert start_parameters(outside, distributions(SEARCHED, 6, 384), 6, 40) == {}
-    unnamed = start_parameters(TrainConfig(), {"learning_rate": distributions(SEARCHED, 6, 384)["learning_rate"]}, 6, 512)
+    unnamed = start_parameters(TrainConfig(), {"learning_rate": distributions(SEARCHED, 6, 384)["learning_rate"]}, 6, default_rate(512))
     assert unnamed == {"learning_rate": default_rate(512)}
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from textlora.classifier import encoded_logits
-from textlora.config import TrainConfig, default_rate
+from textlora.config import TrainConfig
 from textlora.losses import Loss
 from textlora.prefix import HiddenStates, PickedStates
 from textlora.prepare import Prepared
-from textlora.training import Evaluation, Trainer, evaluation_steps, judge, plan, score_logits, start_head
+from textlora.training import Evaluation, Trainer, evaluation_steps, judge, peak_rate, plan, score_logits, start_head
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Trainings:
         self.folds = [] if prepared.folds is None else sorted(set(prepared.folds[prepared.folds >= 0].tolist()))
         steps = plan(prepared.config, prepared.sets["train"].lengths)
         self.final_steps, done = len(steps), [epoch for epoch, _ in steps]
-        self._rate = prepared.config.learning_rate or default_rate(len(steps))
+        self._rate = peak_rate(prepared, len(steps))
         self._evaluate_after = [done[step - 1] for step in evaluation_steps(prepared.config, done)]
         sizes = [len(plan(self._config(), prepared.sets["train"].pick(self._rows(fold)[0]).lengths)) for fold in self.folds]
         self._before = np.concatenate([[0], np.cumsum(sizes)]).astype(int).tolist()  # steps before each training

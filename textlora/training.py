@@ -129,6 +129,11 @@ def judge(metric: str, value: float | None, best: float | None, rows: int) -> tu
     return better, sign * value >= sign * best - standard_error(metric, best, rows)
 
 
+def peak_rate(prepared: Prepared, steps: int) -> float:
+    """The run's learning rate, or the default of a training of so many steps."""
+    return prepared.config.learning_rate or default_rate(steps, len(prepared.schema.labels), prepared.pooling)
+
+
 class Trainer:
     """State of one training: step, optimizer, best checkpoint. `records()` advances it; `state()` and `restore()` carry it over a kill.
 
@@ -152,7 +157,7 @@ class Trainer:
         self.piece_tokens = piece_tokens(prepared)
         self.least_piece = MIN_SHARE_ONE_CORE if getattr(self.model, "one_core", False) else MIN_PIECE
         self.steps = plan(self.config, self.lengths)
-        self.peak_rate = self.config.learning_rate or default_rate(len(self.steps))
+        self.peak_rate = peak_rate(prepared, len(self.steps))
         self.loss = Loss(prepared)
         self.parameters = self.model.trainable()
         self.optimizer = self._optimizer()

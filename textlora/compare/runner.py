@@ -9,11 +9,10 @@ from typing import Any
 from textlora.compare.bench import Bench, Run, pick_rows
 from textlora.compare.halving import Budget, middle, rungs, search_cost
 from textlora.compare.store import best_of, read_runs, write_json
-from textlora.config import default_rate
 from textlora.methods import METHODS, by_usefulness
 from textlora.metrics import METRICS
 from textlora.prepare import Prepared
-from textlora.training import plan
+from textlora.training import peak_rate, plan
 
 PROBE = 0.1  # of what is left of a budget, the most that a short run may take which only tells how long a method's runs are
 FEWEST_STEPS = 100  # of a run on fewer rows: at the usual epochs eight rows would be four steps
@@ -63,7 +62,7 @@ class Runner:
         prepared = self.bench.prepared
         train = prepared.sets["train"]
         lengths = train.lengths if rows == self.rows else train.lengths[pick_rows(train.labels, rows, seed)]
-        return prepared.config.learning_rate or default_rate(len(plan(replace(prepared.config, seed=seed), lengths)))
+        return peak_rate(prepared, len(plan(replace(prepared.config, seed=seed), lengths)))
 
     def searches(self, method: str) -> list[Run]:
         """Every size and rate on the first seed; none where there is nothing to choose."""

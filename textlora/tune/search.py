@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from textlora.config import TrainConfig, default_rate, read_config
+from textlora.config import TrainConfig, read_config
 from textlora.cross_validation import Trainings
 from textlora.errors import TrainingError
 from textlora.files import write_text
@@ -21,7 +21,7 @@ from textlora.prefix import LIMIT_BYTES, HiddenStates, build_prefix
 from textlora.prepare import Prepared
 from textlora.report.tuning import render_study
 from textlora.run import run_training
-from textlora.training import Evaluation, plan, start_head
+from textlora.training import Evaluation, peak_rate, plan, start_head
 from textlora.tune.choice import Answers, choose
 from textlora.tune.shared import DEFAULTS, FINISH, SharedStudy
 from textlora.tune.space import distributions, start_parameters, trial_settings
@@ -82,7 +82,7 @@ class Search:
                 "lines": self.prepared.split_lines,
             }
         )
-        start, waiting = start_parameters(self.config, self.ranges, self.blocks, self.steps), False
+        start, waiting = start_parameters(self.config, self.ranges, self.blocks, peak_rate(self.prepared, self.steps)), False
         while True:
             late = end is not None and time.monotonic() >= end
             trial = None if late else self.shared.claim(trials, self.ranges, start, self.config.seed)
@@ -262,7 +262,7 @@ class Search:
         for trial in self.shared.trials():
             settings = self.settings(trial)
             if settings.learning_rate is None:
-                settings = dataclasses.replace(settings, learning_rate=default_rate(self.steps))
+                settings = dataclasses.replace(settings, learning_rate=peak_rate(self.prepared, self.steps))
             kept = ("reason", "seconds", "best_epoch", "adapter_parameters", "starts")
             trials.append(
                 {

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from textlora.config import TrainConfig, default_rate
+from textlora.config import TrainConfig
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -46,12 +46,12 @@ def distributions(free: Collection[str], blocks: int, width: int) -> dict[str, "
     return {name: ranges[name] for name in SEARCHED if name in free}
 
 
-def start_parameters(config: TrainConfig, ranges: Mapping[str, "BaseDistribution"], blocks: int, steps: int) -> dict[str, Any]:
-    """What `train` would do with these settings in so many steps, as parameters of the first trial; what lies outside its range is left out."""
+def start_parameters(config: TrainConfig, ranges: Mapping[str, "BaseDistribution"], blocks: int, rate: float) -> dict[str, Any]:
+    """What `train` would do with these settings, at this rate where they name none, as parameters of the first trial; what lies outside its range is left out."""
     layers = blocks if config.layers == "all" else int(config.layers.removeprefix("last:")) if config.layers.startswith("last:") else 0
     targets = DEFAULT_TARGETS if config.target_modules is None else ",".join(config.target_modules)
     values = {name: getattr(config, name) for name in SEARCHED} | {"layers": layers, "target_modules": targets}
-    values["learning_rate"] = config.learning_rate or default_rate(steps)
+    values["learning_rate"] = config.learning_rate or rate
     found = {}
     for name, distribution in ranges.items():
         try:
