@@ -25,7 +25,7 @@ setup: $(VENV)/.dev
 
 demo: $(VENV)/.demo
 	@rm -rf demo
-	$(BIN)/textlora train --train $(REVIEWS)/train.csv --test $(REVIEWS)/test.csv --output demo/film-reviews
+	$(BIN)/textlora train --train $(REVIEWS)/train.csv --test $(REVIEWS)/test.csv --learning-rate 2e-3 --epochs 6 --output demo/film-reviews
 	@$(BIN)/python $(REVIEWS)/baseline.py demo/film-reviews
 	$(BIN)/textlora inspect demo/film-reviews
 	$(BIN)/textlora evaluate demo/film-reviews --data $(REVIEWS)/test.csv
