@@ -113,7 +113,8 @@ def report(arguments: argparse.Namespace) -> None:
     mean = lambda records, key: statistics.mean(record[key] for record in records)
     lines, gains = [], []
     for name in SETS:
-        new, old = now[name, 256], before[name, 256]
+        new, seeds = now[name, 256], {record["seed"] for record in now[name, 256]}
+        old = [record for record in before[name, 256] if record["seed"] in seeds]
         gains.append(100 * (mean(new, "accuracy") - mean(old, "accuracy")))
         lines.append(
             (

@@ -16,6 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 HEADLINES = {
     "training": 5,
     "time-to-accuracy-imdb": 1,
+    "few-rows": 3,
     "imdb": 1,
     "prefix": 3,
     "inference-avx512": 6,
