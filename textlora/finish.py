@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from textlora.adapter import WEIGHTS_FILE, AdapterMeta, copy_folder, peft_config, write_side_file, write_weights
-from textlora.calibration import Calibration, calibrate, class_prior
+from textlora.calibration import Calibration, calibrate
 from textlora.card import model_card
 from textlora.classifier import TextClassifier, encoded_logits
-from textlora.config import SINGLE_LABEL
 from textlora.cross_validation import Trainings
 from textlora.errors import VerificationError
 from textlora.families import read_spec
 from textlora.files import write_text
 from textlora.golden import golden_rows
 from textlora.hardware import peak_memory, torch_threads
+from textlora.losses import prior_of
 from textlora.metrics import details, intervals
 from textlora.model import parameter_counts, scaled_head, shifted_head
 from textlora.prepare import EncodedSet, Prepared
@@ -48,7 +48,9 @@ def finish(prepared: Prepared, trainings: Trainings, run: Path, prover: Prover) 
     calibration, finals = Calibration(), []
     if held is not None:
         data = prepared.sets[held.split].pick(held.rows)
-        calibration = calibrate(held.logits, data.labels, kind, out_of_fold=bool(held.folds), prior=_prior(prepared, trainings))
+        has_bias = list(prepared.model.trainable().values())[-1].ndim == 1  # which holds what the class frequencies add
+        prior = prior_of(prepared) if has_bias else None
+        calibration = calibrate(held.logits, data.labels, kind, out_of_fold=bool(held.folds), prior=prior)
         finals.append(_final(prepared, trainings, "validation", held.logits, data, calibration))
         finals[-1]["folds"] = held.folds
     if "test" in prepared.sets:
@@ -72,14 +74,6 @@ def finish(prepared: Prepared, trainings: Trainings, run: Path, prover: Prover) 
         **scores,
     }
     return result, finals
-
-
-def _prior(prepared: Prepared, trainings: Trainings) -> np.ndarray | None:
-    """What the class frequencies say of a text unread, where the head has a bias to hold it."""
-    bias, labels = list(prepared.model.trainable().values())[-1], prepared.sets["train"].labels
-    if prepared.schema.problem_type != SINGLE_LABEL or bias.ndim != 1:
-        return None
-    return class_prior(labels, len(prepared.schema.labels), trainings.trainer.loss.class_weights)
 
 
 def _rows(prepared: Prepared, trainings: Trainings) -> dict[str, Any]:

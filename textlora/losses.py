@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textlora.config import MULTI_LABEL, REGRESSION
+from textlora.calibration import class_prior
+from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from textlora.errors import UsageError
 from textlora.prepare import Prepared
 
@@ -38,6 +39,13 @@ class Loss:
         if self.kind in (REGRESSION, MULTI_LABEL) or self.class_weights is None:
             return float(len(labels))
         return float(self.class_weights[labels].sum())
+
+
+def prior_of(prepared: Prepared) -> np.ndarray | None:
+    """`calibration.class_prior` of the training rows of a single-label task; None for other tasks."""
+    if prepared.schema.problem_type != SINGLE_LABEL:
+        return None
+    return class_prior(prepared.sets["train"].labels, len(prepared.schema.labels), Loss(prepared).class_weights)
 
 
 def class_weights(spec: str | None, names: tuple[str, ...], kind: str, labels: np.ndarray) -> np.ndarray | None:

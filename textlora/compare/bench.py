@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from textlora.calibration import Calibration, calibrate, class_prior, decide, probabilities
+from textlora.calibration import Calibration, calibrate, decide, probabilities
 from textlora.compare.few_shot import train_embedder
 from textlora.compare.fitted import Inputs, fit, fit_linear, held_out, scaled
 from textlora.compare.machine import memory_begin, memory_peak
@@ -18,7 +18,7 @@ from textlora.config import MULTI_LABEL, SINGLE_LABEL
 from textlora.cross_validation import Trainings
 from textlora.errors import UsageError
 from textlora.hardware import choose_dtype
-from textlora.losses import Loss
+from textlora.losses import prior_of
 from textlora.methods import Method
 from textlora.metrics import evaluate
 from textlora.model import Model, PackedModel
@@ -372,8 +372,8 @@ def _decisions(prepared: Prepared, held: tuple[str, np.ndarray, np.ndarray] | No
         return Calibration(), {}
     split, places, logits = held
     labels = prepared.sets[split].labels[places]
-    prior = class_prior(prepared.sets["train"].labels, len(names), Loss(prepared).class_weights) if kind == SINGLE_LABEL else None
-    return calibrate(logits, labels, kind, out_of_fold=split == "train", prior=prior), evaluate(kind, labels, logits, names)
+    calibration = calibrate(logits, labels, kind, out_of_fold=split == "train", prior=prior_of(prepared))
+    return calibration, evaluate(kind, labels, logits, names)
 
 
 def _calibration(decided: Mapping[str, Any]) -> Calibration:
