@@ -106,7 +106,7 @@ class TrainConfig:
     learning_rate: float | None = _option(
         None,
         "Peak learning rate of A, B and head. Default: by the number of steps, 4e-3 for 128 or fewer, falling to 1e-3 for 2,048 or more; with mean "
-        "pooling half of that for 8 classes or fewer, rising to all of it for 32, and never below 1e-3.",
+        "pooling half of that for 2 classes, rising to all of it for 10, and never below 1e-3.",
     )
     scheduler: str = _option("linear", "Course of the learning rate after the warm-up.", ("linear", "cosine", "constant"))
     warmup: float = _option(0.06, "Warm-up: a share of all steps if below 1, else a number of steps.")
@@ -176,7 +176,7 @@ def default_rate(steps: int, classes: int = 1, pooling: str = "first") -> float:
 
     A mean-pooled head learns as much at half of that where classes are few, and a training that collapses at the full rate does not at half.
     """
-    share = min(1.0, max(0.5, math.sqrt(classes / 32))) if pooling == "mean" else 1.0
+    share = min(1.0, max(0.5, math.sqrt(classes / 10))) if pooling == "mean" else 1.0
     return max(1e-3, share * min(4e-3, 4e-3 * math.sqrt(128 / max(1, steps))))
 
 
