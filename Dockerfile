@@ -3,7 +3,7 @@
 FROM python:3.13-slim AS build
 ARG BASE=demo
 WORKDIR /src
-# textlora/native is compiled where there is a compiler; none goes into the image
+# textlora/kernels is compiled where there is a compiler; none goes into the image
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /venv

@@ -1,7 +1,7 @@
 # Two commands set everything up: `make demo` and `make test`. Both may be run again at any time.
 PYTHON ?= python3
 VENV := .venv
-BUILT := pyproject.toml constraints.txt hatch_build.py $(wildcard textlora/native/*.[ch])
+BUILT := pyproject.toml constraints.txt hatch_build.py $(wildcard textlora/kernels/*.[ch])
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REVIEWS := examples/film-reviews

@@ -1,4 +1,4 @@
-"""Compiles textlora/native while textlora is built or installed, where there is something to gain and a C compiler; everything works without it."""
+"""Compiles textlora/kernels while textlora is built or installed, where there is something to gain and a C compiler; everything works without it."""
 
 import os
 import platform
@@ -10,8 +10,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-MADE = "textlora/native/_kernels.so"
-SOURCES = tuple(f"textlora/native/{name}.c" for name in ("amx", "attention", "crew", "encode", "first", "lora", "passes", "product", "train"))
+MADE = "textlora/kernels/_kernels.so"
+SOURCES = tuple(f"textlora/kernels/{name}.c" for name in ("amx", "attention", "crew", "encode", "first", "lora", "passes", "product", "train"))
 COMMAND = ["-O3", "-std=gnu11", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC", "-pthread"]  # psabi: only inlined functions return vectors
 
 
@@ -36,7 +36,7 @@ class Compile(BuildHookInterface):
             made.unlink(missing_ok=True)  # an older one would be another version's
             why = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
             self.app.display_warning(
-                f"textlora/native was not compiled, so training and predictions are slower and --precision high is plain float32: {why}"
+                f"textlora/kernels was not compiled, so training and predictions are slower and --precision high is plain float32: {why}"
             )
             return
         build_data["artifacts"].append(MADE)

@@ -17,11 +17,11 @@ from typing import Any
 
 from common import RESULTS, write_result
 
-from textlora.compare import Comparison, compare, read_comparison
-from textlora.config import TrainConfig, default_rate
-from textlora.methods import DEFAULT_METHODS
-from textlora.report.comparison import render_many
+from textlora.compare.comparison import Comparison, compare, read_comparison
+from textlora.compare.methods import DEFAULT_METHODS
+from textlora.core.config import TrainConfig, default_rate
 from textlora.report.comparison.across import across
+from textlora.report.comparison.page import render_many
 
 SETS = ("trec6", "banking77", "sst2", "tweet_emotion", "mr", "glue_rte")
 ASIDE = ("ag_news", "sms_spam")

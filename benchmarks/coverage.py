@@ -1,4 +1,4 @@
-"""How often the 95 % intervals of `textlora.metrics.intervals` hold the truth: simulated rows of known quality, few and many.
+"""How often the 95 % intervals of `textlora.metrics.scores.intervals` hold the truth: simulated rows of known quality, few and many.
 
     python benchmarks/coverage.py [--trials 400] [--resamples 200]
 
@@ -11,8 +11,8 @@ import argparse
 
 import numpy as np
 
-from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from textlora.metrics import evaluate, intervals
+from textlora.core.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from textlora.metrics.scores import evaluate, intervals
 
 SIZES = (4, 10, 30, 100, 300)
 POPULATION = 20_000

@@ -21,12 +21,12 @@ import torch
 from common import median_ratio, write_result
 
 from textlora import TextClassifier
-from textlora.adapter import read_adapter
-from textlora.classifier import encoded_logits, find_adapter_base
-from textlora.export import adapter_inputs, export_adapter, export_base, export_classifier
-from textlora.export.graph import LOGITS
-from textlora.export.session import open_session, padded
-from textlora.tokens import Encoded
+from textlora.adapters.folder import read_adapter
+from textlora.data.tokenize import Encoded
+from textlora.inference.classifier import encoded_logits, find_adapter_base
+from textlora.transform.onnx import adapter_inputs, export_adapter, export_base, export_classifier
+from textlora.transform.onnx.graph import LOGITS
+from textlora.transform.onnx.session import open_session, padded
 
 
 def onnx_logits(session: ort.InferenceSession, encoded: Sequence[Encoded], spec: Any, size: int, inputs: dict, options: Any = None) -> np.ndarray:

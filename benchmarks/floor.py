@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from textlora.attention import attend
-from textlora.classifier import MIN_SHARE_ONE_CORE
-from textlora.families import EncoderSpec
-from textlora.hardware import Workers, side_by_side
-from textlora.native import lanes
-from textlora.products import dense, lays_out, prepare
-from textlora.tokens import Encoded, PackedBatch, pack
-from textlora.training import MIN_PIECE, PIECE_TOKENS, divide
+from textlora.data.tokenize import Encoded, PackedBatch, pack
+from textlora.inference.classifier import MIN_SHARE_ONE_CORE
+from textlora.kernels.bindings import lanes
+from textlora.kernels.devices import Workers, side_by_side
+from textlora.kernels.packed_linear import dense, lays_out, prepare
+from textlora.model.attention import attend
+from textlora.model.families import EncoderSpec
+from textlora.training.steps import MIN_PIECE, PIECE_TOKENS, divide
 
 REPEAT_SECONDS = 0.05
 

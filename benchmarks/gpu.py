@@ -25,13 +25,13 @@ from systems import random_base, read_rows, textlora_run, transformers_run
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from textlora.attention import attend
-from textlora.base import find_base
-from textlora.classifier import encoded_logits
-from textlora.config import LoraConfig
-from textlora.families import EncoderSpec, read_spec
-from textlora.model import open_model
-from textlora.tokens import Encoded, TextTokenizer, load_tokenizer
+from textlora.core.config import LoraConfig
+from textlora.data.tokenize import Encoded, TextTokenizer, load_tokenizer
+from textlora.inference.classifier import encoded_logits
+from textlora.model.attention import attend
+from textlora.model.base import find_base
+from textlora.model.families import EncoderSpec, read_spec
+from textlora.model.open import open_model
 
 SIZES = {"base": {}, "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}}
 BATCHES, PEER_BATCHES = (8, 32, 64, 128), (32, 64, 128)

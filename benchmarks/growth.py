@@ -38,9 +38,9 @@ FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "growth.svg"
 
 def step_cost(length: int, batch: int, r: int, layers: str, rows: int, steps: int) -> dict[str, float]:
     """Median seconds of a step, tokens of one, peak resident bytes; in this process."""
-    from textlora.config import TrainConfig
-    from textlora.prepare import prepare
-    from textlora.training import Trainer
+    from textlora.core.config import TrainConfig
+    from textlora.training.prepare import prepare
+    from textlora.training.trainer import Trainer
 
     texts = [(" ".join(["film"] * (length - 2 - (k % 2 if length > 16 else 0))), "ab"[k % 2]) for k in range(max(rows, batch * 2))]
     config = TrainConfig(

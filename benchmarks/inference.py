@@ -24,13 +24,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from transformers.utils import logging
 
 from textlora import TextClassifier
-from textlora.adapter import read_adapter
-from textlora.classifier import encoded_logits, eval_tokens, find_adapter_base
-from textlora.export import export_classifier
-from textlora.export.session import open_session, padded
-from textlora.merge import merge
-from textlora.native import has_amx
-from textlora.tokens import Encoded
+from textlora.adapters.folder import read_adapter
+from textlora.data.tokenize import Encoded
+from textlora.inference.classifier import encoded_logits, eval_tokens, find_adapter_base
+from textlora.kernels.bindings import has_amx
+from textlora.transform.merge import merge
+from textlora.transform.onnx import export_classifier
+from textlora.transform.onnx.session import open_session, padded
 
 ORDERS = {"arrival": 64, "windows": 256, "sorted": None}  # texts that textlora gets at a time
 BATCHES = (4, 8, 16, 32)

@@ -23,13 +23,13 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from textlora import AdapterEngine, TextClassifier
-from textlora.adapter import AdapterMeta, peft_config, write_side_file, write_weights
-from textlora.base import BaseWeights, find_base, read_weights
-from textlora.config import LoraConfig
-from textlora.encoder import PackedEncoder
-from textlora.export.session import padded
-from textlora.families import read_spec
-from textlora.model import PackedModel
+from textlora.adapters.folder import AdapterMeta, peft_config, write_side_file, write_weights
+from textlora.core.config import LoraConfig
+from textlora.model.base import BaseWeights, find_base, read_weights
+from textlora.model.encoder import PackedEncoder
+from textlora.model.families import read_spec
+from textlora.model.packed_model import PackedModel
+from textlora.transform.onnx.session import padded
 
 BATCH = 64
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "mixed.svg"

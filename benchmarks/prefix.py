@@ -13,11 +13,12 @@ import numpy as np
 from common import median_ratio, write_result
 from systems import read_rows
 
-from textlora.config import TrainConfig
+from textlora.core.config import TrainConfig
 from textlora.data import read_table
-from textlora.prefix import build_prefix
-from textlora.prepare import Prepared, prepare
-from textlora.training import Trainer, start_head
+from textlora.training.head_start import start_head
+from textlora.training.hidden_state_cache import build_prefix
+from textlora.training.prepare import Prepared, prepare
+from textlora.training.trainer import Trainer
 
 SETS = ("trec6", "sst2", "banking77", "tweet_emotion")
 STEPS = 20

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from systems import read_rows
 from torch import Tensor
 
-from textlora.config import TrainConfig
-from textlora.encoder import PackedEncoder, activate
-from textlora.lora import lora_linear
-from textlora.prepare import prepare
-from textlora.training import Trainer
+from textlora.core.config import TrainConfig
+from textlora.model.encoder import PackedEncoder, activate
+from textlora.model.lora import lora_linear
+from textlora.training.prepare import prepare
+from textlora.training.trainer import Trainer
 
 DROPOUT, EPOCHS, ROWS = 0.1, 25, 1000
 SETS = {"imdb": "test", "sst2": "validation", "banking77": "test"}  # the split that is scored after an epoch

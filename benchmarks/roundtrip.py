@@ -18,13 +18,13 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from textlora import TextClassifier
-from textlora.adapter import read_adapter
-from textlora.classifier import find_adapter_base
-from textlora.convert import convert
-from textlora.export.session import padded
-from textlora.extract import extract
-from textlora.merge import merge
-from textlora.tokens import Encoded
+from textlora.adapters.folder import read_adapter
+from textlora.data.tokenize import Encoded
+from textlora.inference.classifier import find_adapter_base
+from textlora.transform.convert import convert
+from textlora.transform.extract import extract
+from textlora.transform.merge import merge
+from textlora.transform.onnx.session import padded
 
 PIPELINE = """
 import json, sys

@@ -55,10 +55,11 @@ def transformers_run(folder: str, rows: list[dict[str, Any]], tuned: bool, batch
 
 
 def textlora_run(folder: str, rows: list[dict[str, Any]], full: bool, batch_size: int, settings: dict[str, Any]) -> tuple[float, int]:
-    from textlora.config import TrainConfig
-    from textlora.prefix import build_prefix
-    from textlora.prepare import prepare
-    from textlora.training import Trainer, start_head
+    from textlora.core.config import TrainConfig
+    from textlora.training.head_start import start_head
+    from textlora.training.hidden_state_cache import build_prefix
+    from textlora.training.prepare import prepare
+    from textlora.training.trainer import Trainer
 
     pairs = [(row["text"], str(row["label"])) for row in rows]
     config = TrainConfig(**{"model": folder, "pooling": "first", "epochs": 1, "batch_size": batch_size, **settings})

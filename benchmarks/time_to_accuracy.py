@@ -18,10 +18,11 @@ from common import RESULTS, write_result
 from recipe import EPOCHS, ROWS, SETS
 from systems import measure, read_rows
 
-from textlora.base import find_base
-from textlora.config import TrainConfig
-from textlora.prepare import prepare
-from textlora.training import Trainer, start_head
+from textlora.core.config import TrainConfig
+from textlora.model.base import find_base
+from textlora.training.head_start import start_head
+from textlora.training.prepare import prepare
+from textlora.training.trainer import Trainer
 
 PRICED_ROWS = 16
 

@@ -13,9 +13,9 @@ from common import median_ratio, write_result
 from floor import count, floor_seconds, mean_piece
 from systems import measure, random_base, read_rows
 
-from textlora.base import find_base
-from textlora.families import read_spec
-from textlora.tokens import TextTokenizer, load_tokenizer
+from textlora.data.tokenize import TextTokenizer, load_tokenizer
+from textlora.model.base import find_base
+from textlora.model.families import read_spec
 
 SWEEP = [(8, None), (16, None), (32, None), (8, 1)]  # batch size, threads
 

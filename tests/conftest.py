@@ -14,12 +14,13 @@ from support import Cli, Trained, trained
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from textlora import native
-from textlora.base import BaseFiles, find_base
-from textlora.config import LoraConfig
-from textlora.model import Model, open_model
-from textlora.reference import ReferenceModel
-from textlora.tokens import Encoded, PackedBatch, pack
+from textlora.core.config import LoraConfig
+from textlora.data.tokenize import Encoded, PackedBatch, pack
+from textlora.kernels import bindings
+from textlora.model.base import BaseFiles, find_base
+from textlora.model.interface import Model
+from textlora.model.open import open_model
+from textlora.model.reference_model import ReferenceModel
 
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models gain nothing from more, and threads that wait for a busy core cost minutes
@@ -167,9 +168,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 @pytest.fixture(params=[16, 8])
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """AVX-512 and AVX2, each where the processor has it."""
-    if native.lanes() < request.param:
+    if bindings.lanes() < request.param:
         pytest.skip(f"no vectors of {request.param} here")
-    monkeypatch.setattr(native, "lanes", lambda: request.param)
+    monkeypatch.setattr(bindings, "lanes", lambda: request.param)
     return request.param
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from textlora.cli import run
-from textlora.config import TrainConfig
-from textlora.run import run_training
+from textlora.core.config import TrainConfig
+from textlora.training.run import run_training
 
 GOOD, BAD = ("good", "great", "fun", "fast"), ("bad", "dull", "boring", "slow")
 FILLER = ("the", "film", "story", "plot", "actor", "was", "it", "very", "time", "about")

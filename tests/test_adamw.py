@@ -2,7 +2,7 @@
 
 import torch
 
-from textlora.adamw import AdamW
+from textlora.training.adamw import AdamW
 
 SHAPES = ((8, 48), (48, 8), (48,), (6, 48), (5000,))
 

@@ -18,12 +18,12 @@ from support import CONFIG, SIDE, WEIGHTS, Cli, Trained, settings, single_rows, 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from textlora import TextClassifier
-from textlora.adapter import _self_hash, read_adapter, read_meta, write_weights
-from textlora.errors import AdapterError, ModelError, TextloraError, UsageError
-from textlora.golden import GOLDEN_PAIRS, GOLDEN_TEXTS
-from textlora.inspect import inspect_folder, relabel_folder, summary_lines
-from textlora.reference import ReferenceModel
-from textlora.run import run_training
+from textlora.adapters.folder import _self_hash, read_adapter, read_meta, write_weights
+from textlora.adapters.golden_texts import GOLDEN_PAIRS, GOLDEN_TEXTS
+from textlora.core.errors import AdapterError, ModelError, TextloraError, UsageError
+from textlora.model.reference_model import ReferenceModel
+from textlora.training.run import run_training
+from textlora.transform.inspect import inspect_folder, relabel_folder, summary_lines
 
 TEXTS = ["the plot was great", "dull and boring film", "it", "the actor said good story and then it was slow " * 3, "1, 2 and 3!"]
 
@@ -496,7 +496,7 @@ def test_mean_pooling_is_ours_alone(tiny_base, tmp_path_factory):
         PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(tiny_base("bert"), num_labels=2), run.folder)
     classifier = TextClassifier.load(run.folder, base=run.config.model)
     reference = ReferenceModel.from_adapter(run.folder, tiny_base("bert"), 2, pooling="mean")
-    from textlora.classifier import encoded_logits
+    from textlora.inference.classifier import encoded_logits
 
     assert close(classifier.logits(TEXTS), encoded_logits(reference, classifier.tokenizer.encode(TEXTS)))
     assert "With PEFT and torch alone" in (run.folder / "README.md").read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from textlora.batcher import Batcher, Task
-from textlora.errors import AdapterError, DeadlineError, InternalError, Interrupted, OverloadError
+from textlora.core.errors import AdapterError, DeadlineError, InternalError, Interrupted, OverloadError
+from textlora.inference.batcher import Batcher, Task
 
 
 def task(text: str, tokens: int = 10, adapters: tuple[str, ...] = ("a",)) -> Task:

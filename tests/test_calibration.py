@@ -10,8 +10,8 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import expit, softmax
 from sklearn.metrics import log_loss
 
-from textlora.calibration import decide, fit_temperature, fit_thresholds, probabilities, row_log_loss
-from textlora.errors import UsageError
+from textlora.core.errors import UsageError
+from textlora.metrics.calibration import decide, fit_temperature, fit_thresholds, probabilities, row_log_loss
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 LOGITS = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(2, 5)), elements=st.floats(-1e4, 1e4, width=32))

@@ -14,9 +14,9 @@ from test_pooled import TASKS, by_predict, with_temperature
 from transformers import AutoTokenizer
 
 from textlora import TextClassifier
-from textlora.adapter import lora_config, read_adapter
-from textlora.card import model_card, pushed_card, relabelled
-from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from textlora.adapters.card import model_card, pushed_card, relabelled
+from textlora.adapters.folder import lora_config, read_adapter
+from textlora.core.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 SCORES = {SINGLE_LABEL: lambda x: x.softmax(1), MULTI_LABEL: torch.sigmoid, REGRESSION: lambda x: x}
 

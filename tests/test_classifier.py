@@ -7,10 +7,10 @@ from conftest import random_adapter
 from support import forked, single_rows, trained
 
 from textlora import TextClassifier
-from textlora.classifier import encoded_logits
-from textlora.errors import UsageError
-from textlora.golden import GOLDEN_TEXTS
-from textlora.model import PackedModel
+from textlora.adapters.golden_texts import GOLDEN_TEXTS
+from textlora.core.errors import UsageError
+from textlora.inference.classifier import encoded_logits
+from textlora.model.packed_model import PackedModel
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_text_gets_one_answer_whatever_stands_beside_it(classifier):
 @pytest.mark.parametrize("tokens", [1, 16, 50, 10_000])
 def test_batches_of_any_size_give_the_same(classifier, tokens, monkeypatch):
     expected = classifier.logits(TEXTS)
-    monkeypatch.setattr("textlora.classifier.EVAL_TOKENS", {"cpu": tokens})
+    monkeypatch.setattr("textlora.inference.classifier.EVAL_TOKENS", {"cpu": tokens})
     assert np.allclose(encoded_logits(classifier.model, classifier.tokenizer.encode(TEXTS)), expected, atol=2e-6)
 
 

@@ -18,9 +18,9 @@ from conftest import make_tiny
 from safetensors.torch import load_file, save_file
 from support import CONFIG, SIDE, WEIGHTS, Cli, Trained, forked, settings, single_rows, snapshot, task_files, write_csv
 
-from textlora.adapter import read_adapter
+from textlora.adapters.folder import read_adapter
 from textlora.cli import run
-from textlora.files import folder_lock
+from textlora.core.files import folder_lock
 
 COMMANDS = (
     "train", "check", "evaluate", "predict", "inspect", "merge", "extract", "combine", "convert", "export", "push", "compare", "tune",
@@ -442,8 +442,8 @@ def test_finished_run_is_not_overwritten(cli, single):
 @pytest.fixture
 def halted(tiny_base, tmp_path) -> Path:
     """A run stopped after its second step."""
-    from textlora.errors import Interrupted
-    from textlora.run import run_training
+    from textlora.core.errors import Interrupted
+    from textlora.training.run import run_training
 
     config, seen = settings(tmp_path / "halted", tiny_base("bert")), []
     with pytest.raises(Interrupted, match="stopped at step 2 of 10"):
@@ -672,7 +672,7 @@ def test_a_bug_is_shown_whole_and_ends_with_1(capfd, monkeypatch, single):
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("on purpose")
 
-    monkeypatch.setattr("textlora.inspect.inspect_folder", broken)
+    monkeypatch.setattr("textlora.transform.inspect.inspect_folder", broken)
     assert run(["inspect", str(single.folder)]) == 1
     err = capfd.readouterr().err
     assert "Traceback" in err

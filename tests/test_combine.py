@@ -17,12 +17,12 @@ from test_merge import ALL_DORA, LABELS, TEXTS, close, make_adapter, pefts_merge
 from transformers import AutoModelForSequenceClassification
 
 from textlora import TextClassifier
-from textlora.adapter import read_adapter, write_side_file
-from textlora.combine import combine, combined_delta
-from textlora.config import MULTI_LABEL, REGRESSION
-from textlora.lora import delta
-from textlora.model import Model
-from textlora.plain import named_loras, trained_whole
+from textlora.adapters.folder import read_adapter, write_side_file
+from textlora.core.config import MULTI_LABEL, REGRESSION
+from textlora.model.interface import Model
+from textlora.model.lora import delta
+from textlora.transform.combine import combine, combined_delta
+from textlora.transform.transformers_names import named_loras, trained_whole
 
 
 @pytest.fixture

@@ -12,18 +12,18 @@ import pytest
 import torch
 from support import forked, settings, single_rows, snapshot, write_csv
 
-import textlora.compare as module
-from textlora.compare import Comparison, compare, read_comparison
-from textlora.compare.bench import Bench, Run
+import textlora.compare.comparison as module
+from textlora.compare.comparison import Comparison, compare, read_comparison
 from textlora.compare.few_shot import TEMPERATURE, Contrast, draw_steps
 from textlora.compare.halving import Budget, middle, rungs, search_cost
+from textlora.compare.methods import METHODS
+from textlora.compare.run_one import Bench, Run
 from textlora.compare.runner import Runner
 from textlora.compare.store import best_of
-from textlora.config import default_rate
-from textlora.errors import DataError, StorageError, UsageError
-from textlora.methods import METHODS
-from textlora.prepare import prepare
-from textlora.run import run_training
+from textlora.core.config import default_rate
+from textlora.core.errors import DataError, StorageError, UsageError
+from textlora.training.prepare import prepare
+from textlora.training.run import run_training
 
 TIMED = ("train_seconds", "train_cpu_seconds", "total_seconds", "peak_memory_bytes", "memory_before_bytes")
 RATES = {"": (1e-3, 1e-2)}

@@ -20,11 +20,12 @@ from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
 
-from textlora.errors import DataError, UsageError
-from textlora.methods import METHODS
-from textlora.report.comparison import cells, render, render_many, require_matplotlib, summary
+from textlora.compare.methods import METHODS
+from textlora.core.errors import DataError, UsageError
+from textlora.report.comparison import cells
 from textlora.report.comparison.across import across
 from textlora.report.comparison.labels import place, spread
+from textlora.report.comparison.page import render, render_many, require_matplotlib, summary
 from textlora.report.comparison.table import compare
 from textlora.report.comparison.words import Scale, p_text, seconds, sentences, sentences_of_many, stored
 
@@ -528,7 +529,7 @@ def test_missing_matplotlib_is_told_before_anything_is_written(monkeypatch, tmp_
 
 
 def test_importing_the_report_imports_nothing_heavy():
-    code = "import sys, textlora.report.comparison as c; print([m for m in ('torch', 'matplotlib', 'scipy', 'sklearn') if m in sys.modules])"
+    code = "import sys, textlora.report.comparison.page as c; print([m for m in ('torch', 'matplotlib', 'scipy', 'sklearn') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

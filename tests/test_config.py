@@ -9,11 +9,11 @@ from typing import Any
 import click
 import pytest
 
+from textlora.cli.options import merge_settings
 from textlora.cli.train import train
-from textlora.config import LoraConfig, TrainConfig, default_rate, field_type, read_config, write_config
-from textlora.errors import UsageError
-from textlora.options import merge_settings
-from textlora.resume import resume_config
+from textlora.core.config import LoraConfig, TrainConfig, default_rate, field_type, read_config, write_config
+from textlora.core.errors import UsageError
+from textlora.training.resume import resume_config
 
 FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}
 

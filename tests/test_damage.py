@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save, save_file
 from support import CONFIG, SIDE, WEIGHTS, Cli, single_rows, snapshot, trained, write_csv
 
 from textlora import TextClassifier
-from textlora.adapter import _self_hash, read_meta
-from textlora.base import all_finite, find_base, read_weights
-from textlora.errors import AdapterError, ModelError
-from textlora.families import read_spec
-from textlora.inspect import inspect_folder, relabel_folder
+from textlora.adapters.folder import _self_hash, read_meta
+from textlora.core.errors import AdapterError, ModelError
+from textlora.model.base import all_finite, find_base, read_weights
+from textlora.model.families import read_spec
+from textlora.transform.inspect import inspect_folder, relabel_folder
 
 FILES = (CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", SIDE)
 TEXTS = ["the plot was great", "dull and boring film", "It was the second TIME, again!"]

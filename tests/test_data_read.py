@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from textlora.core.errors import DataError, UsageError
 from textlora.data import Columns, Row, read_table, require_texts
 from textlora.data.columns import find_columns
-from textlora.errors import DataError, UsageError
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from textlora.core.errors import DataError, UsageError
 from textlora.data import MULTI, REGRESSION, SINGLE, LabelSchema, Row, infer_schema
-from textlora.errors import DataError, UsageError
 
 
 def rows_of(*labels):

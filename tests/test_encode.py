@@ -11,19 +11,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_engine import KINDS, engine_of, make_adapter, random_texts
 
-from textlora import TextClassifier, native
-from textlora.base import find_base, read_weights
-from textlora.config import LoraConfig
-from textlora.families import read_spec
-from textlora.mixing import Folded, FoldedAdapter, Mix
-from textlora.model import PackedModel
-from textlora.native import Panels, Product
-from textlora.native.encode import NORMS, PRODUCTS, Blocks, Jobs
-from textlora.products import PanelWeight, SplitWeight
-from textlora.tokens import Encoded, pack
+from textlora import TextClassifier
+from textlora.core.config import LoraConfig
+from textlora.data.tokenize import Encoded, pack
+from textlora.kernels import bindings
+from textlora.kernels.bindings import Panels, Product
+from textlora.kernels.block_inference import NORMS, PRODUCTS, Blocks, Jobs
+from textlora.kernels.packed_linear import Bf16x2Weight, PackedWeight
+from textlora.model.adapter_batch import AdapterBatch, ScaledAdapter, ScaledLora
+from textlora.model.base import find_base, read_weights
+from textlora.model.families import read_spec
+from textlora.model.packed_model import PackedModel
 
 SLOTS = ("query", "key", "value", "attention_output", "intermediate", "output")
-needs_vectors = pytest.mark.skipif(not native.lanes(), reason="this processor has no AVX2, or nothing was compiled")
+needs_vectors = pytest.mark.skipif(not bindings.lanes(), reason="this processor has no AVX2, or nothing was compiled")
 
 
 def frozen(layers: int, width: int, inner: int, g: torch.Generator) -> list[dict[str, torch.Tensor]]:
@@ -42,17 +43,17 @@ def in_c(blocks: list[dict[str, torch.Tensor]], heads: int, kind: type = Product
     return Blocks(blocks, [{name: kind(block[f"{name}.weight"]) for name in PRODUCTS} for block in blocks], heads, 1e-5)
 
 
-def adapter(places: list[tuple[int, str]], width: int, inner: int, r: int, dora: bool, g: torch.Generator) -> FoldedAdapter:
+def adapter(places: list[tuple[int, str]], width: int, inner: int, r: int, dora: bool, g: torch.Generator) -> ScaledAdapter:
     made = {}
     for place in places:
         out, into = inner if place[1] == "intermediate" else width, inner if place[1] == "output" else width
         A, B = torch.randn(r, into, generator=g) / math.sqrt(into), torch.randn(out, r, generator=g) / math.sqrt(r) / 2
-        made[place] = Folded(A, B, 1 + torch.randn(out, generator=g) / 4 if dora else None)
-    return FoldedAdapter(made)
+        made[place] = ScaledLora(A, B, 1 + torch.randn(out, generator=g) / 4 if dora else None)
+    return ScaledAdapter(made)
 
 
 def by_torch(
-    blocks: list[dict[str, torch.Tensor]], x: torch.Tensor, lengths: list[int], owners: list[int], adapters: list[FoldedAdapter], heads: int
+    blocks: list[dict[str, torch.Tensor]], x: torch.Tensor, lengths: list[int], owners: list[int], adapters: list[ScaledAdapter], heads: int
 ) -> list[torch.Tensor]:
     """The oracle: the formulas as written in float64, one text at a time. What each block gives, (T, width)."""
     states = []
@@ -93,7 +94,7 @@ def test_blocks_are_the_formula_with_the_adapter_of_each_text(lanes, lengths, la
     blocks, x = frozen(layers, width, inner, g), torch.randn(sum(lengths), width, generator=g)
     adapters = [adapter([(i, slot) for i in range(layers) for slot in slots] if r else [], width, inner, r, dora, g) for r, dora, slots in kinds]
     owners = torch.randint(len(adapters), (len(lengths),), generator=g).tolist()
-    jobs, made = Mix(adapters, owners, lengths).jobs(layers, only_first), in_c(blocks, heads)
+    jobs, made = AdapterBatch(adapters, owners, lengths).jobs(layers, only_first), in_c(blocks, heads)
     expected = by_torch(blocks, x.double(), lengths, owners, adapters, heads)
     before, whole = x.clone(), made.forward(x, starts, jobs, only_first=only_first)
     wanted = expected[-1][starts[:-1].long()] if only_first else expected[-1]
@@ -107,25 +108,25 @@ def test_blocks_are_the_formula_with_the_adapter_of_each_text(lanes, lengths, la
     finally:
         torch.set_num_threads(count)
     text = len(lengths) - 1  # and whatever stands beside a text
-    alone = Mix([adapters[owners[text]]], [0], [lengths[text]]).jobs(layers, only_first)
+    alone = AdapterBatch([adapters[owners[text]]], [0], [lengths[text]]).jobs(layers, only_first)
     found = made.forward(x[starts[text] :].contiguous(), torch.tensor([0, lengths[text]], dtype=torch.int32), alone, only_first=only_first)
     assert torch.equal(found, whole[text:] if only_first else whole[starts[text] :])
     if layers > 1:
-        below = made.forward(x, starts, Mix(adapters, owners, lengths).jobs(layers, False), last=1)
+        below = made.forward(x, starts, AdapterBatch(adapters, owners, lengths).jobs(layers, False), last=1)
         assert (below - expected[0]).abs().max() <= 2e-5 * expected[0].abs().max()
         assert torch.equal(made.forward(below, starts, jobs, 1, only_first=only_first), whole)
 
 
-@pytest.mark.skipif(not native.has_amx(), reason="this processor has no AMX")
+@pytest.mark.skipif(not bindings.has_amx(), reason="this processor has no AMX")
 def test_blocks_on_matrix_units():
     g = torch.Generator().manual_seed(0)
     blocks, lengths = frozen(3, 64, 112, g), [1, 7, 20, 40, 133]
     x, starts = torch.randn(sum(lengths), 64, generator=g), torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    adapters = [FoldedAdapter({}), adapter([(i, slot) for i in range(3) for slot in SLOTS], 64, 112, 5, True, g)]
+    adapters = [ScaledAdapter({}), adapter([(i, slot) for i in range(3) for slot in SLOTS], 64, 112, 5, True, g)]
     owners, made = [0, 1, 1, 0, 1], in_c(blocks, 2, Panels)
     expected = by_torch(blocks, x.double(), lengths, owners, adapters, 2)[-1]
     for only_first, wanted in ((False, expected), (True, expected[starts[:-1].long()])):
-        found = made.forward(x, starts, Mix(adapters, owners, lengths).jobs(3, only_first), only_first=only_first)
+        found = made.forward(x, starts, AdapterBatch(adapters, owners, lengths).jobs(3, only_first), only_first=only_first)
         assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()
 
 
@@ -138,7 +139,7 @@ def test_no_call_outside_its_bounds(wrong):
     made, x = in_c(frozen(2, 32, 64, g), 2), torch.randn(9 if wrong != "long" else 600, 32, generator=g)
     starts = torch.tensor({"empty": [0, 0, 9], "long": [0, 600], "rows": [0, 4, 8]}.get(wrong, [0, 4, 9]), dtype=torch.int32)
     one = adapter([(0, "key")], 32, 64, 3, False, g)
-    jobs = Mix([one], [0, 0], [4, 5]).jobs(2, False)
+    jobs = AdapterBatch([one], [0, 0], [4, 5]).jobs(2, False)
     spoilt = {"rank": (5, 300), "column": (6, 5), "address": (2, 0), "row": (0, -1), "many": (1, 10)}
     if wrong in spoilt:
         place, value = spoilt[wrong]
@@ -162,8 +163,8 @@ def test_no_call_outside_its_bounds(wrong):
 def test_an_adapter_that_c_cannot_take_has_no_jobs():
     g = torch.Generator().manual_seed(0)
     wide, plain = adapter([(0, "query")], 32, 64, 300, False, g), adapter([(0, "query")], 32, 64, 3, False, g)
-    assert Mix([wide, plain], [0, 1], [2, 2]).jobs(1, True) is None
-    assert len(Mix([plain], [0, 0], [2, 2]).jobs(1, True).words) == 1
+    assert AdapterBatch([wide, plain], [0, 1], [2, 2]).jobs(1, True) is None
+    assert len(AdapterBatch([plain], [0, 0], [2, 2]).jobs(1, True).words) == 1
 
 
 @needs_vectors
@@ -176,11 +177,11 @@ def test_embeddings_are_sums_of_rows(types):
         del tables[1], places[1]
     weight, shift = torch.randn(48, generator=g), torch.randn(48, generator=g)
     expected = F.layer_norm(sum(table.double()[at] for table, at in zip(tables, places, strict=True)), (48,), weight.double(), shift.double(), 1e-5)
-    np.testing.assert_allclose(native.embed(places, tables, weight, shift, 1e-5).numpy(), expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(bindings.embed(places, tables, weight, shift, 1e-5).numpy(), expected.numpy(), atol=1e-5)
     for outside in (-1, 50):
         places[0][7] = outside
         with pytest.raises(ValueError, match="in a table of 50 rows"):
-            native.embed(places, tables, weight, shift, 1e-5)
+            bindings.embed(places, tables, weight, shift, 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def bases(tmp_path_factory):
 
 
 @needs_vectors
-@pytest.mark.parametrize("precision", ["float32", pytest.param("high", marks=pytest.mark.skipif(not native.has_amx(), reason="no AMX"))])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("high", marks=pytest.mark.skipif(not bindings.has_amx(), reason="no AMX"))])
 @pytest.mark.parametrize("family", FAST)
 def test_what_predicts_is_what_was_trained(family, precision, bases):
     """Merged and mixed, in one call, against the adapter beside the plain base, for every kind of adapter."""
@@ -217,9 +218,9 @@ def test_what_predicts_is_what_was_trained(family, precision, bases):
         given_ = [texts[i] for i in rows], [pairs[i] for i in rows] if KINDS[k].pairs else None
         plain, fast = classifier.plain_logits(*given_), classifier.logits(*given_)
         encoder = classifier.running.encoder
-        assert encoder.at_once
-        assert isinstance(encoder.weights[0]["qkv"], PanelWeight if precision == "float32" else SplitWeight)
-        assert not classifier.model.encoder.at_once  # what was loaded is left as it was
+        assert encoder.fused_stack
+        assert isinstance(encoder.weights[0]["qkv"], PackedWeight if precision == "float32" else Bf16x2Weight)
+        assert not classifier.model.encoder.fused_stack  # what was loaded is left as it was
         scale = np.maximum(1, np.abs(plain))
         assert np.abs((fast - plain) / scale).max() < tolerance
         assert np.abs((np.array([mixed[i].logits for i in rows]) - plain) / scale).max() < tolerance

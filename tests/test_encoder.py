@@ -10,17 +10,19 @@ import pytest
 import torch
 from conftest import FAST, both_ways, make_tiny, random_adapter, random_batch
 
-from textlora.attention import attend, attend_first, attend_plain
-from textlora.base import find_base, read_weights
-from textlora.config import LoraConfig
-from textlora.encoder import activate
-from textlora.errors import UsageError
-from textlora.families import read_spec
-from textlora.lora import Lora, dora_scale, lora_linear
-from textlora.mixing import Folded
-from textlora.model import PackedModel, open_model, parameter_counts
-from textlora.reference import ReferenceModel
-from textlora.tokens import Encoded, TextTokenizer, load_tokenizer, pack
+from textlora.core.config import LoraConfig
+from textlora.core.errors import UsageError
+from textlora.data.tokenize import Encoded, TextTokenizer, load_tokenizer, pack
+from textlora.model.adapter_batch import ScaledLora
+from textlora.model.adapter_tensors import parameter_counts
+from textlora.model.attention import attend, attend_first, attend_plain
+from textlora.model.base import find_base, read_weights
+from textlora.model.encoder import activate
+from textlora.model.families import read_spec
+from textlora.model.lora import Lora, dora_scale, lora_linear
+from textlora.model.open import open_model
+from textlora.model.packed_model import PackedModel
+from textlora.model.reference_model import ReferenceModel
 
 LENGTHS = [5, 1, 2, 3, 5, 48, 5, 8, 13, 21, 3]
 TEXTS = [
@@ -262,7 +264,7 @@ def test_first_token_attention_needs_no_keys_and_values(kind):
     adapted = [(32 * k, lora) for k, lora in enumerate(loras) if lora is not None]
     slow = attend_plain(lora_linear(x, weight, bias, adapted), queries, batch.layout, 4)
     folded = [
-        None if lora is None else Folded(lora.A, lora.scaling * lora.B, dora_scale(part, lora))
+        None if lora is None else ScaledLora(lora.A, lora.scaling * lora.B, dora_scale(part, lora))
         for part, lora in zip(weight.split(32), loras, strict=True)
     ]
     fast = attend_first(x, queries, batch.layout, 4, weight, bias[32:], *folded)

@@ -14,15 +14,16 @@ from conftest import FAST, random_adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import textlora.encoder
-import textlora.mixing
+import textlora.model.adapter_batch
+import textlora.model.encoder
 from textlora import AdapterEngine, TextClassifier
-from textlora.adapter import AdapterMeta, peft_config, write_side_file, write_weights
-from textlora.base import find_base
-from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LoraConfig
-from textlora.errors import AdapterError, ModelError, UsageError
-from textlora.model import PackedModel, open_model
-from textlora.products import STEP
+from textlora.adapters.folder import AdapterMeta, peft_config, write_side_file, write_weights
+from textlora.core.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LoraConfig
+from textlora.core.errors import AdapterError, ModelError, UsageError
+from textlora.kernels.packed_linear import STEP
+from textlora.model.base import find_base
+from textlora.model.open import open_model
+from textlora.model.packed_model import PackedModel
 
 WORDS = [
     "the",
@@ -203,8 +204,8 @@ def test_several_adapters_on_one_text_share_what_is_below_them(adapters, tiny_ba
     names = [folder.name for folder in folders for _ in texts]
     expected = engine.predict(texts, folders[0].name) + engine.predict(texts, folders[1].name)
     seen = []
-    real = textlora.encoder.attend
-    monkeypatch.setattr(textlora.encoder, "attend", lambda projected, *rest: seen.append(projected.shape[0]) or real(projected, *rest))
+    real = textlora.model.encoder.attend
+    monkeypatch.setattr(textlora.model.encoder, "attend", lambda projected, *rest: seen.append(projected.shape[0]) or real(projected, *rest))
     found = engine.predict(texts * 2, names)
     tokens = sum(len(one.ids) for one in engine.bank._tokenizers[next(iter(engine.bank._tokenizers))].encode(texts))
     assert tokens <= sum(seen) < tokens + STEP  # rows that fill up a step belong to nobody
@@ -219,8 +220,10 @@ def test_one_base_product_per_layer_and_batch(adapters, tiny_base, monkeypatch):
     texts = random_texts(16, 5)
     engine.predict(texts, [folders[i % 4].name for i in range(16)])
     products, pools = [], []
-    dense, pool = textlora.mixing.dense, PackedModel.pool
-    monkeypatch.setattr(textlora.mixing, "dense", lambda x, weight, *rest, **more: products.append(weight.shape) or dense(x, weight, *rest, **more))
+    dense, pool = textlora.model.adapter_batch.dense, PackedModel.pool
+    monkeypatch.setattr(
+        textlora.model.adapter_batch, "dense", lambda x, weight, *rest, **more: products.append(weight.shape) or dense(x, weight, *rest, **more)
+    )
     monkeypatch.setattr(PackedModel, "pool", lambda model, x: pools.append(len(x)) or pool(model, x))
     engine.predict(texts, [folders[i % 4].name for i in range(16)])
     assert len(products) == 4 + 4  # of two layers
@@ -367,7 +370,7 @@ def test_an_adapter_read_again_is_not_computed_again(adapters, tiny_base, tmp_pa
     import shutil
     from dataclasses import replace
 
-    from textlora.adapter import read_meta
+    from textlora.adapters.folder import read_meta
 
     folder = tmp_path / "copy"
     shutil.copytree(adapters("bert")[0], folder)
@@ -402,7 +405,7 @@ def test_a_replaced_adapter_ends_with_its_last_user(adapters, tiny_base):
 def test_answers_stand_beside_errors(adapters, tiny_base, tmp_path):
     import shutil
 
-    from textlora.errors import TextloraError, UnknownAdapterError
+    from textlora.core.errors import TextloraError, UnknownAdapterError
 
     folder = tmp_path / "damaged"
     shutil.copytree(adapters("bert")[2], folder)

@@ -19,15 +19,15 @@ from support import Cli, single_rows, snapshot, trained, write_csv
 from transformers import AutoConfig, AutoTokenizer
 
 from textlora import TextClassifier
-from textlora.adapter import AdapterMeta, peft_config, write_side_file, write_weights
-from textlora.base import find_base
-from textlora.calibration import decide, probabilities
-from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LoraConfig
-from textlora.errors import UsageError, VerificationError
-from textlora.export import adapter_inputs, adapters, export_adapter, export_base, export_classifier, merged, session
-from textlora.metrics import evaluate
-from textlora.model import open_model
-from textlora.tokens import TextTokenizer, load_tokenizer
+from textlora.adapters.folder import AdapterMeta, peft_config, write_side_file, write_weights
+from textlora.core.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LoraConfig
+from textlora.core.errors import UsageError, VerificationError
+from textlora.data.tokenize import TextTokenizer, load_tokenizer
+from textlora.metrics.calibration import decide, probabilities
+from textlora.metrics.scores import evaluate
+from textlora.model.base import find_base
+from textlora.model.open import open_model
+from textlora.transform.onnx import adapter_inputs, adapters, export_adapter, export_base, export_classifier, merged, session
 
 TEXTS = [
     "the plot was great",

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from textlora import TextClassifier
-from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from textlora.extract import extract
-from textlora.golden import GOLDEN_TEXTS
-from textlora.model import Model
+from textlora.adapters.golden_texts import GOLDEN_TEXTS
+from textlora.core.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from textlora.model.interface import Model
+from textlora.transform.extract import extract
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import transformers
 from conftest import FAST, make_tiny
 from safetensors.torch import load_file, save_file
 
-from textlora import base as base_module
-from textlora.base import BaseWeights, find_base, read_weights, weight_files, weights_hash
-from textlora.errors import ModelError
-from textlora.families import FAMILIES, EncoderSpec, HeadLayer, read_spec
+from textlora.core.errors import ModelError
+from textlora.model import base as base_module
+from textlora.model.base import BaseWeights, find_base, read_weights, weight_files, weights_hash
+from textlora.model.families import FAMILIES, EncoderSpec, HeadLayer, read_spec
 
 HEADS = {
     "bert": "bert.pooler.dense.weight bert.pooler.dense.bias classifier.weight classifier.bias",

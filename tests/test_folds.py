@@ -10,15 +10,16 @@ import torch
 from support import log_of, settings, single_rows, task_files, write_csv
 
 from textlora import TextClassifier
-from textlora.adapter import read_adapter
-from textlora.base import base_pooling, find_base
-from textlora.calibration import fit_temperature
-from textlora.classifier import encoded_logits
-from textlora.cross_validation import Trainings
-from textlora.folds import make_folds
-from textlora.prepare import prepare
-from textlora.run import run_training
-from textlora.training import Trainer, start_head
+from textlora.adapters.folder import read_adapter
+from textlora.inference.classifier import encoded_logits
+from textlora.metrics.calibration import fit_temperature
+from textlora.model.base import base_pooling, find_base
+from textlora.training.cross_validation import Trainings
+from textlora.training.folds import make_folds
+from textlora.training.head_start import start_head
+from textlora.training.prepare import prepare
+from textlora.training.run import run_training
+from textlora.training.trainer import Trainer
 
 
 def one_hot(classes: list[int]) -> np.ndarray:
@@ -124,7 +125,7 @@ def test_states_below_the_adapted_blocks_change_nothing(tiny_base, tmp_path):
         config = folded(tmp_path / name, tiny_base("bert"), layers="last:1")
         trainings = Trainings(prepare(config))
         if name == "known":
-            from textlora.prefix import build_prefix
+            from textlora.training.hidden_state_cache import build_prefix
 
             trainings.use(build_prefix(trainings.prepared), 0.0)
             assert trainings.prefix
@@ -175,7 +176,7 @@ def test_going_on_from_an_adapter_takes_the_temperature_out_again(tiny_base, tmp
     run_training(config)
     again = settings(tmp_path / "b", tiny_base("bert"), init_adapter=config.output)
     prepared = prepare(again)
-    from textlora.run import _start
+    from textlora.training.run import _start
 
     _start(prepared)
     folder = read_adapter(config.output)
@@ -200,7 +201,7 @@ def test_less_certain_scores_move_to_the_class_frequencies(tiny_base, tmp_path):
     trained = encoded_logits(trainings.prepared.model, trainings.prepared.tokenizer.encode(texts))
     saved = TextClassifier.load(config.output, base=config.model).logits(texts)
     assert np.allclose(saved, trained / meta.fitted_temperature + meta.fitted_shift, atol=1e-5)
-    from textlora.run import _start
+    from textlora.training.run import _start
 
     again = prepare(settings(tmp_path / "b", tiny_base("bert"), init_adapter=config.output))
     _start(again)

@@ -24,11 +24,11 @@ from test_adapter import TEXTS, close, peft_folder, peft_logits
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 from textlora import TextClassifier
-from textlora.adapter import read_meta
-from textlora.config import LoraConfig
-from textlora.convert import convert
-from textlora.errors import AdapterError, TextloraError, UsageError
-from textlora.foreign.source import read_source
+from textlora.adapters.folder import read_meta
+from textlora.adapters.importers.source import read_source
+from textlora.core.config import LoraConfig
+from textlora.core.errors import AdapterError, TextloraError, UsageError
+from textlora.transform.convert import convert
 
 AB = ["a", "b"]
 
@@ -806,7 +806,7 @@ def test_what_is_printed(tiny_base, tmp_path, capfd):
 
 def test_nothing_is_left_when_the_proof_fails(tiny_base, tmp_path, capfd, monkeypatch):
     peft_folder(tiny_base("bert"), tmp_path / "peft")
-    monkeypatch.setattr("textlora.convert._source_logits", lambda *_: np.ones((8, 2), dtype=np.float32))
+    monkeypatch.setattr("textlora.transform.convert._source_logits", lambda *_: np.ones((8, 2), dtype=np.float32))
     said = Cli(capfd).fails("convert", tmp_path / "peft", "--output", tmp_path / "ours", "--labels", "a,b", code=1, output=tmp_path)
     assert said.startswith("the converted adapter gives logits ")
 

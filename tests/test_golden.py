@@ -12,10 +12,10 @@ import pytest
 from support import trained
 
 from textlora import TextClassifier
-from textlora.adapter import _REFUSED, FOLDER_FILES, FORMAT, AdapterMeta
-from textlora.classifier import encoded_logits
-from textlora.inspect import inspect_folder
-from textlora.reference import ReferenceModel
+from textlora.adapters.folder import _REFUSED, FOLDER_FILES, FORMAT, AdapterMeta
+from textlora.inference.classifier import encoded_logits
+from textlora.model.reference_model import ReferenceModel
+from textlora.transform.inspect import inspect_folder
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 RELEASES = sorted(path for path in GOLDEN.iterdir() if (path / "answers.json").is_file())

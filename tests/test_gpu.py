@@ -10,13 +10,13 @@ import torch
 from support import log_of, settings, single_rows, trained
 
 from textlora import AdapterEngine, TextClassifier
-from textlora.attention import attend, attend_plain, in_one_call
-from textlora.prefix import build_prefix
-from textlora.prepare import prepare
-from textlora.run import run_training
-from textlora.tokens import Encoded, pack
-from textlora.training import Trainer
-from textlora.whole import WholeModel
+from textlora.compare.full_finetuning import FullFinetuningModel
+from textlora.data.tokenize import Encoded, pack
+from textlora.model.attention import attend, attend_plain, in_one_call
+from textlora.training.hidden_state_cache import build_prefix
+from textlora.training.prepare import prepare
+from textlora.training.run import run_training
+from textlora.training.trainer import Trainer
 
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 on_a_gpu = lambda test: CUDA[0](CUDA[1](test))
@@ -95,7 +95,7 @@ def test_recorded_steps_are_steps(tiny_base, tmp_path, part):
     for on in (True, False):
         prepared = prepare(settings(tmp_path / str(on), tiny_base("bert"), device="cuda", epochs=6.0, **changes))
         if part in ("all", "biases"):
-            prepared = replace(prepared, model=WholeModel(prepared.model.base, part, 2, device="cuda"))
+            prepared = replace(prepared, model=FullFinetuningModel(prepared.model.base, part, 2, device="cuda"))
         trainer = Trainer(prepared, build_prefix(prepared))
         assert bool(trainer.prefix) == (part == "frozen below")
         if not on:

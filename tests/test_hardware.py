@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from textlora import native
-from textlora.hardware import side_by_side, torch_threads
+from textlora.kernels import bindings
+from textlora.kernels.devices import side_by_side, torch_threads
 
 
 @pytest.fixture
@@ -75,10 +75,10 @@ def until(condition, again):
         again()
 
 
-@pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
+@pytest.mark.skipif(bindings.library() is None, reason="nothing was compiled")
 def test_a_call_has_the_cores_that_no_other_call_uses():
     """Threads that share three cores: a call alone is done by three threads; when a second one begins each keeps one, and helpers leave."""
-    library, done, numbers = native.library(), [], {"first": set(), "second": set()}
+    library, done, numbers = bindings.library(), [], {"first": set(), "second": set()}
     alone, begun, finished = threading.Event(), threading.Event(), threading.Event()
 
     def stage(name):
@@ -104,9 +104,9 @@ def test_a_call_has_the_cores_that_no_other_call_uses():
         done.append("second")
 
     def run(body, after):
-        native.share_cores(3)
-        assert native.hands(1000) == 3
-        assert native.hands(40) == 1
+        bindings.share_cores(3)
+        assert bindings.hands(1000) == 3
+        assert bindings.hands(40) == 1
         assert after is None or after.wait(30)
         call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(lambda *_: body())
         library.textlora_with_hands(call, None, None, 3)
@@ -121,7 +121,7 @@ def test_a_call_has_the_cores_that_no_other_call_uses():
     assert numbers["second"] == {0}
 
 
-@pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
+@pytest.mark.skipif(bindings.library() is None, reason="nothing was compiled")
 @pytest.mark.parametrize("hands", [1, 2, 3])
 def test_who_has_no_work_helps(three, hands):
     """Each chunk of a call is done once, by threads whose numbers are below what the call has room for; each number is one thread."""
@@ -134,7 +134,7 @@ def test_who_has_no_work_helps(three, hands):
 
     def share():
         stages.append(None)
-        native.library().textlora_share(work, None, ctypes.c_long(60), hands)
+        bindings.library().textlora_share(work, None, ctypes.c_long(60), hands)
 
     def compute(item):
         if item == 0:
@@ -147,7 +147,7 @@ def test_who_has_no_work_helps(three, hands):
         assert three.map(compute, range(2)) == [0, 1]
         assert sorted(chunk for chunk, _, _ in done) == sorted(list(range(60)) * len(stages))
         assert len({(number, thread) for _, number, thread in done}) == hands
-    native.library().textlora_share(work, None, ctypes.c_long(4), hands)  # this thread has no crew now
+    bindings.library().textlora_share(work, None, ctypes.c_long(4), hands)  # this thread has no crew now
     assert {thread for _, _, thread in done[-4:]} == {threading.get_ident()}
 
 

@@ -24,11 +24,11 @@ from huggingface_hub import ModelCard
 from support import Trained, snapshot, task_files, trained
 
 from textlora import TextClassifier
-from textlora.adapter import lora_config, read_adapter, write_side_file, write_weights
-from textlora.card import model_card, pushed_card
-from textlora.errors import AdapterError
-from textlora.hub import _refuse_secrets, adapter_folder
-from textlora.inspect import inspect_folder, relabel_folder
+from textlora.adapters.card import model_card, pushed_card
+from textlora.adapters.folder import lora_config, read_adapter, write_side_file, write_weights
+from textlora.adapters.hub import _refuse_secrets, adapter_folder
+from textlora.core.errors import AdapterError
+from textlora.transform.inspect import inspect_folder, relabel_folder
 
 COMMIT, OLDER = "c" * 40, "d" * 40
 WAY = "pass the path of a local folder with config.json, model.safetensors and tokenizer.json as --model"
@@ -215,8 +215,8 @@ def python(code: str, endpoint: str, home: Path, *arguments: object, **variables
 
 FIND = """
 import json, sys, time
-from textlora.base import find_base
-from textlora.errors import ModelError
+from textlora.model.base import find_base
+from textlora.core.errors import ModelError
 for asked in sys.argv[1:]:
     model, _, revision = asked.partition("@")
     start = time.perf_counter()
@@ -370,7 +370,7 @@ def adapter(stand_in, tiny_base, tmp_path_factory) -> Path:
 LOAD = """
 import json, os, sys
 from textlora import TextClassifier
-from textlora.errors import TextloraError
+from textlora.core.errors import TextloraError
 for asked in sys.argv[1:]:
     token, _, asked = asked.rpartition("=")
     os.environ.pop("HF_TOKEN", None)

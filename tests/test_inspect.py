@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from support import CONFIG, SIDE, WEIGHTS, Cli, trained
 from transformers import AutoModelForSequenceClassification
 
-from textlora.adapter import read_adapter, write_side_file
-from textlora.base import find_base
-from textlora.config import LoraConfig
-from textlora.errors import AdapterError
-from textlora.inspect import compare, effective_rank, inspect_folder, relabel_folder, spectrum, summary_lines
-from textlora.model import open_model
+from textlora.adapters.folder import read_adapter, write_side_file
+from textlora.core.config import LoraConfig
+from textlora.core.errors import AdapterError
+from textlora.model.base import find_base
+from textlora.model.open import open_model
+from textlora.transform.inspect import compare, effective_rank, inspect_folder, relabel_folder, spectrum, summary_lines
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_relabel_renames_in_the_card_too(folder):
 
 def test_a_trained_dora_with_its_magnitudes(tiny_base, tmp_path):
     """Numbers of our own writing: a random adapter on the packed path, saved and read."""
-    from textlora.adapter import AdapterMeta, peft_config, write_weights
+    from textlora.adapters.folder import AdapterMeta, peft_config, write_weights
 
     lora = LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=("output.dense",))
     model, _ = open_model(find_base(str(tiny_base("bert"))), lora, 2)

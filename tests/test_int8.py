@@ -9,9 +9,9 @@ from conftest import FAST
 from test_engine import KINDS, adapters, engine_of, random_texts  # noqa: F401
 
 from textlora import AdapterEngine, TextClassifier
-from textlora.config import MULTI_LABEL
-from textlora.errors import UsageError
-from textlora.products import Int8Weight, exact_levels, lays_out, require_int8
+from textlora.core.config import MULTI_LABEL
+from textlora.core.errors import UsageError
+from textlora.kernels.packed_linear import Int8Weight, exact_levels, lays_out, require_int8
 
 
 def rounded(x: np.ndarray, levels: int = 127) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +30,7 @@ def drawn(rows: int, inner: int, outer: int, seed: int = 0) -> tuple[torch.Tenso
 @pytest.mark.parametrize("levels", [127, 63, None])  # on x86 as this processor has it, with 7 bits, without oneDNN
 def test_product_is_the_formula(shape, with_bias, levels, monkeypatch):
     best = exact_levels()
-    monkeypatch.setattr("textlora.products.exact_levels", lambda: levels and min(levels, best or 0))
+    monkeypatch.setattr("textlora.kernels.packed_linear.exact_levels", lambda: levels and min(levels, best or 0))
     x, weight, bias = drawn(*shape)
     used = min(levels, best or 127) if levels and lays_out(weight) else 127
     (qx, sx), (qw, sw) = rounded(x.double().numpy()), rounded(weight.double().numpy(), used)
@@ -93,7 +93,7 @@ def test_texts_that_adapters_share_in_int8(adapters, tiny_base):  # noqa: F811
 def test_where_it_cannot_be_had(adapters, tiny_base, monkeypatch):  # noqa: F811
     with pytest.raises(UsageError, match="only on CPUs"):
         require_int8("cuda:0")
-    monkeypatch.setattr("textlora.products.exact_levels", lambda: None)
+    monkeypatch.setattr("textlora.kernels.packed_linear.exact_levels", lambda: None)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "_int_mm", lambda a, b: torch.full((a.shape[0], b.shape[1]), 32767, dtype=torch.int32))
         with pytest.raises(UsageError, match="overflow on this processor"):

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from textlora.config import LoraConfig
-from textlora.errors import UsageError
-from textlora.lora import Lora, delta, init_lora, lora_linear, reference_linear, weight_norm
-from textlora.targets import DEFAULT_TARGETS, resolve_layers, resolve_targets
+from textlora.core.config import LoraConfig
+from textlora.core.errors import UsageError
+from textlora.model.lora import Lora, delta, init_lora, lora_linear, reference_linear, weight_norm
+from textlora.model.targets import DEFAULT_TARGETS, resolve_layers, resolve_targets
 
 
 def draw(*shape, seed=0, grad=True):

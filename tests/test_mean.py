@@ -9,14 +9,15 @@ from conftest import make_tiny
 from test_encoder import compare
 from test_engine import Kind, engine_of, make_adapter, random_texts
 
-from textlora import TextClassifier, native, passes
-from textlora.config import LoraConfig
-from textlora.encoder import PackedEncoder
-from textlora.reference import ReferenceModel
+from textlora import TextClassifier
+from textlora.core.config import LoraConfig
+from textlora.data.tokenize import pack
+from textlora.kernels import bindings, fused_ops
+from textlora.model.encoder import PackedEncoder
+from textlora.model.reference_model import ReferenceModel
 from textlora.server.worker import Worker
-from textlora.tokens import pack
 
-needs_vectors = pytest.mark.skipif(not native.lanes(), reason="nothing was compiled, or this processor has no such vectors")
+needs_vectors = pytest.mark.skipif(not bindings.lanes(), reason="nothing was compiled, or this processor has no such vectors")
 KINDS = (
     Kind(LoraConfig(r=4), 3, pooling="mean"),
     Kind(LoraConfig(r=7, target_modules=("all-linear",)), 77, pooling="mean"),
@@ -41,21 +42,21 @@ def test_means_and_their_gradient(lengths, width):
     expected = torch.stack([part.mean(0) for part in wide.split(lengths)])
     expected.backward(grad.double())
     x.requires_grad_()
-    found = passes.mean(x, starts_of(lengths))
+    found = fused_ops.mean(x, starts_of(lengths))
     found.backward(grad)
     assert (found.double() - expected).abs().max() < 5e-7
     assert (x.grad.double() - wide.grad).abs().max() < 5e-7
     with torch.inference_mode():
-        assert torch.equal(passes.mean(x.detach(), starts_of(lengths)), found)
+        assert torch.equal(fused_ops.mean(x.detach(), starts_of(lengths)), found)
 
 
 @needs_vectors
 @pytest.mark.parametrize("starts", [[0, 2, 2, 5], [0, 3], [1, 5], [0, 4, 2, 5], []])
 def test_texts_that_are_not_all_rows(starts):
     with pytest.raises(ValueError, match="texts in no order"):
-        native.mean(torch.zeros(5, 16), torch.tensor(starts, dtype=torch.int32))
+        bindings.mean(torch.zeros(5, 16), torch.tensor(starts, dtype=torch.int32))
     with pytest.raises(ValueError, match="texts in no order"):
-        native.mean_back(torch.zeros(max(0, len(starts) - 1), 16), torch.tensor(starts, dtype=torch.int32), 5)
+        bindings.mean_back(torch.zeros(max(0, len(starts) - 1), 16), torch.tensor(starts, dtype=torch.int32), 5)
 
 
 @needs_vectors
@@ -66,7 +67,7 @@ def test_other_types_do_not_reach_the_functions():
         (torch.zeros(5, 8), starts_of([5])),
     ):
         with pytest.raises(ValueError, match=r"wanted|not a multiple"):
-            native.mean(x, starts)
+            bindings.mean(x, starts)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,6 @@ def test_known_states_of_lower_blocks(made):
 
 def test_without_compiled_functions(made, monkeypatch):
     base, folders, expected = made
-    monkeypatch.setattr(native, "has_passes", lambda x: False)
+    monkeypatch.setattr(bindings, "has_passes", lambda x: False)
     monkeypatch.setattr(PackedEncoder, "_in_c", False)
     close(TextClassifier.load(folders[0], base=str(base), device="cpu").logits(TEXTS), expected[0])

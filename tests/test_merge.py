@@ -21,14 +21,16 @@ from support import WEIGHTS, single_rows, snapshot, write_csv
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.utils import logging as hf_logging
 
-from textlora import TextClassifier, fresh, merge, plain
-from textlora.adapter import AdapterMeta
-from textlora.base import find_base
-from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LoraConfig
-from textlora.errors import VerificationError
-from textlora.extract import base_facts, write_adapter
-from textlora.model import Model, open_model
-from textlora.tokens import TextTokenizer, load_tokenizer
+from textlora import TextClassifier
+from textlora.adapters.folder import AdapterMeta
+from textlora.core.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LoraConfig
+from textlora.core.errors import VerificationError
+from textlora.data.tokenize import TextTokenizer, load_tokenizer
+from textlora.model.base import find_base
+from textlora.model.interface import Model
+from textlora.model.open import open_model
+from textlora.transform import fresh_process, merge, transformers_names
+from textlora.transform.extract import base_facts, write_adapter
 
 TEXTS = ["the plot was great", "dull and boring film", "it", "the actor said good story and then it was slow " * 3, "1, 2 and 3!"]
 LABELS = ("neg", "neutral", "pos")
@@ -97,7 +99,7 @@ def near(monkeypatch, tmp_path_factory):
         said["imported"].remove("textlora")
         return SimpleNamespace(stdout=json.dumps(said), stderr="", returncode=0)
 
-    monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=here))
+    monkeypatch.setattr(fresh_process, "subprocess", SimpleNamespace(run=here))
 
 
 def merged(classifier: TextClassifier, base: Path, adapter: Path, output: Path, dtype: str = "float32", rows: Sequence[Any] = ()) -> dict[str, Any]:
@@ -158,7 +160,7 @@ def test_the_command_in_a_fresh_process(tiny_base, tmp_path, cli, monkeypatch):
         said.append(json.loads(done.stdout.splitlines()[-1]))
         return done
 
-    monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=listen))
+    monkeypatch.setattr(fresh_process, "subprocess", SimpleNamespace(run=listen))
     base, adapter, output = tiny_base("bert"), tmp_path / "a", tmp_path / "new" / "m"
     classifier = make_adapter(adapter, base, target_modules=("all-linear",))
     data = write_csv(tmp_path / "texts.csv", [[text] for text in TEXTS], ["text"])
@@ -183,7 +185,7 @@ def test_the_command_in_a_fresh_process(tiny_base, tmp_path, cli, monkeypatch):
 def test_textlora_in_the_process_is_refused(tiny_base, tmp_path, monkeypatch):
     base, adapter = tiny_base("bert"), tmp_path / "a"
     said = {"logits": {"as_loaded": [[0.0]]}, "scores": [[1.0]], "inputs": [], "labels": [], "strange": [], "imported": ["textlora", "torch"]}
-    monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(stdout=json.dumps(said))))
+    monkeypatch.setattr(fresh_process, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(stdout=json.dumps(said))))
     with pytest.raises(VerificationError, match="was loaded with textlora's help"):
         merged(make_adapter(adapter, base), base, adapter, tmp_path / "m")
     assert sorted(tmp_path.iterdir()) == [adapter]
@@ -407,13 +409,13 @@ def test_a_written_folder_that_answers_otherwise_is_refused(damage, adapter, tin
 def test_a_process_that_fails_or_is_interrupted_leaves_nothing(adapter, tiny_base, tmp_path, cli, monkeypatch):
     arguments = ("merge", adapter, "--model", tiny_base("bert"), "--output", tmp_path / "new" / "m")
     dead = SimpleNamespace(stdout="", stderr="Killed\n", returncode=-9)
-    monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=lambda *_, **__: dead))
+    monkeypatch.setattr(fresh_process, "subprocess", SimpleNamespace(run=lambda *_, **__: dead))
     assert "does not load in transformers (Killed)" in cli.fails(*arguments, code=1, output=tmp_path)
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=stop))
+    monkeypatch.setattr(fresh_process, "subprocess", SimpleNamespace(run=stop))
     code, out, err = cli(*arguments)
     assert (code, out, err.strip()) == (130, "", "textlora: interrupted")
     assert sorted(tmp_path.iterdir()) == [adapter]
@@ -421,7 +423,7 @@ def test_a_process_that_fails_or_is_interrupted_leaves_nothing(adapter, tiny_bas
 
 def test_a_full_disk_leaves_nothing(adapter, tiny_base, tmp_path, cli, monkeypatch):
     def full(*_: object, **__: object) -> None:
-        raise plain.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise transformers_names.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(torch.nn.Module, "save_pretrained", full, raising=False)
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)

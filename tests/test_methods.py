@@ -10,12 +10,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from support import settings
 
-from textlora.compare.bench import Bench, Run, pick_rows
 from textlora.compare.fitted import STRENGTHS, fit
-from textlora.config import TrainConfig
-from textlora.errors import UsageError
-from textlora.methods import DEFAULT_METHODS, METHODS, by_usefulness, find_methods
-from textlora.prepare import Prepared, prepare
+from textlora.compare.methods import DEFAULT_METHODS, METHODS, by_usefulness, find_methods
+from textlora.compare.run_one import Bench, Run, pick_rows
+from textlora.core.config import TrainConfig
+from textlora.core.errors import UsageError
+from textlora.training.prepare import Prepared, prepare
 
 HEAD = 2 * 32 + 2  # of the tiny bert with two labels
 
@@ -61,7 +61,7 @@ def test_unknown_names_list_what_there_is():
 
 
 def test_the_table_imports_nothing_heavy():
-    code = "import sys, textlora.methods, textlora.cli.compare; print([m for m in ('torch', 'numpy', 'sklearn', 'matplotlib', 'rich') if m in sys.modules])"
+    code = "import sys, textlora.compare.methods, textlora.cli.compare; print([m for m in ('torch', 'numpy', 'sklearn', 'matplotlib', 'rich') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -121,7 +121,7 @@ def test_methods_learn_an_easy_task(prepared, method, rate):
 
 
 def test_states_below_frozen_blocks_are_computed_once_and_change_nothing(prepared, monkeypatch):
-    import textlora.compare.bench as module
+    import textlora.compare.run_one as module
 
     bench, calls = Bench(prepared), []
     real = module.build_prefix
@@ -211,12 +211,12 @@ def test_pooling_of_methods_of_peft(crossed):
 
 def test_ia3_scales_what_the_mean_is_taken_of(crossed):
     """At its start it changes nothing: the logits are those of the mean of the base's own states."""
-    from textlora.classifier import encoded_logits
-    from textlora.reference import ReferenceModel
-    from textlora.soft import SoftModel
+    from textlora.compare.peft_methods import PeftMethodModel
+    from textlora.inference.classifier import encoded_logits
+    from textlora.model.reference_model import ReferenceModel
 
     encoded = crossed.sets["test"].encoded
-    model = SoftModel.open("ia3", 0, crossed.files.folder, 2, pooling="mean", seed=3)
+    model = PeftMethodModel.open("ia3", 0, crossed.files.folder, 2, pooling="mean", seed=3)
     plain = ReferenceModel.create(crossed.files.folder, crossed.config.lora, 2, pooling="mean", seed=3)
     heads = [[t for name, t in one.trainable().items() if "classifier" in name] for one in (model, plain)]
     with torch.no_grad():

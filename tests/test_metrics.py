@@ -12,9 +12,9 @@ from scipy import stats
 from scipy.special import expit, softmax
 from sklearn import metrics as sk
 
-from textlora.errors import UsageError
-from textlora.metrics import DEFAULT_METRIC, METRICS, calibration_bins, cannot_tell, confusion, details, evaluate, intervals, per_class
+from textlora.core.errors import UsageError
 from textlora.metrics.ranking import average_precision, roc_auc, spearman
+from textlora.metrics.scores import DEFAULT_METRIC, METRICS, calibration_bins, cannot_tell, confusion, details, evaluate, intervals, per_class
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 

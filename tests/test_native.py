@@ -20,17 +20,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_engine import KINDS, adapters, engine_of, random_texts  # noqa: F401
 
-from textlora import TextClassifier, attention, native, passes
-from textlora.classifier import encoded_logits
-from textlora.mixing import Folded, FoldedAdapter, Mix
-from textlora.native import LONGEST, Panels, has_amx, lanes
-from textlora.products import SplitWeight, activate, dense, lays_out, prepare
-from textlora.tokens import Encoded, pack
+from textlora import TextClassifier
+from textlora.data.tokenize import Encoded, pack
+from textlora.inference.classifier import encoded_logits
+from textlora.kernels import bindings, fused_ops
+from textlora.kernels.bindings import LONGEST, Panels, has_amx, lanes
+from textlora.kernels.packed_linear import Bf16x2Weight, activate, dense, lays_out, prepare
+from textlora.model import attention
+from textlora.model.adapter_batch import AdapterBatch, ScaledAdapter, ScaledLora
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_amx = pytest.mark.skipif(not has_amx(), reason="this processor has no AMX, or nothing was compiled")
 needs_vectors = pytest.mark.skipif(not lanes(), reason="this processor has no AVX2, or nothing was compiled")
-needs_library = pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
+needs_library = pytest.mark.skipif(bindings.library() is None, reason="nothing was compiled")
 
 
 def draw(rows: int, inner: int, out: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -51,7 +53,7 @@ def bound(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 )  # fmt: skip
 def test_product_is_the_formula(rows, inner, out, activation, with_bias, with_residual, seed):
     x, weight, bias, residual = draw(rows, inner, out, seed)
-    made, before = SplitWeight.of(weight), residual.clone()
+    made, before = Bf16x2Weight.of(weight), residual.clone()
     with torch.inference_mode():
         found = dense(x, made, bias if with_bias else None, activation, residual if with_residual else None)
     expected = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
@@ -64,24 +66,24 @@ def test_product_is_the_formula(rows, inner, out, activation, with_bias, with_re
 @needs_amx
 def test_right_to_sixteen_bits_and_not_only_eight():
     x, weight, *_ = draw(256, 384, 1152)
-    error = (SplitWeight.of(weight).product(x, None, None, None) - x.double() @ weight.double().T).square().mean().sqrt() / 384**0.5
+    error = (Bf16x2Weight.of(weight).product(x, None, None, None) - x.double() @ weight.double().T).square().mean().sqrt() / 384**0.5
     assert 1e-7 < error < 6e-6  # float32's own is 4e-7, bfloat16's 2e-3
 
 
 @needs_amx
 def test_gelu_to_the_ends_of_float32():
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30, 3e38])])
-    found = SplitWeight.of(torch.ones(1, 1)).product(x.unsqueeze(1), None, "gelu", None).flatten()
+    found = Bf16x2Weight.of(torch.ones(1, 1)).product(x.unsqueeze(1), None, "gelu", None).flatten()
     assert torch.isfinite(found).all()
     np.testing.assert_allclose(found[:4001].numpy(), torch.nn.functional.gelu(x[:4001].double()).numpy(), atol=2e-4, rtol=0)
-    sharp = SplitWeight.of(torch.ones(1, 1)).product((x[:4001] * 256).round().unsqueeze(1) / 256, None, "gelu", None).flatten()  # 16 bits hold these
+    sharp = Bf16x2Weight.of(torch.ones(1, 1)).product((x[:4001] * 256).round().unsqueeze(1) / 256, None, "gelu", None).flatten()  # 16 bits hold these
     np.testing.assert_allclose(sharp.numpy(), torch.nn.functional.gelu((x[:4001].double() * 256).round() / 256).numpy(), atol=1e-6, rtol=2e-7)
 
 
 @needs_amx
 def test_rows_depend_on_no_other_row():
     x, weight, bias, residual = draw(300, 100, 70)
-    made = SplitWeight.of(weight)
+    made = Bf16x2Weight.of(weight)
     whole = made.product(x, bias, "gelu", residual)
     for rows in (slice(0, 1), slice(31, 33), slice(0, 40), slice(17, 300)):
         assert torch.equal(made.product(x[rows], bias, "gelu", residual[rows]), whole[rows])
@@ -93,15 +95,15 @@ def test_rows_depend_on_no_other_row():
 def test_views_and_wide_strides():
     x, weight, bias, residual = draw(64, 96, 64)
     wide, turned = torch.cat([x, x], 1), weight.T.contiguous().T
-    expected = SplitWeight.of(weight).product(x, bias, None, residual)
-    assert torch.equal(SplitWeight.of(turned).product(wide[:, 96:], bias, None, residual.T.contiguous().T), expected)
+    expected = Bf16x2Weight.of(weight).product(x, bias, None, residual)
+    assert torch.equal(Bf16x2Weight.of(turned).product(wide[:, 96:], bias, None, residual.T.contiguous().T), expected)
 
 
 @needs_amx
 @pytest.mark.parametrize("wrong", ["double", "width", "bias", "residual"])
 def test_nothing_else_reaches_c(wrong):
     x, weight, bias, residual = draw(8, 40, 24)
-    made = SplitWeight.of(weight).panels
+    made = Bf16x2Weight.of(weight).panels
     x = x.double() if wrong == "double" else x[:, :39] if wrong == "width" else x
     with pytest.raises(ValueError, match="float32"):
         made.product(x, bias[:-1] if wrong == "bias" else bias, residual[:-1] if wrong == "residual" else None, False)
@@ -113,7 +115,7 @@ def test_nothing_else_reaches_c(wrong):
 def test_beside_others_on_the_same_units():
     """oneDNN remembers which tiles it has set, a thread at a time: what is set here is put back."""
     x, weight, bias, _ = draw(128, 256, 128)
-    made, eight = SplitWeight.of(weight), prepare(weight, "int8")
+    made, eight = Bf16x2Weight.of(weight), prepare(weight, "int8")
     half, small = x.bfloat16(), weight.bfloat16()
 
     def both(_: int) -> list[torch.Tensor]:
@@ -133,9 +135,9 @@ def batch_of(lengths: list[int]):
 @pytest.fixture(params=[16, 8])
 def kind(request, monkeypatch):
     """Attention and GELU in vectors of so many numbers, where this processor has them."""
-    if native.lanes() < request.param:
+    if bindings.lanes() < request.param:
         pytest.skip("not on this processor, or nothing was compiled")
-    monkeypatch.setattr(native, "lanes", lambda: request.param)
+    monkeypatch.setattr(bindings, "lanes", lambda: request.param)
     return request.param
 
 
@@ -159,7 +161,7 @@ def test_attention_is_the_formula(kind, lengths, heads, d, more, size, seed):
     scores = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) / d**0.5  # at most; a score's rounding is a share's relative error
     assert (found[:rows] - expected).abs().max() <= 1e-6 * (1 + scores) * v.abs().max()
     assert not found[rows:].any()
-    if d in native.HEADS and max(lengths) <= LONGEST:
+    if d in bindings.HEADS and max(lengths) <= LONGEST:
         assert torch.equal(with_gradient, found[:rows])
     cotangent = torch.randn(rows, heads * d, generator=g)
     (back,), (wanted,) = torch.autograd.grad(with_gradient, leaf, cotangent), torch.autograd.grad(expected, wide, cotangent.double())
@@ -204,15 +206,17 @@ def test_no_attention_outside_its_bounds(wrong):
     if wrong == "width":
         projected = projected[:, :128].contiguous()
     with pytest.raises(ValueError, match=r"not for this|wanted"):
-        native.attention(projected, out, starts, 4 if wrong == "texts" else texts, 3 if wrong == "heads" else heads)
+        bindings.attention(projected, out, starts, 4 if wrong == "texts" else texts, 3 if wrong == "heads" else heads)
     with pytest.raises(ValueError, match=r"not for this|wanted"):
-        native.attention_back(projected, out, torch.zeros_like(projected), starts, 4 if wrong == "texts" else texts, 3 if wrong == "heads" else heads)
+        bindings.attention_back(
+            projected, out, torch.zeros_like(projected), starts, 4 if wrong == "texts" else texts, 3 if wrong == "heads" else heads
+        )
     assert not out.any()
 
 
-def layer_of(inner: int, out: int, r: int, column: int, scaled: bool, g: torch.Generator) -> native.AdaptedLayer:
+def layer_of(inner: int, out: int, r: int, column: int, scaled: bool, g: torch.Generator) -> bindings.AdaptedLayer:
     A, B, scale = (torch.randn(shape, generator=g) for shape in ((r, inner), (r, out), (out,)))
-    made = native.AdaptedLayer.of(A, B, scale if scaled else None, column)
+    made = bindings.AdaptedLayer.of(A, B, scale if scaled else None, column)
     assert made is not None
     return made
 
@@ -237,7 +241,7 @@ def test_small_products_are_the_formula(stretches, inner, out, more, seed):
         if scaled:
             part *= layer.scale.double()
         at += count
-    native.add_adapted(x, y, jobs)
+    bindings.add_adapted(x, y, jobs)
     np.testing.assert_allclose(y.numpy(), expected.numpy(), atol=1e-3 if inner * 40 > 2000 else 5e-4, rtol=1e-5)
     assert torch.equal(y[at:].double(), expected[at:])
 
@@ -247,11 +251,11 @@ def test_small_products_depend_on_no_other_row_and_take_views():
     g = torch.Generator().manual_seed(0)
     x, y, layer = torch.randn(9, 48, generator=g), torch.randn(9, 16, generator=g), layer_of(24, 16, 5, 0, False, g)
     whole = y.clone()
-    native.add_adapted(x[:, :24], whole, [(0, 9, layer)])
+    bindings.add_adapted(x[:, :24], whole, [(0, 9, layer)])
     alone = y[4:7].clone()
-    native.add_adapted(x[4:7, :24].contiguous(), alone, [(0, 3, layer)])
+    bindings.add_adapted(x[4:7, :24].contiguous(), alone, [(0, 3, layer)])
     assert torch.equal(alone, whole[4:7])
-    native.add_adapted(x[:, :24], y, [])
+    bindings.add_adapted(x[:, :24], y, [])
     assert not torch.equal(y, whole)
 
 
@@ -264,7 +268,7 @@ def test_no_small_product_outside_its_bounds(wrong):
     jobs = [job, (0, 1, layer_of(32 if wrong == "inner" else 24, 8 if wrong == "out" else 16, 5, 0, False, g))]
     y = y.double() if wrong == "type" else y
     with pytest.raises(ValueError, match=r"another width|wanted"):
-        native.add_adapted(x, y, jobs)
+        bindings.add_adapted(x, y, jobs)
     assert not y.any()
 
 
@@ -274,19 +278,19 @@ def test_no_small_product_outside_its_bounds(wrong):
 def test_mixed_layer_with_and_without(scaled, activation, monkeypatch):
     g = torch.Generator().manual_seed(0)
 
-    def adapter(r: int, *slots: str) -> FoldedAdapter:
+    def adapter(r: int, *slots: str) -> ScaledAdapter:
         draw = lambda *shape: torch.randn(shape, generator=g)
-        return FoldedAdapter({(0, slot): Folded(draw(r, 24), draw(16, r), draw(16) if scaled else None) for slot in slots})
+        return ScaledAdapter({(0, slot): ScaledLora(draw(r, 24), draw(16, r), draw(16) if scaled else None) for slot in slots})
 
-    ones = [adapter(3, "query", "value"), adapter(8, "key"), FoldedAdapter({})]
+    ones = [adapter(3, "query", "value"), adapter(8, "key"), ScaledAdapter({})]
     x, weight, bias, residual = draw(20, 24, 48)
     found = []
     for compiled in (True, False):
         if not compiled:
-            monkeypatch.setattr("textlora.mixing.AdaptedLayer.of", lambda *_: None)
-            ones = [FoldedAdapter(one) for one in ones]
+            monkeypatch.setattr("textlora.model.adapter_batch.AdaptedLayer.of", lambda *_: None)
+            ones = [ScaledAdapter(one) for one in ones]
         assert all(bool(one.compiled) == compiled for made in ones for one in made.joined.values())
-        mix = Mix(ones, [0, 1, 1, 2, 0], [3, 4, 5, 1, 4])
+        mix = AdapterBatch(ones, [0, 1, 1, 2, 0], [3, 4, 5, 1, 4])
         found.append(mix.linear(0, ("query", "key", "value"), x, weight, bias, activation, None if activation else residual))
     np.testing.assert_allclose(found[0].numpy(), found[1].numpy(), atol=2e-4, rtol=1e-5)
 
@@ -294,8 +298,8 @@ def test_mixed_layer_with_and_without(scaled, activation, monkeypatch):
 @pytest.mark.parametrize("shape", [(5, 23, 16), (5, 24, 12), (257, 24, 16)])
 def test_layers_that_torch_computes(shape):
     r, inner, out = shape
-    assert native.AdaptedLayer.of(torch.zeros(r, inner), torch.zeros(r, out), None, 0) is None
-    assert native.AdaptedLayer.of(torch.zeros(5, 24, dtype=torch.bfloat16), torch.zeros(5, 16, dtype=torch.bfloat16), None, 0) is None
+    assert bindings.AdaptedLayer.of(torch.zeros(r, inner), torch.zeros(r, out), None, 0) is None
+    assert bindings.AdaptedLayer.of(torch.zeros(5, 24, dtype=torch.bfloat16), torch.zeros(5, 16, dtype=torch.bfloat16), None, 0) is None
 
 
 @pytest.mark.parametrize("family", FAST)
@@ -313,7 +317,7 @@ def test_high_predicts_as_float32_does(family, adapters, tiny_base):  # noqa: F8
         mixed = np.array([one.logits for one in engine.predict(texts, folder.name, pairs)])
         assert np.abs((mixed - plain) / scale).max() < 1e-3
         if lays_out(torch.zeros(1)):
-            assert isinstance(classifier.running.encoder.weights[0]["qkv"], SplitWeight) == has_amx()
+            assert isinstance(classifier.running.encoder.weights[0]["qkv"], Bf16x2Weight) == has_amx()
 
 
 @needs_amx
@@ -330,7 +334,7 @@ def test_little_work_is_shared_out(adapters, tiny_base):  # noqa: F811
 
 
 def test_without_the_units_high_is_float32(monkeypatch):
-    monkeypatch.setattr("textlora.products.has_amx", lambda: False)
+    monkeypatch.setattr("textlora.kernels.packed_linear.has_amx", lambda: False)
     _, weight, *_ = draw(1, 64, 64)
     assert type(prepare(weight, "high")) is type(prepare(weight, "float32"))
 
@@ -338,10 +342,10 @@ def test_without_the_units_high_is_float32(monkeypatch):
 @pytest.fixture
 def no_cache():
     """What is known of the library is asked for anew, and forgotten afterwards."""
-    for known in (native.library, native.has_amx, native.lanes):
+    for known in (bindings.library, bindings.has_amx, bindings.lanes):
         known.cache_clear()
     yield
-    for known in (native.library, native.has_amx, native.lanes):
+    for known in (bindings.library, bindings.has_amx, bindings.lanes):
         known.cache_clear()
 
 
@@ -349,12 +353,12 @@ def no_cache():
 def test_library_that_cannot_be_used(content, tmp_path, monkeypatch, no_cache):
     if content is not None:
         (tmp_path / "made.so").write_bytes(content)
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "made.so")
-    assert native.library() is None
-    assert not native.has_amx()
+    monkeypatch.setattr(bindings, "LIBRARY", tmp_path / "made.so")
+    assert bindings.library() is None
+    assert not bindings.has_amx()
     with pytest.raises(ValueError, match="no matrix units"):
         Panels(torch.zeros(8, 8))
-    assert not native.lanes()
+    assert not bindings.lanes()
     g = torch.Generator().manual_seed(0)
     projected, layout = torch.randn(60, 3 * 64, generator=g), batch_of([7, 20, 33]).layout
     found, expected = attention.attend(projected, None, layout, 2), attention.attend_plain(projected, None, layout, 2)
@@ -362,13 +366,13 @@ def test_library_that_cannot_be_used(content, tmp_path, monkeypatch, no_cache):
 
 
 def test_library_of_another_version(monkeypatch, no_cache):
-    monkeypatch.setattr(native, "VERSION", -1)
-    assert native.library() is None
+    monkeypatch.setattr(bindings, "VERSION", -1)
+    assert bindings.library() is None
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("cc") is None, reason="compiled on x86 Linux")
 def test_build_compiles_it():
-    assert native.LIBRARY.is_file(), "install textlora again: its build compiles textlora/native"
+    assert bindings.LIBRARY.is_file(), "install textlora again: its build compiles textlora/native"
 
 
 def hook(root: Path) -> tuple[SimpleNamespace, list[str]]:
@@ -378,7 +382,7 @@ def hook(root: Path) -> tuple[SimpleNamespace, list[str]]:
     spec.loader.exec_module(module)
     (root / "textlora" / "native").mkdir(parents=True)
     for source in module.SOURCES:
-        shutil.copy(native.LIBRARY.parent / Path(source).name, root / source)
+        shutil.copy(bindings.LIBRARY.parent / Path(source).name, root / source)
     said: list[str] = []
     made = module.Compile(str(root), {}, None, None, "", "wheel")
     made._BuildHookInterface__app = SimpleNamespace(display_warning=said.append)
@@ -422,12 +426,12 @@ def test_gelu_and_norm_are_the_formula_with_gradients(rows, width, size, seed):
         out = function(*(leaf * 1 for leaf in leaves))  # what is given is written over, and leaves may not be
         return out.detach(), torch.autograd.grad(out, leaves, grad.to(out.dtype))
 
-    assert torch.equal(passes.add_gelu(product + bias, None), passes.add_gelu(product.clone(), bias))
-    found, (found_grad,) = both(lambda p: passes.add_gelu(p, bias), product)
+    assert torch.equal(fused_ops.add_gelu(product + bias, None), fused_ops.add_gelu(product.clone(), bias))
+    found, (found_grad,) = both(lambda p: fused_ops.add_gelu(p, bias), product)
     wanted, (wanted_grad,) = both(lambda p: torch.nn.functional.gelu(p + bias.double()), product.double())
     assert ((found - wanted).abs() <= 3e-7 * wanted.abs().clamp(min=1) + 1e-7).all()
     assert ((found_grad - wanted_grad).abs() <= 1e-6 * grad.abs()).all()
-    found, found_grads = both(lambda p, r: passes.add_norm(p, bias, r, weight, shift, 1e-12), product, residual)
+    found, found_grads = both(lambda p, r: fused_ops.add_norm(p, bias, r, weight, shift, 1e-12), product, residual)
     norm = lambda p, r: torch.nn.functional.layer_norm(p + bias.double() + r, (width,), weight.double(), shift.double(), 1e-12)
     wanted, wanted_grads = both(norm, product.double(), residual.double())
     torch.testing.assert_close(found, wanted.float(), atol=2e-5, rtol=0)
@@ -439,13 +443,13 @@ def test_gelu_and_norm_are_the_formula_with_gradients(rows, width, size, seed):
 def test_passes_without_gradients_are_the_same_bits_and_rows_stand_alone():
     product, residual, _, bias, weight, shift = passes_inputs(33, 384, 1.0, 0)
     with torch.no_grad():
-        alone = passes.add_gelu(product.clone(), bias), passes.add_norm(product.clone(), bias, residual, weight, shift, 1e-12)
+        alone = fused_ops.add_gelu(product.clone(), bias), fused_ops.add_norm(product.clone(), bias, residual, weight, shift, 1e-12)
     leaf = product.clone().requires_grad_()
-    assert torch.equal(passes.add_gelu(leaf * 1, bias), alone[0])
-    assert torch.equal(passes.add_norm(leaf * 1, bias, residual, weight, shift, 1e-12), alone[1])
+    assert torch.equal(fused_ops.add_gelu(leaf * 1, bias), alone[0])
+    assert torch.equal(fused_ops.add_norm(leaf * 1, bias, residual, weight, shift, 1e-12), alone[1])
     with torch.no_grad():
-        assert torch.equal(passes.add_gelu(product[7:9].clone(), bias), alone[0][7:9])
-        assert torch.equal(passes.add_norm(product[7:9].clone(), bias, residual[7:9], weight, shift, 1e-12), alone[1][7:9])
+        assert torch.equal(fused_ops.add_gelu(product[7:9].clone(), bias), alone[0][7:9])
+        assert torch.equal(fused_ops.add_norm(product[7:9].clone(), bias, residual[7:9], weight, shift, 1e-12), alone[1][7:9])
 
 
 @needs_library
@@ -453,7 +457,7 @@ def test_gelu_everywhere(kind):
     """The pieces of its polynomials and where they meet: to rounding."""
     x = torch.linspace(-8, 8, 160_016).view(-1, 16)
     leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
-    out, wanted = passes.add_gelu(leaf * 1, None), torch.nn.functional.gelu(wide)
+    out, wanted = fused_ops.add_gelu(leaf * 1, None), torch.nn.functional.gelu(wide)
     assert ((out - wanted).abs() <= 1e-7 * x.abs().clamp(min=1)).all()
     slopes = [torch.autograd.grad(y.sum(), of)[0] for y, of in ((out, leaf), (wanted, wide))]
     assert (slopes[0] - slopes[1]).abs().max() <= 1.5e-7
@@ -463,7 +467,7 @@ def test_gelu_everywhere(kind):
 def test_gelu_at_the_ends_of_float32_and_without_numbers(kind):
     x = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, 5.0, -5.0, 11.9, -11.9, 12.1, -12.1, 100.0, -100.0, 3e38, -3e38, torch.nan, 1.0]])
     leaf = x.clone().requires_grad_()
-    out = passes.add_gelu(leaf * 1, torch.zeros(16))
+    out = fused_ops.add_gelu(leaf * 1, torch.zeros(16))
     (slope,) = torch.autograd.grad(out.sum(), leaf)
     wide = x.double().requires_grad_()
     (wanted,) = torch.autograd.grad(torch.nn.functional.gelu(wide).sum(), wide)
@@ -477,7 +481,7 @@ def test_gelu_at_the_ends_of_float32_and_without_numbers(kind):
 @needs_library
 def test_a_second_way_back_is_refused():
     product, residual, _, bias, weight, shift = passes_inputs(4, 32, 1.0, 0)
-    for function in (lambda p: passes.add_gelu(p, bias), lambda p: passes.add_norm(p, bias, residual, weight, shift, 1e-12)):
+    for function in (lambda p: fused_ops.add_gelu(p, bias), lambda p: fused_ops.add_norm(p, bias, residual, weight, shift, 1e-12)):
         leaf = product.clone().requires_grad_()
         total = function(leaf * 1).sum()
         torch.autograd.grad(total, leaf, retain_graph=True)
@@ -498,12 +502,12 @@ def test_no_pass_over_anything_else(wrong):
     if wrong == "strides":
         product = product.t().contiguous().t()
     with torch.no_grad(), pytest.raises(ValueError):
-        passes.add_gelu(product, bias)
+        fused_ops.add_gelu(product, bias)
     with torch.no_grad(), pytest.raises(ValueError):
-        passes.add_norm(product, bias, residual, weight, shift, 1e-12)
+        fused_ops.add_norm(product, bias, residual, weight, shift, 1e-12)
 
 
 def test_passes_are_for_float32_of_whole_vectors():
-    assert passes.fits(torch.zeros(32)) == (native.library() is not None)
-    assert not passes.fits(torch.zeros(32), torch.zeros(24))
-    assert not passes.fits(torch.zeros(32, dtype=torch.bfloat16))
+    assert fused_ops.fits(torch.zeros(32)) == (bindings.library() is not None)
+    assert not fused_ops.fits(torch.zeros(32), torch.zeros(24))
+    assert not fused_ops.fits(torch.zeros(32, dtype=torch.bfloat16))

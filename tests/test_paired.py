@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from textlora.metrics import evaluate
 from textlora.metrics.paired import DECIDED, RESAMPLES, holm, paired_scores, t_975, t_interval, t_test
+from textlora.metrics.scores import evaluate
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 

@@ -16,16 +16,17 @@ from safetensors.torch import load_file, save_file
 from test_merge import LABELS, TEXTS, close, make_adapter, merged, near  # noqa: F401  a fixture too
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, CamembertForSequenceClassification, pipeline
 
-from textlora import TextClassifier, fresh, merge
-from textlora.adapter import read_adapter, write_side_file
-from textlora.base import find_base
-from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LoraConfig
-from textlora.errors import AdapterError, UsageError, VerificationError
-from textlora.extract import extract
-from textlora.lora import delta
-from textlora.model import open_model
-from textlora.plain import named_loras
-from textlora.pooled import load_pooled, modelling
+from textlora import TextClassifier
+from textlora.adapters.folder import read_adapter, write_side_file
+from textlora.core.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL, LoraConfig
+from textlora.core.errors import AdapterError, UsageError, VerificationError
+from textlora.model.base import find_base
+from textlora.model.lora import delta
+from textlora.model.open import open_model
+from textlora.transform import fresh_process, merge
+from textlora.transform.extract import extract
+from textlora.transform.sentence_transformers import load_pooled, modelling
+from textlora.transform.transformers_names import named_loras
 
 TASKS = [
     pytest.param(SINGLE_LABEL, LABELS, False, id="single-label"),
@@ -265,7 +266,7 @@ def test_the_command_in_a_fresh_process(tiny_base, tmp_path, cli, monkeypatch):
         said.append((json.loads(done.stdout.splitlines()[-1]), options["env"]["HF_MODULES_CACHE"]))
         return done
 
-    monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=listen))
+    monkeypatch.setattr(fresh_process, "subprocess", SimpleNamespace(run=listen))
     base, output = tiny_base("bert"), tmp_path / "m"
     classifier = make_adapter(tmp_path / "a", base, pooling="mean")
     code, out, err = cli("merge", tmp_path / "a", "--model", base, "--output", output, "--device", "cpu")

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from support import Cli, Trained, single_rows, trained, write_csv
 
-import textlora.predict
+import textlora.inference.predict
 from textlora import TextClassifier
-from textlora.errors import UsageError
+from textlora.core.errors import UsageError
 
 
 def with_meta(classifier: TextClassifier, **changes: Any) -> TextClassifier:
@@ -191,7 +191,7 @@ def test_header_only_gives_a_header_only(cli, single, tmp_path):
 
 
 def test_order_is_kept_across_windows(cli, single, tmp_path, monkeypatch):
-    monkeypatch.setattr(textlora.predict, "WINDOW", 7)
+    monkeypatch.setattr(textlora.inference.predict, "WINDOW", 7)
     texts = [" ".join(["good", "dull", "film", "very"][i % 4] for _ in range(1 + i * 5 % 23)) for i in range(40)]
     rows = [(i, "" if i % 9 == 4 else text) for i, text in enumerate(texts)]
     path = write_csv(tmp_path / "in.csv", rows, ("id", "text"))

@@ -10,14 +10,16 @@ import pytest
 import torch
 from support import settings
 
-from textlora import prefix
-from textlora.config import TrainConfig
-from textlora.errors import UsageError
-from textlora.prefix import build_prefix
-from textlora.prepare import Prepared, prepare
-from textlora.run import run_training
-from textlora.tokens import pack
-from textlora.training import MIN_PIECE, Trainer, divide, start_head
+from textlora.core.config import TrainConfig
+from textlora.core.errors import UsageError
+from textlora.data.tokenize import pack
+from textlora.training import hidden_state_cache
+from textlora.training.head_start import start_head
+from textlora.training.hidden_state_cache import build_prefix
+from textlora.training.prepare import Prepared, prepare
+from textlora.training.run import run_training
+from textlora.training.steps import MIN_PIECE, divide
+from textlora.training.trainer import Trainer
 
 
 def prepared_run(folder: Path, base: Path, **changes) -> Prepared:
@@ -56,9 +58,9 @@ def test_nothing_is_kept_where_it_would_not_help(tiny_base, tmp_path, monkeypatc
     assert build_prefix(prepared_run(tmp_path, base, epochs=1.0)) == {}
     run = prepared_run(tmp_path, base)
     needed = 4 * 32 * sum(int(run.sets[split].lengths.sum()) for split in ("train", "validation"))
-    monkeypatch.setattr(prefix, "LIMIT_BYTES", needed - 1)
+    monkeypatch.setattr(hidden_state_cache, "LIMIT_BYTES", needed - 1)
     assert build_prefix(run) == {}
-    monkeypatch.setattr(prefix, "LIMIT_BYTES", needed)
+    monkeypatch.setattr(hidden_state_cache, "LIMIT_BYTES", needed)
     assert sum(held.states.nbytes for held in build_prefix(run).values()) == needed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * needed - 2))
     assert build_prefix(run) == {}

@@ -8,12 +8,13 @@ import torch
 from conftest import FAST
 from test_engine import KINDS, adapters, engine_of, random_texts  # noqa: F401
 
-from textlora import TextClassifier, encoder
-from textlora.hardware import bounded_memory
-from textlora.products import MOST, STEP, LaidOutWeight, TurnedWeight, activate, dense, filled_up, lays_out, prepare
+from textlora import TextClassifier
+from textlora.kernels.devices import bounded_memory
+from textlora.kernels.packed_linear import MOST, STEP, OneDnnWeight, TransposedWeight, activate, dense, filled_up, lays_out, prepare
+from textlora.model import encoder
 
 needs_layout = pytest.mark.skipif(not lays_out(torch.zeros(1)), reason="weights are laid out on x86 processors with oneDNN only")
-kinds = pytest.mark.parametrize("kind", [pytest.param(LaidOutWeight, marks=needs_layout), TurnedWeight])
+kinds = pytest.mark.parametrize("kind", [pytest.param(OneDnnWeight, marks=needs_layout), TransposedWeight])
 
 
 @kinds
@@ -52,14 +53,14 @@ def test_rows_do_not_depend_on_what_fills_a_batch_up(kind):
 
 @needs_layout
 def test_kind_for_this_processor(monkeypatch):
-    for capability, kind in (("AVX512", LaidOutWeight), ("AVX2", TurnedWeight), ("DEFAULT", TurnedWeight)):
+    for capability, kind in (("AVX512", OneDnnWeight), ("AVX2", TransposedWeight), ("DEFAULT", TransposedWeight)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         assert isinstance(prepare(torch.zeros(8, 8), "float32"), kind)
 
 
 def test_onednn_is_back_when_the_last_one_leaves():
     """Two that come and go as threads do, neither inside the other; what fills its batches up asks for nothing."""
-    plain = SimpleNamespace(device="cpu", dtype=torch.float32)
+    plain = SimpleNamespace(device="cpu", dtype=torch.float32, in_steps=False)
     before = torch.backends.mkldnn.enabled
     first, second = bounded_memory(plain), bounded_memory(plain)
     with bounded_memory(SimpleNamespace(device="cpu", dtype=torch.float32, in_steps=True)):

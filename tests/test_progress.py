@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 
 from textlora.cli.compare import ComparisonDisplay
+from textlora.cli.progress import LINE_SECONDS, Display, TrainingDisplay, clock, report_line, time_left
 from textlora.cli.tune import SearchDisplay
-from textlora.progress import LINE_SECONDS, Display, TrainingDisplay, clock, report_line, time_left
 
 
 @pytest.fixture
 def now(monkeypatch):
     """A clock that stands still until `now.value` is changed."""
     now = SimpleNamespace(value=100.0)
-    for module in ("textlora.progress", "textlora.cli.compare", "textlora.cli.tune"):
+    for module in ("textlora.cli.progress", "textlora.cli.compare", "textlora.cli.tune"):
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: now.value))
     return now
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from test_engine import Kind, make_adapter
 
-import textlora.prover
+import textlora.training.prover
 from textlora import TextClassifier
-from textlora.config import LoraConfig
-from textlora.errors import AdapterError, ModelError
-from textlora.prover import Prover
+from textlora.core.config import LoraConfig
+from textlora.core.errors import AdapterError, ModelError
+from textlora.training.prover import Prover
 
 TEXTS = ["a fine film", "an utterly dull and far too long film that nobody liked", "ok"]
 
@@ -25,7 +25,7 @@ TEXTS = ["a fine film", "an utterly dull and far too long film that nobody liked
 def fresh(monkeypatch):
     """As in an interpreter that has neither imported transformers nor started a process."""
     monkeypatch.setattr(Prover, "_begun", False)
-    monkeypatch.setattr(textlora.prover, "_imported", lambda: False)
+    monkeypatch.setattr(textlora.training.prover, "_imported", lambda: False)
 
 
 def gone(process: int, seconds: float = 60) -> bool:
@@ -86,8 +86,8 @@ def test_an_interpreter_that_cannot_be_started(fresh, tiny_base, tmp_path, monke
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc")
 @pytest.mark.parametrize("way", ["closed", "killed"])
 def test_it_does_not_outlive_its_parent(way):
-    script = "from textlora.prover import Prover; p = Prover().start(); print(p._process.pid, flush=True); input(); p.close(); print('closed', flush=True); input()"
-    environment = os.environ | {"PYTHONPATH": str(Path(textlora.prover.__file__).parent.parent)}
+    script = "from textlora.training.prover import Prover; p = Prover().start(); print(p._process.pid, flush=True); input(); p.close(); print('closed', flush=True); input()"
+    environment = os.environ | {"PYTHONPATH": str(Path(textlora.training.prover.__file__).parent.parent)}
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         process = int(parent.stdout.readline())
         assert not gone(process, 0.2)
@@ -102,6 +102,6 @@ def test_it_does_not_outlive_its_parent(way):
 
 
 def test_the_module_imports_nothing_heavy():
-    script = "import sys, textlora.prover; print(*sorted(set(sys.modules) & {'numpy', 'torch', 'transformers', 'peft', 'safetensors'}))"
-    environment = os.environ | {"PYTHONPATH": str(Path(textlora.prover.__file__).parent.parent)}
+    script = "import sys, textlora.training.prover; print(*sorted(set(sys.modules) & {'numpy', 'torch', 'transformers', 'peft', 'safetensors'}))"
+    environment = os.environ | {"PYTHONPATH": str(Path(textlora.training.prover.__file__).parent.parent)}
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment).stdout.strip() == ""

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import settings
 
-import textlora.attention
-from textlora.prepare import prepare
-from textlora.recorded import Recordings, fill_up, step_of, up_to
-from textlora.tokens import Encoded, pack
-from textlora.training import Trainer
+import textlora.model.attention
+from textlora.data.tokenize import Encoded, pack
+from textlora.training.cuda_graphs import Recordings, fill_up, step_of, up_to
+from textlora.training.prepare import prepare
+from textlora.training.trainer import Trainer
 
 
 def batch_of(lengths, labels=None):
@@ -64,7 +64,7 @@ def test_filled_batch_gives_the_same_sums(tiny_base, tmp_path, monkeypatch, fami
     trainer = Trainer(prepared)
     rows = list(range(11))
     plain = trainer._sums(trainer._batch(rows, "cpu"))
-    monkeypatch.setattr(textlora.attention, "flash", lambda: one_call)
+    monkeypatch.setattr(textlora.model.attention, "flash", lambda: one_call)
     for module in ("attention", "encoder"):
         monkeypatch.setattr(f"textlora.{module}.in_one_call", lambda x: True)
     filled = fill_up(trainer._batch(rows, "cpu"))
@@ -96,7 +96,7 @@ def test_recordings_add_what_they_are_given(tiny_base, tmp_path, monkeypatch):
     trainer = Trainer(prepare(settings(tmp_path, tiny_base("bert"))))
     parts = [list(range(at, at + 4)) for at in range(0, 36, 4)]
     expected = [trainer._sums(trainer._batch(rows, "cpu")) for rows in parts]
-    monkeypatch.setattr(textlora.attention, "flash", lambda: one_call)
+    monkeypatch.setattr(textlora.model.attention, "flash", lambda: one_call)
     for module in ("attention", "encoder"):
         monkeypatch.setattr(f"textlora.{module}.in_one_call", lambda x: True)
     recordings = Recordings(trainer._sums, [torch.zeros(()), *(torch.zeros_like(t) for t in trainer.parameters.values())])

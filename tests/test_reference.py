@@ -12,14 +12,14 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as hf_logging
 
-from textlora.adapter import peft_config, write_weights
-from textlora.base import find_base, read_weights
-from textlora.config import LoraConfig
-from textlora.errors import AdapterError, ModelError, UsageError
-from textlora.families import read_spec
-from textlora.model import open_model
-from textlora.reference import ReferenceModel, _load, _wrap, quietly
-from textlora.tokens import Encoded, pack
+from textlora.adapters.folder import peft_config, write_weights
+from textlora.core.config import LoraConfig
+from textlora.core.errors import AdapterError, ModelError, UsageError
+from textlora.data.tokenize import Encoded, pack
+from textlora.model.base import find_base, read_weights
+from textlora.model.families import read_spec
+from textlora.model.open import open_model
+from textlora.model.reference_model import ReferenceModel, _load, _wrap, quietly
 
 LENGTHS = [5, 1, 2, 3, 5, 48, 5, 8, 13]
 LORA = LoraConfig(r=4)

@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from textlora import metrics
 from textlora.data.check import DataReport, Lengths
-from textlora.report import figures, markdown_summary, render
+from textlora.metrics import scores
+from textlora.report import figures
 from textlora.report.numbers import clean, number, percent, setting, size, whole
 from textlora.report.pages import fill, light_colours
+from textlora.report.run_page import markdown_summary, render
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -31,12 +32,12 @@ def make_records(problem_type=SINGLE, classes=2, rows=400, names=None, text="a p
         logits = (labels + random.normal(size=rows) * 0.6)[:, None]
     finals = []
     for split in ("validation", "test"):
-        final = {"kind": "final", "split": split, "rows": rows, "metrics": metrics.evaluate(problem_type, labels, logits, names)}
-        final["intervals"] = metrics.intervals(problem_type, labels, logits, resamples=50)
+        final = {"kind": "final", "split": split, "rows": rows, "metrics": scores.evaluate(problem_type, labels, logits, names)}
+        final["intervals"] = scores.intervals(problem_type, labels, logits, resamples=50)
         texts = [text.format(i) for i in range(rows)]
         wheres = [f"{split}.csv row {i + 1}" for i in range(rows)]
-        finals.append(final | {"details": metrics.details(problem_type, labels, logits, names, texts, wheres)})
-    main = metrics.DEFAULT_METRIC[problem_type]
+        finals.append(final | {"details": scores.details(problem_type, labels, logits, names, texts, wheres)})
+    main = scores.DEFAULT_METRIC[problem_type]
     bars, edges = np.histogram(random.gamma(3, 12, 1000) + 4, bins=np.arange(0, 180, 8))
     counts = dict(zip(names, random.integers(20, 300, len(names)).tolist(), strict=True))
     data = DataReport(

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from support import SIDE, WEIGHTS, forked, log_of, settings, snapshot
 
-import textlora.run
-import textlora.training
-from textlora.adapter import read_adapter
-from textlora.config import TrainConfig
-from textlora.errors import Interrupted, StorageError
-from textlora.files import folder_lock
-from textlora.run import run_training
+import textlora.training.run
+import textlora.training.trainer
+from textlora.adapters.folder import read_adapter
+from textlora.core.config import TrainConfig
+from textlora.core.errors import Interrupted, StorageError
+from textlora.core.files import folder_lock
+from textlora.training.run import run_training
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def before(target: object, name: str, hook: Callable[[], None]) -> None:
 
 def in_the_log(call: int) -> None:
     """Die with half of a line of metrics.jsonl on the disk."""
-    open_log = textlora.run._log
+    open_log = textlora.training.run._log
     left = [call]
 
     @contextmanager
@@ -114,15 +114,15 @@ def in_the_log(call: int) -> None:
 
             yield Torn()
 
-    textlora.run._log = log
+    textlora.training.run._log = log
 
 
 def in_evaluation(call: int) -> None:
-    before(textlora.training, "score", once(call))
+    before(textlora.training.trainer, "score", once(call))
 
 
 def after_evaluation(call: int) -> None:
-    before(textlora.run, "write_checkpoint", once(call))
+    before(textlora.training.run, "write_checkpoint", once(call))
 
 
 def before_replace(call: int) -> None:
@@ -141,20 +141,20 @@ def after_replace(call: int) -> None:
 
 
 def in_a_step(call: int) -> None:
-    before(textlora.training.Trainer, "_train_step", once(call))
+    before(textlora.training.trainer.Trainer, "_train_step", once(call))
 
 
 def in_the_proof(call: int) -> None:
-    before(textlora.finish, "_prove", once(call))
+    before(textlora.training.finalize, "_prove", once(call))
 
 
 def before_the_report(call: int) -> None:
-    before(textlora.run, "render", once(call))
+    before(textlora.training.run, "render", once(call))
 
 
 def before_the_last_tidying(call: int) -> None:
     """Die after result.json, before the checkpoint is removed."""
-    write = textlora.run.write_text
+    write = textlora.training.run.write_text
     kill = once(call)
 
     def wrapped(path: Path, text: str) -> None:
@@ -162,7 +162,7 @@ def before_the_last_tidying(call: int) -> None:
         if path.name == "result.json":
             kill()
 
-    textlora.run.write_text = wrapped
+    textlora.training.run.write_text = wrapped
 
 
 def go_on(config: TrainConfig, arm: Callable[[], None] = lambda: None, every: float = 0.0) -> Callable[[], int]:

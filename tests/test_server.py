@@ -32,11 +32,11 @@ from test_engine import KINDS, make_adapter
 
 from textlora import AdapterEngine, TextClassifier
 from textlora.cli import run
-from textlora.errors import TextloraError, UsageError, error_of, kinds, told
+from textlora.core.errors import TextloraError, UsageError, error_of, kinds, told
 from textlora.server.app import create_app
 from textlora.server.folders import Folders
+from textlora.server.ipc import Link
 from textlora.server.keys import KeyRing, read_keys
-from textlora.server.link import Link
 from textlora.server.registry import Registry
 from textlora.server.run import server_config
 from textlora.server.service import Service

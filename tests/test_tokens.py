@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from textlora.errors import ModelError, UsageError
-from textlora.tokens import Encoded, TextTokenizer, even_batches, load_tokenizer, pack, token_batches
+from textlora.core.errors import ModelError, UsageError
+from textlora.data.tokenize import Encoded, TextTokenizer, even_batches, load_tokenizer, pack, token_batches
 
 FAMILIES = (*FAST, *SLOW, "minilm")
 pieces = st.one_of(

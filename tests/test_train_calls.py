@@ -12,22 +12,22 @@ from hypothesis import strategies as st
 from support import settings as run_settings
 from test_encode import frozen
 
-from textlora import native, passes
-from textlora.base import find_base
-from textlora.encoder import PackedEncoder
-from textlora.families import read_spec
-from textlora.hardware import side_by_side
-from textlora.lora import Lora, reference_linear
-from textlora.native import Product
-from textlora.native.encode import NORMS, PRODUCTS
-from textlora.native.train import Adapted, Blocks, Both, Piece
-from textlora.prefix import build_prefix
-from textlora.prepare import prepare
-from textlora.products import TwoWayWeight, dense, dense_back, prepare_for_training
-from textlora.tokens import Encoded, pack
-from textlora.training import Trainer
+from textlora.data.tokenize import Encoded, pack
+from textlora.kernels import bindings, fused_ops
+from textlora.kernels.bindings import Product
+from textlora.kernels.block_inference import NORMS, PRODUCTS
+from textlora.kernels.block_training import Adapted, Blocks, Both, Piece
+from textlora.kernels.devices import side_by_side
+from textlora.kernels.packed_linear import PackedTrainingWeight, dense, dense_back, prepare_for_training
+from textlora.model.base import find_base
+from textlora.model.encoder import PackedEncoder
+from textlora.model.families import read_spec
+from textlora.model.lora import Lora, reference_linear
+from textlora.training.hidden_state_cache import build_prefix
+from textlora.training.prepare import prepare
+from textlora.training.trainer import Trainer
 
-needs_vectors = pytest.mark.skipif(not native.lanes(), reason="this processor has no AVX2, or nothing was compiled")
+needs_vectors = pytest.mark.skipif(not bindings.lanes(), reason="this processor has no AVX2, or nothing was compiled")
 
 
 def near(found: torch.Tensor, expected: torch.Tensor, bound: float, floor: float = 0.0) -> None:
@@ -45,7 +45,7 @@ def near(found: torch.Tensor, expected: torch.Tensor, bound: float, floor: float
 def test_products_forward_and_back(lanes, rows, inner, out, biased, seed):
     g = torch.Generator().manual_seed(seed)
     x, weight, bias, grad = (torch.randn(shape, generator=g) for shape in ((rows, inner), (out, inner), (out,), (rows, out)))
-    made = TwoWayWeight.of(weight)
+    made = PackedTrainingWeight.of(weight)
     exact, size = x.double() @ weight.double().T + (bias if biased else 0), x.double().abs() @ weight.double().abs().T + 1
     assert ((made.forward(x, bias if biased else None) - exact).abs() <= 1e-6 * size).all()
     exact, size = grad.double() @ weight.double(), grad.double().abs() @ weight.double().abs()
@@ -59,7 +59,7 @@ def test_products_in_a_graph_and_by_parts():
     g = torch.Generator().manual_seed(0)
     x, weight, bias, residual = (torch.randn(shape, generator=g) for shape in ((7, 24), (48, 24), (48,), (7, 48)))
     made = prepare_for_training(weight)
-    assert isinstance(made, TwoWayWeight)
+    assert isinstance(made, PackedTrainingWeight)
     assert made.shape == weight.shape
     assert made[:] is made
     assert torch.equal(made[8:20], weight[8:20])
@@ -126,11 +126,11 @@ def test_blocks_are_the_formulas_with_gradients(lanes, lengths, head, inner, lay
     count = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = passes.blocks(x, *given_)
+        found = fused_ops.blocks(x, *given_)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         gradients = torch.autograd.grad(found, wanted, grad) if wanted else ()
         with torch.no_grad():
-            near(passes.blocks(x, *given_), found.detach().double(), 1e-6)
+            near(fused_ops.blocks(x, *given_), found.detach().double(), 1e-6)
     finally:
         torch.set_num_threads(count)
     wide, loras = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in leaves], {}
@@ -154,7 +154,7 @@ def test_the_same_bits_whoever_helps():
     made, cu_seqlens = in_c(t, 4), torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
 
     def sums(again: bool) -> list[torch.Tensor]:
-        y = passes.blocks(x, made, cu_seqlens, adapters, 0, 3, True, again)
+        y = fused_ops.blocks(x, made, cu_seqlens, adapters, 0, 3, True, again)
         return [y.detach(), *torch.autograd.grad(y.square().sum(), [tensor for pair in pairs for tensor in pair])]
 
     count, found = torch.get_num_threads(), []
@@ -175,7 +175,7 @@ def test_a_second_way_back_is_refused_and_inputs_stay():
     g = torch.Generator().manual_seed(0)
     t, x = frozen(2, 32, 64, g), torch.randn(9, 32, generator=g)
     before = [*(tensor.clone() for block in t for tensor in block.values()), x.clone()]
-    y = passes.blocks(x.requires_grad_(), in_c(t, 2), torch.tensor([0, 4, 9], dtype=torch.int32), [], 0, 2, False, False)
+    y = fused_ops.blocks(x.requires_grad_(), in_c(t, 2), torch.tensor([0, 4, 9], dtype=torch.int32), [], 0, 2, False, False)
     y.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -246,7 +246,7 @@ def test_a_step_is_that_of_plain_weights(tmp_path, family, changes):
     for plain in (False, True):
         if plain:
             assert isinstance(encoder.together, Blocks)
-            assert all(isinstance(weight, TwoWayWeight) for block in encoder.weights for weight in block.values())
+            assert all(isinstance(weight, PackedTrainingWeight) for block in encoder.weights for weight in block.values())
             encoder.weights, encoder.together = None, None
         found.append(sums(trainer, [3, 9, 14]))
     for one, other in zip(*found, strict=True):

@@ -15,21 +15,21 @@ import pytest
 import torch
 from support import log_of, single_rows, snapshot, task_files, write_csv
 
-import textlora.finish
-import textlora.training
+import textlora.training.finalize
+import textlora.training.trainer
 import textlora.tune.search
-from textlora.classifier import TextClassifier
-from textlora.config import TrainConfig, default_rate, read_config
-from textlora.errors import StorageError, TrainingError, UsageError
-from textlora.metrics import evaluate
-from textlora.prepare import prepare
+from textlora.core.config import TrainConfig, default_rate, read_config
+from textlora.core.errors import StorageError, TrainingError, UsageError
+from textlora.inference.classifier import TextClassifier
+from textlora.metrics.scores import evaluate
 from textlora.report.tuning import last_value, render_study
-from textlora.run import run_training
-from textlora.tune import tune
+from textlora.training.prepare import prepare
+from textlora.training.run import run_training
 from textlora.tune.choice import LUCK, MOST_BYTES, Answers, choose, factor
 from textlora.tune.search import fresh
 from textlora.tune.shared import MAX_STARTS, Locks, shown
 from textlora.tune.space import SEARCHED, count_blocks, distributions, free_settings, start_parameters, trial_settings
+from textlora.tune.study import tune
 
 
 @pytest.fixture
@@ -304,14 +304,14 @@ def test_the_choice_is_trained_as_train_does_it(config, monkeypatch):
     """Its evaluations are the trial's to the last digit, the folder is an adapter, and the test rows are scored once."""
     test = write_csv(Path(config.output).parent / "other.csv", single_rows(14, seed=9))
     config = dataclasses.replace(config, test=str(test), layers="last:1")
-    sizes, plain = [], textlora.finish.encoded_logits
+    sizes, plain = [], textlora.training.finalize.encoded_logits
 
     def counting(model, encoded, *rest):
         sizes.append(len(encoded))
         return plain(model, encoded, *rest)
 
-    monkeypatch.setattr(textlora.finish, "encoded_logits", counting)
-    monkeypatch.setattr(textlora.training, "encoded_logits", counting)
+    monkeypatch.setattr(textlora.training.finalize, "encoded_logits", counting)
+    monkeypatch.setattr(textlora.training.trainer, "encoded_logits", counting)
     builds, plain_prefix = [], textlora.tune.search.build_prefix
     monkeypatch.setattr(textlora.tune.search, "build_prefix", lambda *given: builds.append(1) or plain_prefix(*given))
     records = []

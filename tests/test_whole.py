@@ -9,17 +9,17 @@ import torch.nn.functional as F
 import transformers
 from conftest import FAST, MAX_POSITIONS, random_adapter, random_batch
 
-from textlora.base import find_base, read_weights
-from textlora.config import LoraConfig
-from textlora.encoder import PackedEncoder
-from textlora.errors import UsageError
-from textlora.families import read_spec
-from textlora.model import PackedModel
-from textlora.pissa import PissaModel, principal
-from textlora.reference import ReferenceModel
-from textlora.soft import KINDS, SoftModel
-from textlora.tokens import PackedBatch
-from textlora.whole import FeatureModel, WholeModel, transformers_names
+from textlora.compare.full_finetuning import FeatureModel, FullFinetuningModel, transformers_names
+from textlora.compare.peft_methods import KINDS, PeftMethodModel
+from textlora.compare.pissa import PissaModel, principal
+from textlora.core.config import LoraConfig
+from textlora.core.errors import UsageError
+from textlora.data.tokenize import PackedBatch
+from textlora.model.base import find_base, read_weights
+from textlora.model.encoder import PackedEncoder
+from textlora.model.families import read_spec
+from textlora.model.packed_model import PackedModel
+from textlora.model.reference_model import ReferenceModel
 
 LENGTHS = [7, 3, 9, 3]
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -45,7 +45,7 @@ def answers_of_transformers(net: torch.nn.Module, batch: PackedBatch) -> torch.T
     return torch.cat(rows)
 
 
-def transformers_twin(folder, model: WholeModel) -> torch.nn.Module:
+def transformers_twin(folder, model: FullFinetuningModel) -> torch.nn.Module:
     """The same classifier in transformers; trained tensors of `model` copied by name, each of them once."""
     net = transformers.AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=3).eval()
     parameters = dict(net.named_parameters())
@@ -58,7 +58,7 @@ def transformers_twin(folder, model: WholeModel) -> torch.nn.Module:
 @pytest.mark.parametrize("part", ["all", "biases", "head"])
 @pytest.mark.parametrize("family", FAST)
 def test_logits_and_gradients_are_those_of_transformers(tiny_base, family, part):
-    model, batch = WholeModel(base_of(tiny_base(family)), part, 3, seed=5), batch_for(family)
+    model, batch = FullFinetuningModel(base_of(tiny_base(family)), part, 3, seed=5), batch_for(family)
     net = transformers_twin(tiny_base(family), model)
     logits, theirs = model.forward(batch), answers_of_transformers(net, batch)
     torch.testing.assert_close(logits, theirs, atol=1e-5, rtol=1e-4)
@@ -75,7 +75,7 @@ def test_logits_and_gradients_are_those_of_transformers(tiny_base, family, part)
 
 @pytest.mark.parametrize("family", FAST)
 def test_full_trains_every_tensor_that_transformers_trains(tiny_base, family):
-    model = WholeModel(base_of(tiny_base(family)), "all", 3)
+    model = FullFinetuningModel(base_of(tiny_base(family)), "all", 3)
     net = transformers.AutoModelForSequenceClassification.from_pretrained(str(tiny_base(family)), num_labels=3)
     everything = {name: tuple(p.shape) for name, p in net.named_parameters()}
     assert {name: tuple(t.shape) for name, t in transformers_names(model, model.trainable()).items()} == everything
@@ -83,7 +83,7 @@ def test_full_trains_every_tensor_that_transformers_trains(tiny_base, family):
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_bitfit_trains_every_bias_and_the_head(tiny_base, family):
-    model = WholeModel(base_of(tiny_base(family)), "biases", 3)
+    model = FullFinetuningModel(base_of(tiny_base(family)), "biases", 3)
     net = transformers.AutoModelForSequenceClassification.from_pretrained(str(tiny_base(family)), num_labels=3)
     wanted = {name for name, _ in net.named_parameters() if name.endswith("bias") or name.startswith("classifier.")}
     assert set(transformers_names(model, model.trainable())) == wanted
@@ -93,19 +93,19 @@ def test_training_leaves_the_shared_base_alone(tiny_base):
     base = base_of(tiny_base("bert"))
     before = {name: tensor.clone() for name, tensor in base.tensors.items()}
     encoder = PackedEncoder(base)
-    model, batch = WholeModel(base, "all", 3, encoder=encoder), batch_for("bert")
+    model, batch = FullFinetuningModel(base, "all", 3, encoder=encoder), batch_for("bert")
     first = model.forward(batch).detach()
     optimizer = torch.optim.SGD(model.trainable().values(), lr=0.5)
     F.cross_entropy(model.forward(batch), batch.labels).backward()
     optimizer.step()
     assert not torch.allclose(model.forward(batch), first, atol=1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.tensors.items())
-    torch.testing.assert_close(WholeModel(base, "all", 3, encoder=encoder).forward(batch), first)
+    torch.testing.assert_close(FullFinetuningModel(base, "all", 3, encoder=encoder).forward(batch), first)
 
 
 def test_saved_values_come_back(tiny_base):
     base, batch = base_of(tiny_base("bert")), batch_for("bert")
-    model, other = (WholeModel(base, "all", 3, seed=seed) for seed in (1, 2))
+    model, other = (FullFinetuningModel(base, "all", 3, seed=seed) for seed in (1, 2))
     other.load_trainable({name: tensor.detach() for name, tensor in model.trainable().items()})
     assert torch.equal(model.forward(batch), other.forward(batch))
 
@@ -113,7 +113,7 @@ def test_saved_values_come_back(tiny_base):
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_head_on_known_features_is_the_head_on_texts(tiny_base, pooling):
     base, batch = base_of(tiny_base("bert"), pooling), batch_for("bert")
-    model = WholeModel(base, "head", 3, pooling=pooling, seed=3)
+    model = FullFinetuningModel(base, "head", 3, pooling=pooling, seed=3)
     features = FeatureModel(base, "head", 1, pooling=pooling, encoder=model.encoder).forward(batch)
     assert features.shape == (4, 32)
     assert torch.equal(model.forward(replace(batch, hidden=features, depth=model.depth)), model.forward(batch))
@@ -122,7 +122,7 @@ def test_head_on_known_features_is_the_head_on_texts(tiny_base, pooling):
 
 
 def test_checkpointing_changes_no_gradient(tiny_base):
-    model, batch = WholeModel(base_of(tiny_base("bert")), "all", 3), batch_for("bert")
+    model, batch = FullFinetuningModel(base_of(tiny_base("bert")), "all", 3), batch_for("bert")
     found = []
     for keep_less in (False, True):
         model.gradient_checkpointing = keep_less
@@ -164,7 +164,7 @@ def test_pissa_starts_as_the_base_and_is_saved_as_ordinary_lora(tiny_base, use_r
     [*((f, kind) for f in ("bert", "bert-no-pooler", "roberta") for kind in KINDS), ("electra", "ia3"), ("electra", "prefix"), ("distilbert", "ia3")],
 )
 def test_peft_methods_train_what_they_should_and_ignore_padding(tiny_base, family, kind):
-    model = SoftModel.open(kind, 4, tiny_base(family), 3, seed=6)
+    model = PeftMethodModel.open(kind, 4, tiny_base(family), 3, seed=6)
     batch = batch_for(family)
     leaves = model.trainable()
     assert list(leaves)[-1].endswith("bias")  # the head's last bias
@@ -188,7 +188,7 @@ def cut(batch: PackedBatch, start: int, stop: int) -> PackedBatch:
 
 def test_ia3_starts_as_the_base_and_is_a_rescaling(tiny_base):
     """The formula by hand: keys and values scaled, inputs of the output layers scaled, in plain transformers."""
-    model, batch = SoftModel.open("ia3", 0, tiny_base("bert"), 3, seed=6), batch_for("bert")
+    model, batch = PeftMethodModel.open("ia3", 0, tiny_base("bert"), 3, seed=6), batch_for("bert")
     net = transformers.AutoModelForSequenceClassification.from_pretrained(str(tiny_base("bert")), num_labels=3).eval()
     heads = {name.removeprefix("base_model.model."): t for name, t in model.trainable().items() if "ia3" not in name}
     with torch.no_grad():
@@ -211,19 +211,19 @@ def test_ia3_starts_as_the_base_and_is_a_rescaling(tiny_base):
 
 def test_what_peft_cannot_do_is_one_line(tiny_base):
     with pytest.raises(UsageError, match="embeddings are narrower"):
-        SoftModel.open("prompt", 4, tiny_base("electra"), 3)
+        PeftMethodModel.open("prompt", 4, tiny_base("electra"), 3)
     with pytest.raises(UsageError, match="peft has no ia3 for a mpnet"):
-        SoftModel.open("ia3", 0, tiny_base("mpnet"), 3)
+        PeftMethodModel.open("ia3", 0, tiny_base("mpnet"), 3)
 
 
 def test_learned_positions_take_room(tiny_base):
-    model = SoftModel.open("prompt", 4, tiny_base("bert"), 3)
+    model = PeftMethodModel.open("prompt", 4, tiny_base("bert"), 3)
     assert model.max_length == MAX_POSITIONS - 4
     with pytest.raises(UsageError, match="lower --max-length"):
         model.forward(random_batch([MAX_POSITIONS - 3]))
 
 
 def test_random_adapter_has_no_part_in_whole_models(tiny_base):
-    model = WholeModel(base_of(tiny_base("bert")), "biases", 3)
+    model = FullFinetuningModel(base_of(tiny_base("bert")), "biases", 3)
     assert not any(".lora_" in name for name in random_adapter(model))
     assert model.loras() == {}

@@ -7,30 +7,28 @@
 Names are imported when they are first used, so `import textlora` costs nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from textlora.core.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from textlora.answers import Prediction
     from textlora.api import train
-    from textlora.classifier import TextClassifier
-    from textlora.config import LoraConfig, TrainConfig
-    from textlora.engine import AdapterEngine
-    from textlora.errors import TextloraError
+    from textlora.core.config import LoraConfig, TrainConfig
+    from textlora.core.errors import TextloraError
+    from textlora.core.predictions import Prediction
+    from textlora.inference.classifier import TextClassifier
+    from textlora.inference.engine import AdapterEngine
 
 _HOMES = {
-    "AdapterEngine": "textlora.engine",
+    "AdapterEngine": "textlora.inference.engine",
     "train": "textlora.api",
-    "Prediction": "textlora.answers",
-    "TextClassifier": "textlora.classifier",
-    "LoraConfig": "textlora.config",
-    "TrainConfig": "textlora.config",
-    "TextloraError": "textlora.errors",
+    "Prediction": "textlora.core.predictions",
+    "TextClassifier": "textlora.inference.classifier",
+    "LoraConfig": "textlora.core.config",
+    "TrainConfig": "textlora.core.config",
+    "TextloraError": "textlora.core.errors",
 }
 __all__ = ["AdapterEngine", "LoraConfig", "Prediction", "TextClassifier", "TextloraError", "TrainConfig", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'textlora' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazy_names(__name__, _HOMES)

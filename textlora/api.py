@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from textlora.classifier import TextClassifier
-from textlora.config import TrainConfig
-from textlora.errors import UsageError
-from textlora.run import run_training
+from textlora.core.config import TrainConfig
+from textlora.core.errors import UsageError
+from textlora.inference.classifier import TextClassifier
+from textlora.training.run import run_training
 
 
 def train(

@@ -21,9 +21,9 @@ from conftest import make_tiny  # noqa: E402
 from support import settings  # noqa: E402
 
 from textlora import TextClassifier  # noqa: E402
-from textlora.classifier import encoded_logits  # noqa: E402
-from textlora.reference import ReferenceModel  # noqa: E402
-from textlora.run import run_training  # noqa: E402
+from textlora.inference.classifier import encoded_logits  # noqa: E402
+from textlora.model.reference_model import ReferenceModel  # noqa: E402
+from textlora.training.run import run_training  # noqa: E402
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 BASES = {"bert": SIZES, "roberta": SIZES, "distilbert": {**SIZES, "dim": 16, "hidden_dim": 24, "n_heads": 2}}

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from textlora.config import PRECISION_HELP, PRECISIONS, PROBLEM_TYPES
-from textlora.options import CommaList
+from textlora.cli.options import CommaList
+from textlora.core.config import PRECISION_HELP, PRECISIONS, PROBLEM_TYPES
 
 DATA_FLAGS = ("text_column", "text_pair_column", "label_column", "label_separator", "encoding")
 
@@ -58,7 +58,7 @@ def load_classifier(
     no_verify: bool,
     precision: str = "float32",
 ):
-    from textlora.classifier import TextClassifier
+    from textlora.inference.classifier import TextClassifier
 
     if threads:
         import torch

@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from textlora.cli.base import DATA_FLAGS, app, folder_options, json_option, load_classifier, print_json
-from textlora.errors import UsageError
-from textlora.options import CommaList, setting_options
+from textlora.cli.options import CommaList, setting_options
+from textlora.core.errors import UsageError
 
 _TEXT_FLAGS = ("text_column", "text_pair_column", "encoding")
 _output = click.option("--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to write, new or empty.")
@@ -29,10 +29,10 @@ def merge(output: Path, dtype: str, data: str | None, limit_eval: int | None, se
     transformers loads it; of a mean-pooled adapter sentence-transformers, and transformers with trust_remote_code=True.
     """
     columns = {name: flags.pop(name) for name in _TEXT_FLAGS}
-    from textlora.adapter import read_adapter
-    from textlora.classifier import find_adapter_base
-    from textlora.hub import adapter_folder
-    from textlora.merge import merge
+    from textlora.adapters.folder import read_adapter
+    from textlora.adapters.hub import adapter_folder
+    from textlora.inference.classifier import find_adapter_base
+    from textlora.transform.merge import merge
 
     classifier = load_classifier(**flags)
     rows = [] if data is None else _texts(data, columns, classifier, limit_eval, seed)
@@ -78,7 +78,7 @@ def extract(merged: str, base: str, output: Path, r: int | None, as_json: bool) 
 
     textlora extract my-classifier --base minilm --output my-adapter
     """
-    from textlora.extract import extract
+    from textlora.transform.extract import extract
 
     result = extract(merged, base, output, r)
     if as_json:
@@ -121,8 +121,8 @@ def combine(
         numbers = None if weights is None else [float(weight) for weight in weights]
     except ValueError as error:
         raise UsageError(f"--weights {','.join(weights or ())}: not numbers", "give one per adapter, such as 0.5,0.5") from error
-    from textlora.combine import combine
-    from textlora.evaluate import read_rows
+    from textlora.inference.evaluate import read_rows
+    from textlora.transform.combine import combine
 
     rows = None if data is None else lambda classifier: read_rows(data, columns, classifier, limit_eval, flags["seed"])
     result = combine(folders, output, numbers, combination, rows=rows, **flags)

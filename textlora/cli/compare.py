@@ -6,11 +6,11 @@ from typing import Any
 import click
 
 from textlora.cli.base import DATA_FLAGS, app, json_option, print_json, quiet_option
-from textlora.config import TrainConfig
-from textlora.errors import UsageError
-from textlora.methods import DEFAULT_METHODS, METHODS
-from textlora.options import CommaList, merge_settings, setting_options
-from textlora.progress import Display, clock
+from textlora.cli.options import CommaList, merge_settings, setting_options
+from textlora.cli.progress import Display, clock
+from textlora.compare.methods import DEFAULT_METHODS, METHODS
+from textlora.core.config import TrainConfig
+from textlora.core.errors import UsageError
 
 _SHARED = (
     "train", "validation", "validation_share", "test", *DATA_FLAGS, "problem_type", "model", "revision", "output", "pooling", "epochs", "scheduler", "warmup",
@@ -75,8 +75,8 @@ def compare(
     if not settings.get("output"):
         raise UsageError("no output folder", "name one with --output")
     chosen = tuple(METHODS) if methods == ("all",) else methods or DEFAULT_METHODS
-    from textlora.compare import Comparison
-    from textlora.compare import compare as run_comparison
+    from textlora.compare.comparison import Comparison
+    from textlora.compare.comparison import compare as run_comparison
 
     asked = Comparison(TrainConfig(**settings), chosen, _rates(learning_rates), sizes, seeds, rows, budget, name)
     with ComparisonDisplay(quiet) as display:

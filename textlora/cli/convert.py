@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from textlora.cli.base import app, json_option, print_json
-from textlora.config import PROBLEM_TYPES
-from textlora.options import CommaList
+from textlora.cli.options import CommaList
+from textlora.core.config import PROBLEM_TYPES
 
 
 @app.command()
@@ -26,7 +26,7 @@ def convert(as_json: bool, **settings: Any) -> None:
 
     textlora convert trainer-output/checkpoint-500 --output my-adapter --labels negative,positive
     """
-    from textlora.convert import convert as job
+    from textlora.transform.convert import convert as job
 
     result = job(**settings)
     if as_json:

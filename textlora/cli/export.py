@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from textlora.cli.base import DATA_FLAGS, app, folder_options, json_option, load_classifier, print_json
-from textlora.errors import UsageError
-from textlora.options import CommaList, setting_options
+from textlora.cli.options import CommaList, setting_options
+from textlora.core.errors import UsageError
 
 _MERGED = ("int8", "data", "limit_eval", *DATA_FLAGS)
 _BASE = ("target_modules", "pooling")
@@ -50,8 +50,8 @@ def export(output: Path, data: str | None, limit_eval: int | None, seed: int, gr
     if graph:
         from torch import set_num_threads
 
-        from textlora.base import base_pooling, find_base
-        from textlora.export import export_base
+        from textlora.model.base import base_pooling, find_base
+        from textlora.transform.onnx import export_base
 
         if flags["threads"]:
             set_num_threads(flags["threads"])
@@ -59,11 +59,11 @@ def export(output: Path, data: str | None, limit_eval: int | None, seed: int, gr
         result = export_base(files, output, pooling=places["pooling"] or base_pooling(files)[0], target_modules=places["target_modules"])
     else:
         classifier = load_classifier(**flags)
-        from textlora.adapter import read_adapter
-        from textlora.classifier import find_adapter_base
-        from textlora.evaluate import read_rows
-        from textlora.export import export_adapter, export_classifier
-        from textlora.hub import adapter_folder
+        from textlora.adapters.folder import read_adapter
+        from textlora.adapters.hub import adapter_folder
+        from textlora.inference.classifier import find_adapter_base
+        from textlora.inference.evaluate import read_rows
+        from textlora.transform.onnx import export_adapter, export_classifier
 
         files = find_adapter_base(read_adapter(adapter_folder(flags["folder"], flags["revision"])), flags["base"])
         if alone:

@@ -20,7 +20,7 @@ def push(folder: Path, repo_id: str, private: bool, revision: str | None, messag
 
     textlora push my-adapter me/my-adapter --private
     """
-    from textlora.hub import push_adapter
+    from textlora.adapters.hub import push_adapter
 
     done = push_adapter(folder, repo_id, private=private, revision=revision, message=message)
     for note in done["notes"]:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from textlora.cli.base import app
-from textlora.options import setting_options
+from textlora.cli.options import setting_options
 from textlora.server.settings import ServeSettings, read_settings
 
 _NAMES = [item.name for item in dataclasses.fields(ServeSettings) if item.name != "adapter"]

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from textlora.cli.base import DATA_FLAGS, app, json_option, print_json, quiet_option
-from textlora.config import TrainConfig
-from textlora.errors import UsageError
-from textlora.options import merge_settings, setting_options
+from textlora.cli.options import merge_settings, setting_options
+from textlora.core.config import TrainConfig
+from textlora.core.errors import UsageError
 
 ALL_FLAGS = tuple(item.name for item in dataclasses.fields(TrainConfig))
 
@@ -31,16 +31,16 @@ def train(config_file: str | None, resume: bool, as_json: bool, quiet: bool, **f
         raise UsageError("no output folder", "name one with --output")
     config = None
     if resume:
-        from textlora.resume import resume_config
+        from textlora.training.resume import resume_config
 
         config = resume_config(Path(settings["output"]), settings)
     config = config or TrainConfig(**settings)
-    from textlora.progress import TrainingDisplay
-    from textlora.prover import Prover
+    from textlora.cli.progress import TrainingDisplay
+    from textlora.training.prover import Prover
 
     with TrainingDisplay(quiet) as display, _interruptible() as interrupt, Prover() as prover:  # which starts before torch is imported here
         display.say("reading the data and the base model ...")
-        from textlora.run import run_training
+        from textlora.training.run import run_training
 
         def on_record(record: dict[str, Any]) -> None:
             interrupt.gentle = record["kind"] in ("start", "data", "step", "evaluation")
@@ -77,7 +77,7 @@ class _interruptible:
 @json_option
 def check(as_json: bool, **flags: Any) -> None:
     """Report what is in a data set before training on it."""
-    from textlora.prepare import check_data
+    from textlora.training.prepare import check_data
 
     report = check_data(TrainConfig(**merge_settings(flags, None)))
     if as_json:

@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from textlora.cli.base import app, json_option, print_json, quiet_option
+from textlora.cli.options import merge_settings, setting_options
+from textlora.cli.progress import TrainingDisplay, time_left
 from textlora.cli.train import ALL_FLAGS
-from textlora.config import TrainConfig
-from textlora.errors import Interrupted, UsageError
-from textlora.options import merge_settings, setting_options
-from textlora.progress import TrainingDisplay, time_left
+from textlora.core.config import TrainConfig
+from textlora.core.errors import Interrupted, UsageError
 
 _FLAGS = tuple(name for name in ALL_FLAGS if name not in ("eval_every", "init_adapter"))
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -61,7 +61,7 @@ def tune(
     config = TrainConfig(**settings)
     with SearchDisplay(quiet) as display, _stoppable():
         display.say("reading the data and the base model ...")
-        from textlora.tune import tune as search
+        from textlora.tune.study import tune as search
 
         try:
             result = search(config, frozenset(settings), trials=trials, timeout=timeout, storage=storage, study=study, on_record=display.show)

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from textlora.cli.base import DATA_FLAGS, app, folder_options, json_option, load_classifier, precision_option, print_json
-from textlora.errors import UsageError
-from textlora.options import CommaList, setting_options
+from textlora.cli.options import CommaList, setting_options
+from textlora.core.errors import UsageError
 
 
 @app.command()
@@ -23,7 +23,7 @@ def evaluate(data: str, limit_eval: int | None, seed: int, output: Path | None, 
     """Score a saved adapter on labelled rows, with 95% intervals."""
     columns = {name: flags.pop(name) for name in DATA_FLAGS}
     classifier = load_classifier(**flags)
-    from textlora.evaluate import evaluate_table, read_rows
+    from textlora.inference.evaluate import evaluate_table, read_rows
 
     result = evaluate_table(classifier, read_rows(data, columns, classifier, limit_eval, seed), output)
     if as_json:
@@ -34,7 +34,7 @@ def evaluate(data: str, limit_eval: int | None, seed: int, output: Path | None, 
         span = result["intervals"].get(name)
         shown = "not defined here" if value is None else f"{value:.4f}"
         click.echo(f"{name:24} {shown}" + (f"   95% {span[0]:.4f} to {span[1]:.4f}" if span else ""))
-    from textlora.metrics import cannot_tell
+    from textlora.metrics.scores import cannot_tell
 
     name = next(iter(result["test"]))
     open_still = cannot_tell(name, result["test"][name], result["intervals"].get(name), result["rows"])
@@ -65,7 +65,7 @@ def predict(data: str, output: Path | None, logits: bool, as_json: bool, strict:
         classifier = load_classifier(**flags)
         paired = stream.columns.text_pair is not None
         classifier.require_pairs(paired, paired)
-        from textlora.predict import output_columns, output_values, predict_stream
+        from textlora.inference.predict import output_columns, output_values, predict_stream
 
         skipped = []
 
@@ -98,7 +98,7 @@ def predict(data: str, output: Path | None, logits: bool, as_json: bool, strict:
 @json_option
 def inspect(folder: Path, revision: str | None, against: str | None, relabel: tuple[str, ...] | None, as_json: bool) -> None:
     """Show what is in an adapter folder, or in one on the hub."""
-    from textlora.inspect import inspect_folder, relabel_folder, summary_lines
+    from textlora.transform.inspect import inspect_folder, relabel_folder, summary_lines
 
     if relabel:
         relabel_folder(folder, relabel)

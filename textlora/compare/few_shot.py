@@ -5,7 +5,6 @@ of a step at once where SetFit draws pairs. A step has several texts of several 
 """
 
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,23 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textlora.base import BaseWeights
-from textlora.config import SINGLE_LABEL
-from textlora.encoder import PackedEncoder
-from textlora.errors import UsageError
-from textlora.prepare import Prepared
-from textlora.tokens import PackedBatch
-from textlora.training import Trainer
-from textlora.whole import WholeModel
+from textlora.compare.full_finetuning import FullFinetuningModel
+from textlora.core.config import SINGLE_LABEL
+from textlora.core.errors import UsageError
+from textlora.data.tokenize import PackedBatch
+from textlora.model.base import BaseWeights
+from textlora.model.encoder import PackedEncoder
+from textlora.training.prepare import Prepared
+from textlora.training.trainer import Trainer
 
 ROWS_PER_STEP, MOST_CLASSES = 16, 8
 TEMPERATURE = 0.1
 
 
-class Embedder(WholeModel):
+class Embedder(FullFinetuningModel):
     """The whole encoder as a model whose outputs are pooled features of length 1, (B, H)."""
-
-    path = "contrastive"  # not "packed": the trainer then keeps a step's rows together, and every pair in it counts
 
     def __init__(self, base: BaseWeights, device: str, encoder: PackedEncoder, pooling: str):
         super().__init__(base, "all", 1, pooling=pooling, device=device, encoder=encoder)
@@ -41,7 +38,7 @@ class Embedder(WholeModel):
 
 
 class Contrast:
-    """The supervised contrastive loss, in the place of `training.Loss`."""
+    """The supervised contrastive loss, in the place of `losses.Loss`."""
 
     def __call__(self, features: Tensor, labels: Tensor) -> Tensor:
         """Loss of each row (B,), 0 where no other is of its class; features (B, H) of length 1."""
@@ -57,7 +54,7 @@ class Contrast:
 
 
 def draw_steps(labels: np.ndarray, epochs: float, seed: int) -> list[tuple[float, list[int]]]:
-    """Steps as `training.plan` gives them: up to 8 classes, the same number of rows of each, 16 in all; as many rows as the epochs have."""
+    """Steps as `steps.plan` gives them: up to 8 classes, the same number of rows of each, 16 in all; as many rows as the epochs have."""
     rng = np.random.default_rng([seed, 9])
     places = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     count, steps = max(1, math.ceil(len(labels) * epochs / ROWS_PER_STEP)), []
@@ -80,10 +77,9 @@ def train_embedder(prepared: Prepared, base: BaseWeights, encoder: PackedEncoder
         raise UsageError("few-shot needs one class per row")
     model = Embedder(base, prepared.device, encoder, prepared.pooling)
     train = prepared.sets["train"]
-    trainer = Trainer(replace(prepared, model=model, sets={"train": train}))
-    trainer.steps, trainer.loss = draw_steps(train.labels, prepared.config.epochs, prepared.config.seed), Contrast()  # type: ignore[assignment]
-    trainer.evaluate_at = [len(trainer.steps)]
-    trainer.piece_tokens = sys.maxsize  # long texts too stay together
+    steps = draw_steps(train.labels, prepared.config.epochs, prepared.config.seed)
+    end = [steps[-1][0]]
+    trainer = Trainer(replace(prepared, model=model, sets={"train": train}), None, end, loss=Contrast(), steps=steps, whole_steps=True)
     for _ in trainer.records():
         pass
     return model

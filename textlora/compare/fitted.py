@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from textlora.errors import UsageError
-from textlora.metrics import METRICS, evaluate
-from textlora.prepare import Prepared
+from textlora.core.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from textlora.core.errors import UsageError
+from textlora.metrics.scores import METRICS, evaluate
+from textlora.training.prepare import Prepared
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)  # C of a logistic regression; a ridge regression takes 1 / C
 UNTRIED = 1.0  # where no row is held out

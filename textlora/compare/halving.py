@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from textlora.errors import UsageError
+from textlora.core.errors import UsageError
 
 Candidate = TypeVar("Candidate")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from textlora.hardware import peak_memory
+from textlora.kernels.devices import peak_memory
 
 
 def memory_begin(device: str) -> int | None:

@@ -6,13 +6,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from textlora.compare.bench import Bench, Run, pick_rows
 from textlora.compare.halving import Budget, middle, rungs, search_cost
+from textlora.compare.methods import METHODS, by_usefulness
+from textlora.compare.run_one import Bench, Run, pick_rows
 from textlora.compare.store import best_of, read_runs, write_json
-from textlora.methods import METHODS, by_usefulness
-from textlora.metrics import METRICS
-from textlora.prepare import Prepared
-from textlora.training import peak_rate, plan
+from textlora.metrics.scores import METRICS
+from textlora.training.prepare import Prepared
+from textlora.training.steps import peak_rate, plan
 
 PROBE = 0.1  # of what is left of a budget, the most that a short run may take which only tells how long a method's runs are
 FEWEST_STEPS = 100  # of a run on fewer rows: at the usual epochs eight rows would be four steps

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from textlora.errors import StorageError, UsageError
-from textlora.files import write_text
+from textlora.core.errors import StorageError, UsageError
+from textlora.core.files import write_text
 
 FILE = "comparison.json"
 _WORDS = {"data_sha256": "other rows", "base_hash": "another base model"}

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from textlora.core.errors import DataError
 from textlora.data.rows import Row, Table, label_text, number, place
 from textlora.data.schema import MULTI, REGRESSION, LabelSchema
-from textlora.errors import DataError
 
 SHOWN = 5  # places listed for each finding
 IMBALANCED = 10.0  # largest class over smallest from which a warning is given

@@ -3,8 +3,8 @@
 import csv
 from collections.abc import Sequence
 
+from textlora.core.errors import DataError
 from textlora.data.rows import Columns
-from textlora.errors import DataError
 
 PAIRS = (
     ("text", "text_pair"),

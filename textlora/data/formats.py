@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from textlora.core.errors import DataError, UsageError
 from textlora.data.columns import DELIMITERS, sniff_delimiter
 from textlora.data.rows import clean_text, place
-from textlora.errors import DataError, UsageError
 
 # A quote that never closes must not swallow a whole file; no text to classify is longer than this many characters.
 FIELD_LIMIT = 1 << 23

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from textlora.errors import DataError
+from textlora.core.errors import DataError
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 
+from textlora.core.errors import DataError
 from textlora.data.columns import find_columns
 from textlora.data.formats import check_encoding
 from textlora.data.rows import Columns, Label, Row, Table, clean_text, is_null, place, rows_sha256
 from textlora.data.sources import Part, describe, open_parts
-from textlora.errors import DataError
 
 __all__ = ["Columns", "Row", "Table", "read_table", "require_texts"]
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from textlora.config import MULTI_LABEL as MULTI
-from textlora.config import PROBLEM_TYPES, REGRESSION
-from textlora.config import SINGLE_LABEL as SINGLE
+from textlora.core.config import MULTI_LABEL as MULTI
+from textlora.core.config import PROBLEM_TYPES, REGRESSION
+from textlora.core.config import SINGLE_LABEL as SINGLE
+from textlora.core.errors import DataError, UsageError
 from textlora.data.rows import Row, label_text, number, place
-from textlora.errors import DataError, UsageError
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from textlora.core.errors import DataError
+from textlora.core.files import atomic_path
 from textlora.data.formats import extension
-from textlora.errors import DataError
-from textlora.files import atomic_path
 
 KNOWN = ".csv, .tsv, .jsonl (each also with .gz) and .parquet"
 FORMATS = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "txt": "jsonl", "parquet": "parquet"}

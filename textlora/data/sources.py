@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from textlora.core.errors import DataError
 from textlora.data import hub
 from textlora.data.formats import Lines, csv_header, csv_quoting, csv_records, extension, json_records, open_binary, ragged
 from textlora.data.rows import place
-from textlora.errors import DataError
 
 EXTENSIONS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet")
 KNOWN = ".csv, .tsv, .jsonl, .json (each also with .gz) and .parquet"

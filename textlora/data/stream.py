@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from textlora.core.errors import DataError
 from textlora.data.columns import find_columns, has_text_name, header_fields, sniff_delimiter
 from textlora.data.formats import (
     Lines,
@@ -24,7 +25,6 @@ from textlora.data.formats import (
 )
 from textlora.data.read import as_text
 from textlora.data.rows import Columns
-from textlora.errors import DataError
 
 STDIN = "standard input"
 KNOWN = ".csv, .tsv, .jsonl, .json, .txt (each also with .gz) and .parquet"

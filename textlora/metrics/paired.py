@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from textlora.calibration import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from textlora.metrics.calibration import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from textlora.metrics.rows import Rows
 
 __all__ = ["DECIDED", "Difference", "PairedScores", "holm", "paired_scores", "summarize", "t_975", "t_interval", "t_test"]

@@ -5,8 +5,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from textlora.calibration import MULTI_LABEL, REGRESSION, SINGLE_LABEL, check_problem_type, decide, probabilities, row_log_loss
-from textlora.errors import UsageError
+from textlora.core.errors import UsageError
+from textlora.metrics.calibration import MULTI_LABEL, REGRESSION, SINGLE_LABEL, check_problem_type, decide, probabilities, row_log_loss
 from textlora.metrics.ranking import average_precision, ratio, roc_auc, spearman
 
 ECE_BINS: Final = 15

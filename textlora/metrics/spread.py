@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from textlora.calibration import SINGLE_LABEL, row_log_loss
+from textlora.metrics.calibration import SINGLE_LABEL, row_log_loss
 from textlora.metrics.paired import t_975
 from textlora.metrics.rows import Rows
 

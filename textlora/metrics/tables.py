@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from textlora.calibration import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from textlora.metrics.calibration import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from textlora.metrics.ranking import ratio
 from textlora.metrics.rows import ECE_BINS, Rows, bin_of, confusion, number
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from textlora.metrics import METRICS
+from textlora.metrics.scores import METRICS
 from textlora.report import figures
 from textlora.report.figures import BOTTOM, HEIGHT, WIDTH, Point
 from textlora.report.numbers import clean, metric_name, number, setting, whole

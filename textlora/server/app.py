@@ -23,11 +23,11 @@ from starlette.exceptions import HTTPException
 
 from textlora.server import schemas
 from textlora.server.folders import Folders
+from textlora.server.http_errors import HTTP_TEXTS, Refusal, unauthorized
 from textlora.server.keys import Key, KeyRing
 from textlora.server.metrics import CONTENT_TYPE
-from textlora.server.outer import Outer
+from textlora.server.middleware import Outer
 from textlora.server.protocols import classified, label_scores, texts_of
-from textlora.server.refusal import HTTP_TEXTS, Refusal, unauthorized
 from textlora.server.service import Answers, Service
 
 SAID = {

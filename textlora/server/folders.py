@@ -5,11 +5,11 @@ import contextlib
 import os
 from pathlib import Path
 
-from textlora.answers import NAME
-from textlora.errors import AdapterError, TextloraError, UnavailableError, UnknownAdapterError, UsageError
+from textlora.core.errors import AdapterError, TextloraError, UnavailableError, UnknownAdapterError, UsageError
+from textlora.core.predictions import NAME
+from textlora.server.http_errors import Refusal, refusal
 from textlora.server.keys import Key
 from textlora.server.log import log
-from textlora.server.refusal import Refusal, refusal
 from textlora.server.service import Service
 
 FILES = ("textlora.json", "adapter_model.safetensors", "adapter_config.json")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from textlora.errors import UsageError
+from textlora.core.errors import UsageError
 
 
 @dataclass(frozen=True)

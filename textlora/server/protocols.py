@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from textlora.answers import Answer
-from textlora.calibration import probabilities
-from textlora.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from textlora.core.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from textlora.core.predictions import Answer
+from textlora.metrics.calibration import probabilities
 from textlora.server.service import Answers
 
 FUNCTIONS = {"softmax": SINGLE_LABEL, "sigmoid": MULTI_LABEL}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from textlora.answers import Answer, Prediction
-from textlora.errors import TextloraError, UnavailableError, UnknownAdapterError, error_of
+from textlora.core.errors import TextloraError, UnavailableError, UnknownAdapterError, error_of
+from textlora.core.predictions import Answer, Prediction
 from textlora.server.log import log
 
 

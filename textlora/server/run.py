@@ -7,12 +7,12 @@ import sys
 import time
 from typing import Any
 
-from textlora.errors import UsageError
-from textlora.server.child import Keeper
-from textlora.server.garbage import settle
+from textlora.core.errors import UsageError
+from textlora.server.gc_tuning import settle
 from textlora.server.keys import read_keys
 from textlora.server.log import log
 from textlora.server.settings import ServeSettings
+from textlora.server.supervisor import Supervisor
 
 SWITCH_SECONDS = 2e-4  # threads that wait for batches must not wait 5 ms for the event loop
 
@@ -26,7 +26,7 @@ def serve(settings: ServeSettings) -> None:
     """
     begun = time.perf_counter()
     keys = read_keys(settings.api_keys, os.environ.get("TEXTLORA_API_KEY"))
-    with _listen(settings.host, settings.port) as listener, Keeper(settings) as keeper:
+    with _listen(settings.host, settings.port) as listener, Supervisor(settings) as keeper:
         try:
             import uvicorn  # all of it while the other process imports torch
             import uvloop  # noqa: F401

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from textlora.answers import NAME, Answer
-from textlora.batcher import Batcher, Task
-from textlora.errors import AdapterError, DeadlineError, InternalError, OverloadError, TextloraError, UnknownAdapterError
+from textlora.core.errors import AdapterError, DeadlineError, InternalError, OverloadError, TextloraError, UnknownAdapterError
+from textlora.core.predictions import NAME, Answer
+from textlora.inference.batcher import Batcher, Task
+from textlora.server.http_errors import Refusal, refusal
 from textlora.server.keys import Key
 from textlora.server.log import log_bug
 from textlora.server.metrics import Metrics
-from textlora.server.refusal import Refusal, refusal
 from textlora.server.registry import Card, Registry
 from textlora.server.settings import ServeSettings
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from textlora.config import PRECISION_HELP, PRECISIONS, field_type, read_config
-from textlora.errors import UsageError
+from textlora.core.config import PRECISION_HELP, PRECISIONS, field_type, read_config
+from textlora.core.errors import UsageError
 
 
 def _option(default: Any, help: str, metavar: str = "", choices: tuple[str, ...] = ()) -> Any:

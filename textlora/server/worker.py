@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from textlora.adapter import AdapterMeta
-from textlora.answers import Answer
-from textlora.engine import AdapterEngine
-from textlora.errors import AdapterError, InternalError, TextloraError, UsageError, told
-from textlora.native import share_cores
-from textlora.server.garbage import settle
-from textlora.server.link import Link
+from textlora.adapters.folder import AdapterMeta
+from textlora.core.errors import AdapterError, InternalError, TextloraError, UsageError, told
+from textlora.core.predictions import Answer
+from textlora.inference.engine import AdapterEngine
+from textlora.kernels.bindings import share_cores
+from textlora.server.gc_tuning import settle
+from textlora.server.ipc import Link
 from textlora.server.log import log_bug
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from textlora.calibration import decide, probabilities
-from textlora.config import MULTI_LABEL, SINGLE_LABEL
-from textlora.metrics import METRICS, evaluate
+from textlora.core.config import MULTI_LABEL, SINGLE_LABEL
+from textlora.metrics.calibration import decide, probabilities
 from textlora.metrics.paired import DECIDED, paired_scores
+from textlora.metrics.scores import METRICS, evaluate
 
 CHANCE = 0.05  # of leaving defaults that are as good as every other trial
 MOST_BYTES = 48_000  # of a trial's answers before they are written as text: some databases take 64 kB

@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from textlora.config import TrainConfig, read_config
-from textlora.cross_validation import Trainings
-from textlora.errors import TrainingError
-from textlora.files import write_text
-from textlora.metrics import METRICS
-from textlora.model import Model, PackedModel, open_model, parameter_counts
-from textlora.prefix import LIMIT_BYTES, HiddenStates, build_prefix
-from textlora.prepare import Prepared
+from textlora.core.config import TrainConfig, read_config
+from textlora.core.errors import TrainingError
+from textlora.core.files import write_text
+from textlora.metrics.scores import METRICS
+from textlora.model.adapter_tensors import parameter_counts
+from textlora.model.interface import Model
+from textlora.model.open import open_model
+from textlora.model.packed_model import PackedModel
 from textlora.report.tuning import render_study
-from textlora.run import run_training
-from textlora.training import Evaluation, peak_rate, plan, start_head
+from textlora.training.checkpoint_choice import Evaluation
+from textlora.training.cross_validation import Trainings
+from textlora.training.head_start import start_head
+from textlora.training.hidden_state_cache import LIMIT_BYTES, HiddenStates, build_prefix
+from textlora.training.prepare import Prepared
+from textlora.training.run import run_training
+from textlora.training.steps import peak_rate, plan
 from textlora.tune.choice import Answers, choose
 from textlora.tune.shared import DEFAULTS, FINISH, SharedStudy
 from textlora.tune.space import distributions, start_parameters, trial_settings

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textlora.errors import StorageError, UsageError
+from textlora.core.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     import optuna

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from textlora.config import TrainConfig
+from textlora.core.config import TrainConfig
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

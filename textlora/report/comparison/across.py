@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from textlora.errors import UsageError
-from textlora.metrics import METRICS
+from textlora.core.errors import UsageError
 from textlora.metrics.paired import Difference, holm, summarize, t_interval, t_test
+from textlora.metrics.scores import METRICS
 from textlora.report.comparison.table import NOISE, OWN_UNIT, Comparison, Row, Run, compare
 
 __all__ = ["Across", "Average", "Pair", "across"]
@@ -82,7 +82,7 @@ class Across:
 
 
 def across(sets: Sequence[tuple[dict[str, Any], Sequence[Run]]]) -> Across:
-    """Read and average the comparisons. Raises UsageError as `textlora.report.comparison.summary` does."""
+    """Read and average the comparisons. Raises UsageError as `textlora.report.comparison.page.summary` does."""
     tables = [compare(settings, runs) for settings, runs in sets]
     for table in tables:
         if table.metric in OWN_UNIT or not METRICS[table.metric].higher_is_better:

@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 
-from textlora.files import atomic_path, write_text
+from textlora.core.files import atomic_path, write_text
 from textlora.report.numbers import clean
 from textlora.report.pages import light_colours
 

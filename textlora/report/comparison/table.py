@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from textlora.errors import DataError
-from textlora.metrics import METRICS
+from textlora.core.errors import DataError
 from textlora.metrics.paired import DECIDED, Difference, PairedScores, holm, paired_scores, t_interval
+from textlora.metrics.scores import METRICS
 from textlora.report.numbers import metric_name
 
 __all__ = ["Comparison", "Row", "Spread", "compare"]

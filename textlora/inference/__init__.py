@@ -1,0 +1,1 @@
+"""Saved adapters at work: one classifier, or many adapters in one batch."""

@@ -1,0 +1,1 @@
+"""An adapter to something else: merged, extracted, combined, converted, exported, looked into."""
