@@ -131,7 +131,7 @@ def judge(metric: str, value: float | None, best: float | None, rows: int) -> tu
 
 def peak_rate(prepared: Prepared, steps: int) -> float:
     """The run's learning rate, or the default of a training of so many steps."""
-    return prepared.config.learning_rate or default_rate(steps)
+    return prepared.config.learning_rate or default_rate(steps, len(prepared.schema.labels), prepared.pooling)
 
 
 class Trainer:
