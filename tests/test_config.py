@@ -132,3 +132,11 @@ def test_default_rate_follows_the_number_of_steps():
     assert default_rate(512) == pytest.approx(2e-3)
     assert [default_rate(steps) for steps in (2048, 10**6)] == [1e-3] * 2
     assert TrainConfig().learning_rate is None
+
+
+def test_default_rate_of_mean_pooling_is_lower_where_classes_are_few():
+    assert [default_rate(128, classes, "mean") for classes in (1, 2)] == [2e-3] * 2
+    assert default_rate(128, 5, "mean") == pytest.approx(4e-3 * 0.5**0.5)
+    assert [default_rate(128, classes, "mean") for classes in (10, 77)] == [4e-3] * 2
+    assert default_rate(10**6, 2, "mean") == 1e-3
+    assert default_rate(128, 2) == 4e-3

@@ -105,7 +105,8 @@ class TrainConfig:
     epochs: float = _option(4.0, "Passes over the training rows.")
     learning_rate: float | None = _option(
         None,
-        "Peak learning rate of A, B and head. Default: by the number of steps, 4e-3 for 128 or fewer, falling to 1e-3 for 2,048 or more.",
+        "Peak learning rate of A, B and head. Default: by the number of steps, 4e-3 for 128 or fewer, falling to 1e-3 for 2,048 or more; with mean "
+        "pooling half of that for 2 classes, rising to all of it for 10, and never below 1e-3.",
     )
     scheduler: str = _option("linear", "Course of the learning rate after the warm-up.", ("linear", "cosine", "constant"))
     warmup: float = _option(0.2, "Warm-up: a share of all steps if below 1, else a number of steps.")
@@ -170,9 +171,13 @@ class TrainConfig:
         return LoraConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if hasattr(self, f.name)})
 
 
-def default_rate(steps: int) -> float:
-    """Peak learning rate of a run that names none: a few steps have to go as far as many. Chosen on validation rows of six sets (docs/log.md)."""
-    return max(1e-3, min(4e-3, 4e-3 * math.sqrt(128 / max(1, steps))))
+def default_rate(steps: int, classes: int = 1, pooling: str = "first") -> float:
+    """Peak learning rate of a run that names none: a few steps have to go as far as many. Chosen on training rows of ten sets (docs/log.md).
+
+    A mean-pooled head learns more at half of that where classes are few, and at all of it where they are many.
+    """
+    share = min(1.0, max(0.5, math.sqrt(classes / 10))) if pooling == "mean" else 1.0
+    return max(1e-3, share * min(4e-3, 4e-3 * math.sqrt(128 / max(1, steps))))
 
 
 def field_type(item: dataclasses.Field) -> type:

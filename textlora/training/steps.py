@@ -91,4 +91,4 @@ def rate_at(config: TrainConfig, step: int, total: int) -> float:
 
 def peak_rate(prepared: Prepared, steps: int) -> float:
     """The run's learning rate, or the default of a training of so many steps."""
-    return prepared.config.learning_rate or default_rate(steps)
+    return prepared.config.learning_rate or default_rate(steps, len(prepared.schema.labels), prepared.pooling)
