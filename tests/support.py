@@ -67,7 +67,7 @@ def settings(folder: Path, base: Path, task: str = "single", **changes: Any) -> 
     """A run of 2 epochs of 5 steps on the task's files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     given = {**task_files(folder, task), "model": str(base), "output": str(folder / "out")}
-    given |= {"epochs": 2.0, "batch_size": 8, "learning_rate": 5e-3, "r": 4, "max_length": 32, "threads": 1, "device": "cpu"}
+    given |= {"epochs": 2.0, "batch_size": 8, "learning_rate": 5e-3, "r": 4, "warmup": 0.06, "max_length": 32, "threads": 1, "device": "cpu"}
     return TrainConfig(**(given | changes))
 
 

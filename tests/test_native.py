@@ -372,7 +372,7 @@ def test_library_of_another_version(monkeypatch, no_cache):
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("cc") is None, reason="compiled on x86 Linux")
 def test_build_compiles_it():
-    assert bindings.LIBRARY.is_file(), "install textlora again: its build compiles textlora/native"
+    assert bindings.LIBRARY.is_file(), "install textlora again: its build compiles textlora/kernels"
 
 
 def hook(root: Path) -> tuple[SimpleNamespace, list[str]]:
@@ -380,7 +380,7 @@ def hook(root: Path) -> tuple[SimpleNamespace, list[str]]:
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    (root / "textlora" / "native").mkdir(parents=True)
+    (root / "textlora" / "kernels").mkdir(parents=True)
     for source in module.SOURCES:
         shutil.copy(bindings.LIBRARY.parent / Path(source).name, root / source)
     said: list[str] = []
@@ -393,12 +393,12 @@ def hook(root: Path) -> tuple[SimpleNamespace, list[str]]:
 def test_build_without_a_compiler_is_pure_python(compiler, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", compiler)
     made, said = hook(tmp_path)
-    (tmp_path / "textlora" / "native" / "_kernels.so").write_bytes(b"of an older version")
+    (tmp_path / "textlora" / "kernels" / "_kernels.so").write_bytes(b"of an older version")
     data = {"artifacts": [], "pure_python": True}
     made.initialize("standard", data)
     assert data == {"artifacts": [], "pure_python": True}
     if sys.platform == "linux" and platform.machine() == "x86_64":
-        assert sorted(os.listdir(tmp_path / "textlora" / "native")) == [
+        assert sorted(os.listdir(tmp_path / "textlora" / "kernels")) == [
             f"{name}.c" for name in ("amx", "attention", "crew", "encode", "first", "lora", "passes", "product", "train")
         ]
         assert len(said) == 1

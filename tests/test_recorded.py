@@ -66,7 +66,7 @@ def test_filled_batch_gives_the_same_sums(tiny_base, tmp_path, monkeypatch, fami
     plain = trainer._sums(trainer._batch(rows, "cpu"))
     monkeypatch.setattr(textlora.model.attention, "flash", lambda: one_call)
     for module in ("attention", "encoder"):
-        monkeypatch.setattr(f"textlora.{module}.in_one_call", lambda x: True)
+        monkeypatch.setattr(f"textlora.model.{module}.in_one_call", lambda x: True)
     filled = fill_up(trainer._batch(rows, "cpu"))
     found = trainer._sums(filled.batch, filled.counted)
     for mine, theirs in zip(found, plain, strict=True):
@@ -98,7 +98,7 @@ def test_recordings_add_what_they_are_given(tiny_base, tmp_path, monkeypatch):
     expected = [trainer._sums(trainer._batch(rows, "cpu")) for rows in parts]
     monkeypatch.setattr(textlora.model.attention, "flash", lambda: one_call)
     for module in ("attention", "encoder"):
-        monkeypatch.setattr(f"textlora.{module}.in_one_call", lambda x: True)
+        monkeypatch.setattr(f"textlora.model.{module}.in_one_call", lambda x: True)
     recordings = Recordings(trainer._sums, [torch.zeros(()), *(torch.zeros_like(t) for t in trainer.parameters.values())])
     fresh = lambda: [fill_up(trainer._batch(rows, "cpu")) for rows in parts]  # a recording keeps and overwrites its own
     filled = fresh()

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from support import SIDE, WEIGHTS, Cli, log_of, settings, single_rows, snapshot, task_files, trained, write_csv
 
 import textlora
+import textlora.training.head_start
+import textlora.training.steps
 import textlora.training.trainer
 from textlora import TextClassifier
 from textlora.adapters.folder import read_meta
@@ -260,7 +262,7 @@ def test_accumulation_is_exactly_a_larger_batch(tiny_base, tmp_path):
 @pytest.mark.parametrize("changes", [{}, {"class_weights": "pos=3", "label_smoothing": 0.2}])
 def test_pieces_of_a_step_add_up_to_it(tiny_base, tmp_path, monkeypatch, changes):
     def losses(tokens: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-        monkeypatch.setattr(textlora.training.trainer, "PIECE_TOKENS", {"cpu": tokens})
+        monkeypatch.setattr(textlora.training.steps, "PIECE_TOKENS", {"cpu": tokens})
         trainer = Trainer(prepared_run(tmp_path, tiny_base("bert"), **changes))
         return [record["loss"] for record in trainer.records()], trainer.parameters
 
@@ -393,7 +395,7 @@ def test_the_best_checkpoint_is_what_is_saved(tiny_base, tmp_path, metric):
     """With a large rate to the end the best is not the last; accuracy should be large and log loss small."""
     config = settings(tmp_path, tiny_base("bert"), epochs=8.0, learning_rate=0.02, scheduler="constant", metric=metric, eval_every=4)
     trainer = Trainer(prepare(config))
-    textlora.training.trainer.start_head(trainer.prepared)
+    textlora.training.head_start.start_head(trainer.prepared)
     kept, best = None, None
     for record in trainer.records():
         if record["kind"] == "evaluation":
@@ -505,10 +507,10 @@ def test_a_limit_that_leaves_one_class(tiny_base, tmp_path):
 
 def test_the_head_starts_at_what_is_known(tiny_base, tmp_path):
     prepared = prepared_run(tmp_path / "r", tiny_base("bert"), "regression")
-    textlora.training.trainer.start_head(prepared)
+    textlora.training.head_start.start_head(prepared)
     assert list(prepared.model.trainable().values())[-1].tolist() == pytest.approx([0.5])
     prepared = prepared_run(tmp_path / "m", tiny_base("bert"), "multi")
-    textlora.training.trainer.start_head(prepared)
+    textlora.training.head_start.start_head(prepared)
     share = prepared.sets["train"].labels.mean(0)
     assert list(prepared.model.trainable().values())[-1].detach().numpy() == pytest.approx(np.log(share / (1 - share)), abs=1e-6)
 

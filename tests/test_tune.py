@@ -16,6 +16,7 @@ import torch
 from support import log_of, single_rows, snapshot, task_files, write_csv
 
 import textlora.training.finalize
+import textlora.training.checkpoint_choice
 import textlora.training.trainer
 import textlora.tune.search
 from textlora.core.config import TrainConfig, default_rate, read_config
@@ -311,7 +312,7 @@ def test_the_choice_is_trained_as_train_does_it(config, monkeypatch):
         return plain(model, encoded, *rest)
 
     monkeypatch.setattr(textlora.training.finalize, "encoded_logits", counting)
-    monkeypatch.setattr(textlora.training.trainer, "encoded_logits", counting)
+    monkeypatch.setattr(textlora.training.checkpoint_choice, "encoded_logits", counting)
     builds, plain_prefix = [], textlora.tune.search.build_prefix
     monkeypatch.setattr(textlora.tune.search, "build_prefix", lambda *given: builds.append(1) or plain_prefix(*given))
     records = []
