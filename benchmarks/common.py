@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from textlora.kernels.library import instruction_sets, why_not
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -24,7 +26,15 @@ def machine() -> dict[str, Any]:
     if _as_avx2():
         model += " as one with AVX2 alone (benchmarks/as_avx2.c)"
     packages = ("torch", "transformers", "peft", "tokenizers")
-    return {"processor": model, "cores": os.cpu_count(), "python": platform.python_version(), **{name: version(name) for name in packages}}
+    missing = why_not()
+    kernels = f"not in use, {missing}" if missing else instruction_sets()
+    return {
+        "processor": model,
+        "kernels": kernels,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
 
 
 def write_result(name: str, claim: str, rows: Sequence[tuple[str, str]], details: dict[str, Any]) -> None:

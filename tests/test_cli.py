@@ -20,7 +20,10 @@ from support import CONFIG, SIDE, WEIGHTS, Cli, Trained, forked, settings, singl
 
 from textlora.adapters.folder import read_adapter
 from textlora.cli import run
+from textlora.core.config import LoraConfig
 from textlora.core.files import folder_lock
+from textlora.kernels.library import instruction_sets, why_not
+from textlora.model.executor import Executor, executor_of
 
 COMMANDS = (
     "train", "check", "evaluate", "predict", "inspect", "merge", "extract", "combine", "convert", "export", "push", "compare", "tune",
@@ -72,7 +75,9 @@ def test_no_command_shows_the_help_and_fails(cli):
 def test_version(cli):
     code, out, err = cli("--version")
     assert (code, err) == (0, "")
-    assert out == "textlora 0.2.0\n"
+    first, second = out.splitlines()
+    assert first == "textlora 0.2.0"
+    assert second == f"kernels: {instruction_sets() or f'not in use, {why_not()}'}"
 
 
 @pytest.mark.parametrize(
@@ -451,6 +456,14 @@ def halted(tiny_base, tmp_path) -> Path:
     return Path(config.output)
 
 
+def open_tiny(run: Path):
+    from textlora.core.config import read_config
+    from textlora.model.base import find_base
+    from textlora.model.open import open_model
+
+    return open_model(find_base(read_config(run / "run" / "config.toml")["model"]), LoraConfig(), 2)[0]
+
+
 def test_resume_with_a_changed_setting(cli, halted):
     assert cli.fails("train", "--resume", "--output", halted, "--r", 8, "--quiet", output=halted) == (
         f"--r 8: the run in {halted} was started with 4; leave it out to resume, or use another --output"
@@ -472,6 +485,20 @@ def test_resume_on_another_base(cli, halted, tiny_base, tmp_path):
     (halted / "run" / "config.toml").write_text(config.replace(str(tiny_base("bert")), str(base)), encoding="utf-8")
     said = cli.fails("train", "--resume", "--output", halted, "--quiet", output=halted)
     assert said.startswith(f"{halted}: the data, the base model or a library changed since this run began")
+
+
+def test_resume_on_other_kernels(cli, halted, monkeypatch):
+    """Another instruction set sums in another order: the bytes would differ, which resuming promises they do not."""
+    other = Executor("kernels", "another instruction set", None)
+    here = json.loads((halted / "run" / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[0])["executor"]
+    assert here == executor_of(open_tiny(halted).for_training(), None).as_dict()
+    monkeypatch.setattr("textlora.training.run.executor_of", lambda model, reason: other)
+    assert cli.fails("train", "--resume", "--output", halted, "--quiet", output=halted) == (
+        f"{halted}: this run began on {Executor(**here)}, here it would go on with kernels (another instruction set), to other bytes; "
+        "resume it on such a machine, or add --allow-other-kernels"
+    )
+    assert cli("train", "--resume", "--allow-other-kernels", "--output", halted, "--quiet") == (0, "", "")
+    assert (halted / SIDE).is_file()
 
 
 def test_resume_with_a_damaged_checkpoint(cli, halted):

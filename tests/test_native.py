@@ -24,6 +24,7 @@ from textlora import TextClassifier
 from textlora.data.tokenize import Encoded, pack
 from textlora.inference.classifier import encoded_logits
 from textlora.kernels import bindings, fused_ops
+from textlora.kernels import library as kernels_library
 from textlora.kernels.bindings import LONGEST, Panels, has_amx, lanes
 from textlora.kernels.packed_linear import Bf16x2Weight, activate, dense, lays_out, prepare
 from textlora.model import attention
@@ -342,23 +343,26 @@ def test_without_the_units_high_is_float32(monkeypatch):
 @pytest.fixture
 def no_cache():
     """What is known of the library is asked for anew, and forgotten afterwards."""
-    for known in (bindings.library, bindings.has_amx, bindings.lanes):
+    for known in (kernels_library._opened, bindings.library, bindings.has_amx, bindings.lanes):
         known.cache_clear()
     yield
-    for known in (bindings.library, bindings.has_amx, bindings.lanes):
+    for known in (kernels_library._opened, bindings.library, bindings.has_amx, bindings.lanes):
         known.cache_clear()
 
 
 @pytest.mark.parametrize("content", [None, b"not a library"])
 def test_library_that_cannot_be_used(content, tmp_path, monkeypatch, no_cache):
+    said = "textlora was installed without a C compiler, or not on x86-64 Linux"
     if content is not None:
         (tmp_path / "made.so").write_bytes(content)
-    monkeypatch.setattr(bindings, "LIBRARY", tmp_path / "made.so")
+    monkeypatch.setattr(kernels_library, "LIBRARY", tmp_path / "made.so")
     assert bindings.library() is None
     assert not bindings.has_amx()
     with pytest.raises(ValueError, match="no matrix units"):
         Panels(torch.zeros(8, 8))
     assert not bindings.lanes()
+    assert kernels_library.instruction_sets() == ""
+    assert kernels_library.why_not() == (said if content is None else "made.so cannot be loaded; install textlora again")
     g = torch.Generator().manual_seed(0)
     projected, layout = torch.randn(60, 3 * 64, generator=g), batch_of([7, 20, 33]).layout
     found, expected = attention.attend(projected, None, layout, 2), attention.attend_plain(projected, None, layout, 2)
@@ -366,13 +370,14 @@ def test_library_that_cannot_be_used(content, tmp_path, monkeypatch, no_cache):
 
 
 def test_library_of_another_version(monkeypatch, no_cache):
-    monkeypatch.setattr(bindings, "VERSION", -1)
+    monkeypatch.setattr(kernels_library, "VERSION", -1)
     assert bindings.library() is None
+    assert kernels_library.why_not() == "_kernels.so is of another version of textlora; install textlora again"
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("cc") is None, reason="compiled on x86 Linux")
 def test_build_compiles_it():
-    assert bindings.LIBRARY.is_file(), "install textlora again: its build compiles textlora/kernels"
+    assert kernels_library.LIBRARY.is_file(), "install textlora again: its build compiles textlora/kernels"
 
 
 def hook(root: Path) -> tuple[SimpleNamespace, list[str]]:
@@ -382,7 +387,7 @@ def hook(root: Path) -> tuple[SimpleNamespace, list[str]]:
     spec.loader.exec_module(module)
     (root / "textlora" / "kernels").mkdir(parents=True)
     for source in module.SOURCES:
-        shutil.copy(bindings.LIBRARY.parent / Path(source).name, root / source)
+        shutil.copy(kernels_library.LIBRARY.parent / Path(source).name, root / source)
     said: list[str] = []
     made = module.Compile(str(root), {}, None, None, "", "wheel")
     made._BuildHookInterface__app = SimpleNamespace(display_warning=said.append)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from support import log_of, single_rows, snapshot, task_files, write_csv
 
-import textlora.training.finalize
 import textlora.training.checkpoint_choice
+import textlora.training.finalize
 import textlora.training.trainer
 import textlora.tune.search
 from textlora.core.config import TrainConfig, default_rate, read_config

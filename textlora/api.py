@@ -18,6 +18,7 @@ def train(
     test: Any = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     resume: bool = False,
+    allow_other_kernels: bool = False,
     **settings: Any,
 ) -> TextClassifier:
     """Train an adapter and load it.
@@ -28,6 +29,7 @@ def train(
         validation, test: as `train`; what happens without them is in `TrainConfig`.
         callback: called with every record of `run/metrics.jsonl` as it is made.
         resume: go on with the run in `output`.
+        allow_other_kernels: do so although other kernels, or none, began it: the bytes will differ.
         settings: fields of `TrainConfig`.
 
     Returns:
@@ -43,5 +45,5 @@ def train(
     if unknown:
         raise UsageError(f"unknown setting '{unknown[0]}'", "settings are the fields of textlora.TrainConfig")
     config = TrainConfig(output=str(output), **paths, **settings)
-    run_training(config, sources, resume=resume, on_record=callback or (lambda record: None))
+    run_training(config, sources, resume=resume, allow_other_kernels=allow_other_kernels, on_record=callback or (lambda record: None))
     return TextClassifier.load(output, base=config.model, device=config.device)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,20 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 quiet_option = click.option("--quiet", is_flag=True, help="Show no progress.")
 
 
+def _show_version(context: click.Context, option: click.Parameter, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        from textlora.kernels.library import instruction_sets, why_not
+
+        missing = why_not()
+        click.echo(f"textlora {version('textlora')}")
+        click.echo(f"kernels: not in use, {missing}" if missing else f"kernels: {instruction_sets()}")
+        context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="textlora", message="textlora %(version)s")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version and the kernels in use, and exit."
+)
 def app() -> None:
     """One frozen encoder, thousands of small text classifiers."""
 

@@ -19,9 +19,10 @@ ALL_FLAGS = tuple(item.name for item in dataclasses.fields(TrainConfig))
 @setting_options(ALL_FLAGS)
 @click.option("--config", "config_file", metavar="FILE", help="TOML file of settings; flags override it.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output, to the same bytes as if it had never stopped.")
+@click.option("--allow-other-kernels", is_flag=True, help="Resume although other kernels, or none, began the run: its bytes will differ.")
 @json_option
 @quiet_option
-def train(config_file: str | None, resume: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
+def train(config_file: str | None, resume: bool, allow_other_kernels: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
     """Train an adapter on labelled text.
 
     textlora train --train reviews.csv --test test.csv --output my-adapter
@@ -46,7 +47,9 @@ def train(config_file: str | None, resume: bool, as_json: bool, quiet: bool, **f
             interrupt.gentle = record["kind"] in ("start", "data", "step", "evaluation")
             display.show(record)
 
-        result = run_training(config, resume=resume, on_record=on_record, stop=lambda: interrupt.asked, prover=prover)
+        result = run_training(
+            config, resume=resume, on_record=on_record, stop=lambda: interrupt.asked, prover=prover, allow_other_kernels=allow_other_kernels
+        )
         display.say(f"saved to {result['output']}: open {Path(result['output']) / 'run' / 'report.html'}")
     if as_json:
         print_json(result)

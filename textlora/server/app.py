@@ -278,7 +278,7 @@ async def info(request: Request, service: Serving, key: Client) -> Response:
         "model_type": {"classifier": {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}},
         "max_concurrent_requests": settings.queue_rows, "max_input_length": card.max_length if card else service.facts["max_length"],
         "max_batch_tokens": settings.batch_tokens, "max_client_batch_size": settings.max_client_batch_size,
-        "max_text_chars": settings.max_text_chars, "auto_truncate": True, "tokenization_workers": 1, "version": version("textlora"),
+        "max_text_chars": settings.max_text_chars, "auto_truncate": True, "tokenization_workers": 1, "version": version("textlora"), "executor": service.facts["executor"],
         "adapters": len(service.visible(key)), "default_adapter": default, "can_load": bool(settings.load_from) and key.manage,
     })  # fmt: skip
 

@@ -145,6 +145,7 @@ class Info(BaseModel):
     auto_truncate: bool
     tokenization_workers: int
     version: str
+    executor: str
     adapters: int
     default_adapter: str | None
     can_load: bool

@@ -16,6 +16,7 @@ from textlora.core.errors import AdapterError, InternalError, TextloraError, Usa
 from textlora.core.predictions import Answer
 from textlora.inference.engine import AdapterEngine
 from textlora.kernels.bindings import share_cores
+from textlora.model.executor import executor_of
 from textlora.server.gc_tuning import settle
 from textlora.server.ipc import Link
 from textlora.server.log import log_bug
@@ -49,7 +50,7 @@ class Worker:
         files = self.bank.files
         return {
             "device": self.bank.device, "base_name": files.id or files.folder.name, "base_hash": self.bank.weights.hash,
-            "max_length": files.config["max_position_embeddings"], "threads": self.threads,
+            "max_length": files.config["max_position_embeddings"], "threads": self.threads, "executor": str(executor_of(self.bank.running)),
         }  # fmt: skip
 
     def answers(self, texts: list[str], names: list[str | None], pairs: list[str | None]) -> list[tuple[Any, ...]]:

@@ -24,6 +24,7 @@ from textlora.core.errors import AdapterError, Interrupted, StorageError, UsageE
 from textlora.core.files import folder_lock, remove_parts, write_text
 from textlora.kernels.devices import peak_memory
 from textlora.model.adapter_tensors import parameter_counts, scaled_head, shifted_head
+from textlora.model.executor import Executor, executor_of
 from textlora.report.run_page import render
 from textlora.training.checkpoint import read_checkpoint, write_checkpoint
 from textlora.training.cross_validation import Trainings
@@ -60,6 +61,7 @@ def run_training(
     stop: Callable[[], bool] = lambda: False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     prover: Prover | None = None,
+    allow_other_kernels: bool = False,
 ) -> Record:
     """Train, or go on with, one adapter; leave it in `config.output`; return the result record.
 
@@ -67,6 +69,7 @@ def run_training(
         sources: rows, DataFrames or datasets by split, in place of the settings' paths.
         on_record: called with every line of `run/metrics.jsonl` as it is written.
         stop: asked after each step; True makes a checkpoint and raises Interrupted.
+        allow_other_kernels: go on although other kernels, or none, began the run: the adapter is as good, its bytes differ.
         prover: one that was started before this module, and torch with it, was imported; default: one of its own.
 
     Raises:
@@ -88,7 +91,7 @@ def run_training(
     with contextlib.nullcontext(prover) if prover is not None else Prover() as prover:
         prepared = prepare(config, sources)
         trainings = Trainings(prepared, start=_start)
-        return _locked(prepared, trainings, run, on_record, stop, checkpoint_seconds, began, prover)
+        return _locked(prepared, trainings, run, on_record, stop, checkpoint_seconds, began, prover, allow_other_kernels)
 
 
 def _locked(prepared: Prepared, trainings: Trainings, run: Path, *rest: Any) -> Record:
@@ -112,16 +115,23 @@ def _run(
     checkpoint_seconds: float,
     began: float,
     prover: Prover,
+    allow_other_kernels: bool,
 ) -> Record:
     remove_parts(run.parent)
     remove_parts(run)
     checkpoint = run / "checkpoint.safetensors"
-    fingerprint = _fingerprint(prepared)
+    fingerprint, executor = _fingerprint(prepared), executor_of(prepared.model, prepared.reason)
     kept = read_checkpoint(checkpoint)
     if kept is not None:
         tensors, state = kept
         if state.pop("fingerprint") != fingerprint:
             raise UsageError(f"{run.parent}: the data, the base model or a library changed since this run began", "start again in another --output")
+        began_on = Executor(**state.pop("executor"))
+        if began_on != executor and not allow_other_kernels:
+            raise UsageError(
+                f"{run.parent}: this run began on {began_on}, here it would go on with {executor}, to other bytes",
+                "resume it on such a machine, or add --allow-other-kernels",
+            )
         log_bytes = state.pop("log_bytes")
         trainings.restore(tensors, state)
     else:
@@ -137,7 +147,9 @@ def _run(
         def save_checkpoint() -> None:
             os.fsync(log.fileno())
             tensors, state = trainings.state()
-            write_checkpoint(checkpoint, tensors, state | {"fingerprint": fingerprint, "log_bytes": os.fstat(log.fileno()).st_size})
+            write_checkpoint(
+                checkpoint, tensors, state | {"fingerprint": fingerprint, "executor": executor.as_dict(), "log_bytes": os.fstat(log.fileno()).st_size}
+            )
 
         if not log_bytes:
             emit(start_record(prepared, trainings))
@@ -241,6 +253,7 @@ def start_record(prepared: Prepared, trainings: Trainings) -> Record:
         "model": prepared.files.id or prepared.files.folder.name,
         "path": prepared.model.path,
         "reason": prepared.reason,
+        "executor": executor_of(prepared.model, prepared.reason).as_dict(),
         "problem_type": prepared.schema.problem_type,
         "labels": list(prepared.schema.labels),
         "metric": prepared.metric,
