@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REVIEWS := examples/film-reviews
 
-.PHONY: demo test test-wheel setup check docs bench clean
+.PHONY: demo test test-all coverage test-wheel setup check docs bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,20 +32,28 @@ demo: $(VENV)/.demo
 	$(BIN)/textlora merge demo/film-reviews --output demo/merged --data $(REVIEWS)/test.csv
 	printf 'Warm, funny and beautifully acted; I would see it again tomorrow.\nDull, clumsy and far too long, a waste of good actors.\n' | $(BIN)/textlora predict demo/film-reviews --data - --json
 
+# The quick lane: every oracle, fewer cases.
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
-# The same tests against the built wheel, the source tree out of the way.
+test-all: setup
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu"
+
+coverage: setup
+	$(BIN)/python -m pytest -q -n 2 --cov=textlora --cov-report=term:skip-covered
+
+# The quick lane against the built wheel, the source tree out of the way.
 test-wheel: setup
 	rm -rf build/wheel && mkdir -p build/wheel/tree
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel/site build/wheel/textlora-*.whl
 	git archive HEAD | tar -x -C build/wheel/tree && rm -rf build/wheel/tree/textlora
-	cd build/wheel/tree && PYTHONPATH=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/python -m pytest -q
+	cd build/wheel/tree && PYTHONPATH=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/python -m pytest -q -n 2
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/deptry textlora
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/hadolint Dockerfile
 

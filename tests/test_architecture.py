@@ -83,6 +83,13 @@ def test_architecture_draws_the_rooms_in_their_order():
     assert tuple(re.findall(r"^\| `(\w+)/` \|", text, flags=re.MULTILINE)) == ROOMS
 
 
+def test_paths_in_contributing_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Where do I change")[2]
+    paths = re.findall(r"`([\w/]+/[\w.]*)`", text)
+    assert len(paths) > 20
+    assert [path for path in paths if not (PACKAGE / path).exists() and path != "textlora/"] == []
+
+
 def test_no_import_runs_up():
     order = {name: k for k, name in enumerate(ROOMS)}
     arrows = [(name, other) for name, others in imports().items() for other in others if room(name) and room(other)]
