@@ -20,8 +20,9 @@ PRIOR_SPREAD: Final = 0.5  # of log T around 0: about twenty rows weigh as much
 UNSEEN_ERRORS: Final = 3.0
 FLOOR_ROWS: Final = 2.0
 # From models of the folds to one of all rows: log T above 0 grows by 4 times the share of wrong rows, at most by 0.4 of itself; factor of log T
-# below 0; log of the growth of well separated logits.
+# below 0; log of the growth of well separated logits. Wrong rows at which log T below 0 counts half.
 GROWN_PER_ERROR, GROWN_SURER, GROWN_LESS_SURE, GROWN_LOGITS = 4.0, 0.4, 0.25, 0.1
+SHARPENING_ERRORS: Final = 10.0
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -127,7 +128,7 @@ def fit_temperature(
 
     Rows of cross-validation (`out_of_fold`) come from models that saw fewer rows and took fewer steps than the one to be scaled: its
     logits are larger, and where it errs it is surer than it should be by more. Then log T of the first is multiplied, above 0 by
-    `1 + min(0.4, 4 * share of wrong rows)` and below by 0.25, and the floor's rises by 0.1; measured on ten sets
+    `1 + min(0.4, 4 * share of wrong rows)` and below by `0.25 w / (w + 10)` for w wrong rows, and the floor's rises by 0.1; measured on ten sets
     (docs/decisions/few-rows.md).
 
     Args:
@@ -166,7 +167,8 @@ def fit_temperature(
         error = min(error, (1 - float(np.exp(_log_softmax(prior[None])).max())) / 2)
     floor = _floor(scored, problem_type, error) if unseen else LOG_TEMPERATURE_RANGE[0]
     if out_of_fold:
-        log_t *= 1 + min(GROWN_SURER, GROWN_PER_ERROR * wrong / count) if log_t > 0 else GROWN_LESS_SURE
+        surer = GROWN_LESS_SURE * wrong / (wrong + SHARPENING_ERRORS)  # few mistakes say little of how sure is too sure
+        log_t *= 1 + min(GROWN_SURER, GROWN_PER_ERROR * wrong / count) if log_t > 0 else surer
         floor += GROWN_LOGITS
     floor *= count / (count + FLOOR_ROWS)
     return float(np.exp(min(max(log_t, floor), LOG_TEMPERATURE_RANGE[1])))
