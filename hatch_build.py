@@ -1,4 +1,5 @@
-"""Compiles textlora/kernels while textlora is built or installed, where there is something to gain and a C compiler; everything works without it."""
+"""Compiles textlora/kernels while textlora is built or installed, where there is something to gain and a C
+compiler; everything works without it."""
 
 import os
 import platform
@@ -11,8 +12,19 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 MADE = "textlora/kernels/_kernels.so"
-SOURCES = tuple(f"textlora/kernels/{name}.c" for name in ("amx", "attention", "crew", "encode", "first", "lora", "passes", "product", "train"))
-COMMAND = ["-O3", "-std=gnu11", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC", "-pthread"]  # psabi: only inlined functions return vectors
+SOURCES = tuple(
+    f"textlora/kernels/{name}.c"
+    for name in ("amx", "attention", "crew", "encode", "first", "lora", "passes", "product", "train")
+)
+COMMAND = [
+    "-O3",
+    "-std=gnu11",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+]  # psabi: only inlined functions return vectors
 
 
 class Compile(BuildHookInterface):

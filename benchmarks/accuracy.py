@@ -1,4 +1,5 @@
-"""Scores of `textlora train` at a learning rate of 1e-3, one command per data set; test splits are read once, at the end of each run.
+"""Scores of `textlora train` at a learning rate of 1e-3, one command per data set; test splits are read once,
+at the end of each run.
 
 python benchmarks/accuracy.py path/to/data imdb      # three seeds of 1,000 IMDB rows
 python benchmarks/accuracy.py path/to/data sets      # six kinds of task
@@ -30,7 +31,16 @@ def train(data: Path, flags: str) -> dict:
     """Run one training through the command line; paths in `flags` are below `data`."""
     words = [str(data / word) if word.endswith(".parquet") else word for word in shlex.split(flags)]
     with tempfile.TemporaryDirectory() as scratch:
-        command = [str(Path(sys.executable).parent / "textlora"), "train", *words, "--pooling", "first", "--output", f"{scratch}/out", "--json"]
+        command = [
+            str(Path(sys.executable).parent / "textlora"),
+            "train",
+            *words,
+            "--pooling",
+            "first",
+            "--output",
+            f"{scratch}/out",
+            "--json",
+        ]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return {key: value for key, value in json.loads(done.stdout).items() if key not in ("output", "labels")}
 
@@ -50,7 +60,10 @@ def imdb(data: Path) -> None:
                 "IMDB, 1,000 training rows, rate 1e-3: test accuracy, mean of 3 seeds (4,000 test rows)",
                 f"{statistics.mean(scores):.4f} ({min(scores):.4f} to {max(scores):.4f})",
             ),
-            ("... training time on two cores, shortest run", f"{seconds:,.0f} s for {runs[0]['epochs']:g} epochs"),
+            (
+                "... training time on two cores, shortest run",
+                f"{seconds:,.0f} s for {runs[0]['epochs']:g} epochs",
+            ),
         ],
         {"runs": runs},
     )
@@ -59,12 +72,16 @@ def imdb(data: Path) -> None:
 def sets(data: Path, names: list[str]) -> None:
     for name in names:
         run = train(data, SETS[name])
-        shown = ", ".join(f"{metric} {run['test'][metric]:.4f}" for metric in SHOWN if run["test"].get(metric) is not None)
+        shown = ", ".join(
+            f"{metric} {run['test'][metric]:.4f}" for metric in SHOWN if run["test"].get(metric) is not None
+        )
         write_result(f"set-{name}", f"score on {name}", [(name, shown)], {"flags": SETS[name], **run})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("what", choices=("imdb", "sets"))
     parser.add_argument("--only", help="comma-separated sets")

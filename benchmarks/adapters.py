@@ -1,4 +1,5 @@
-"""The adapters that other benchmarks take, by `textlora train`: banking77 (3,000 rows), sst2 (2,000 rows) and imdb (500 rows).
+"""The adapters that other benchmarks take, by `textlora train`: banking77 (3,000 rows), sst2 (2,000 rows) and
+imdb (500 rows).
 
 python benchmarks/adapters.py path/to/data path/to/folder
 """
@@ -16,7 +17,9 @@ FLAGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
@@ -24,7 +27,16 @@ def main() -> None:
     for name, flags in FLAGS.items():
         output = options.folder / name
         if not (output / "textlora.json").is_file():
-            train = [textlora, "train", "--train", str(options.data / name / "train.parquet"), *flags.split(), "--output", str(output), "--resume"]
+            train = [
+                textlora,
+                "train",
+                "--train",
+                str(options.data / name / "train.parquet"),
+                *flags.split(),
+                "--output",
+                str(output),
+                "--resume",
+            ]
             subprocess.run(train, check=True)
 
 

@@ -21,7 +21,11 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         model = names[0] if names else model
     if _as_avx2():
         model += " as one with AVX2 alone (benchmarks/as_avx2.c)"
@@ -44,9 +48,17 @@ def write_result(name: str, claim: str, rows: Sequence[tuple[str, str]], details
         + "python "
         + shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_machine, sys.argv[1:])])
     )
-    record = {"claim": claim, "command": command, "machine": machine(), "rows": [list(row) for row in rows], "details": details}
+    record = {
+        "claim": claim,
+        "command": command,
+        "machine": machine(),
+        "rows": [list(row) for row in rows],
+        "details": details,
+    }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     for what, value in rows:
         print(f"{what}: {value}")
 

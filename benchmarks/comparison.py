@@ -1,11 +1,13 @@
-"""The methods side by side on six data sets, each tuned alike, and what `textlora train` does by default beside them.
+"""The methods side by side on six data sets, each tuned alike, and what `textlora train` does by default.
 
-    python benchmarks/comparison.py DATA run trec6 banking77 sst2      # some sets; a run that is there is not run again
+    python benchmarks/comparison.py DATA run trec6 banking77 sst2
     python benchmarks/comparison.py DATA run tweet_emotion mr glue_rte
-    python benchmarks/comparison.py DATA report                        # tables and figures in docs/comparison, and the row of results/
+    python benchmarks/comparison.py DATA report
 
-Rows to train and validate on come from the train split, rows to test on from the test split, or the validation split where a set has no test.
-Two more sets, which no default was chosen on, meet full fine-tuning and the defaults only.
+`run` takes some sets at a time and skips runs that are there. `report` writes the tables and figures of
+docs/comparison and the row of results/. Rows to train and validate on come from the train split, rows to test on
+from the test split, or the validation split where a set has no test. Two more sets, which no default was chosen
+on, meet full fine-tuning and the defaults only.
 """
 
 import argparse
@@ -32,20 +34,34 @@ REPORT = Path(__file__).parent.parent / "docs" / "comparison"
 
 
 def config(data: Path, name: str, output: Path) -> TrainConfig:
-    held = next(path for split in ("test", "validation") if (path := data / name / f"{split}.parquet").is_file())
+    held = next(
+        path for split in ("test", "validation") if (path := data / name / f"{split}.parquet").is_file()
+    )
     train = str(data / name / "train.parquet")
-    return TrainConfig(train=train, test=str(held), limit_train=TRAIN, limit_eval=SCORED, threads=1, output=str(output))
+    return TrainConfig(
+        train=train, test=str(held), limit_train=TRAIN, limit_eval=SCORED, threads=1, output=str(output)
+    )
 
 
 def run(data: Path, names: Sequence[str]) -> None:
     for name in names:
         methods = DEFAULT_METHODS if name in SETS else ("full",)
         jobs = [(name, methods, {})]
-        jobs += [(f"{name}-{what}", ("lora-qv",), {"lora-qv": (rate,)}) for what, rate in (("default", DEFAULT), ("recipe", RECIPE))]
+        jobs += [
+            (f"{name}-{what}", ("lora-qv",), {"lora-qv": (rate,)})
+            for what, rate in (("default", DEFAULT), ("recipe", RECIPE))
+        ]
         for folder, chosen, rates in jobs:
             asked = Comparison(config(data, name, KEPT / folder), chosen, rates, name=name)
             compare(
-                asked, on_record=lambda record: print(record["kind"], record["method"], record.get("learning_rate"), record.get("test"), flush=True)
+                asked,
+                on_record=lambda record: print(
+                    record["kind"],
+                    record["method"],
+                    record.get("learning_rate"),
+                    record.get("test"),
+                    flush=True,
+                ),
             )
             for extra in (KEPT / folder).iterdir():  # the page of each set is part of the one below docs
                 if extra.name not in ("runs", "comparison.json"):
@@ -86,15 +102,23 @@ def report() -> None:
             pair = found.pair(one, other).as_dict()
             low, high = pair["on_these_sets"]
             details[title][f"{one} - {other}"] = pair
-            whose = {"full": "full fine-tuning's, tuned", "recipe": f"the recipe's (rate {RECIPE:g}) at equal epochs"}[other]
+            whose = {
+                "full": "full fine-tuning's, tuned",
+                "recipe": f"the recipe's (rate {RECIPE:g}) at equal epochs",
+            }[other]
             rows.append(
-                (f"accuracy of `train`'s defaults minus {whose}, mean of {title}", f"{pair['mean']:+.1f} points (95% {low:+.1f} to {high:+.1f})")
+                (
+                    f"accuracy of `train`'s defaults minus {whose}, mean of {title}",
+                    f"{pair['mean']:+.1f} points (95% {low:+.1f} to {high:+.1f})",
+                )
             )
     write_result("comparison", "methods side by side, each tuned alike", rows, details)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("sets", nargs="*", default=[*SETS, *ASIDE])

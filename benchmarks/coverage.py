@@ -1,10 +1,12 @@
-"""How often the 95 % intervals of `textlora.metrics.scores.intervals` hold the truth: simulated rows of known quality, few and many.
+"""How often the 95 % intervals of `textlora.metrics.scores.intervals` hold the truth: simulated rows of known
+quality, few and many.
 
     python benchmarks/coverage.py [--trials 400] [--resamples 200]
 
-Each case draws a large population of labels and logits once; its metrics are the truth. Test sets of n rows are drawn from it. The table
-shows, per metric and n, the share of test sets whose interval holds the truth (in %) and, behind a slash, the share without an interval
-where there is one. The lowest and the highest end of coverage that chance alone gives at 400 trials is 92.9 and 97.1.
+Each case draws a large population of labels and logits once; its metrics are the truth. Test sets of n rows
+are drawn from it. The table shows, per metric and n, the share of test sets whose interval holds the truth
+(in %) and, behind a slash, the share without an interval where there is one. The lowest and the highest end
+of coverage that chance alone gives at 400 trials is 92.9 and 97.1.
 """
 
 import argparse
@@ -19,7 +21,8 @@ POPULATION = 20_000
 
 
 def single(accuracy: float, shares: tuple[float, ...], seed: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """Single-label rows: normal logits around the truth, so far apart that about `accuracy` of them are right."""
+    """Single-label rows: normal logits around the truth, so far apart that about `accuracy` of them are
+    right."""
     random, classes = np.random.default_rng(seed), len(shares)
     labels = random.choice(classes, size=POPULATION, p=shares)
     noise = random.normal(size=(POPULATION, classes))
@@ -32,7 +35,8 @@ def single(accuracy: float, shares: tuple[float, ...], seed: int) -> tuple[str, 
 
 
 def multi(shares: tuple[float, ...], apart: float, seed: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """Multi-label rows: label c has the share `shares[c]`; its logit is normal, `apart` standard deviations higher where it is true."""
+    """Multi-label rows: label c has the share `shares[c]`; its logit is normal, `apart` standard deviations
+    higher where it is true."""
     random = np.random.default_rng(seed)
     labels = random.random((POPULATION, len(shares))) < shares
     logits = random.normal(size=labels.shape) + apart * (labels - 0.5) + np.log(shares) / max(apart, 1.0)
@@ -50,17 +54,25 @@ def cases() -> dict[str, tuple[str, np.ndarray, np.ndarray]]:
     found = {}
     for accuracy in (0.6, 0.9, 0.98):
         found[f"2 labels, {accuracy:.0%} right"] = single(accuracy, (0.5, 0.5), 1)
-        found[f"2 labels of 90 and 10 %, {max(accuracy, 0.92):.0%} right"] = single(max(accuracy, 0.92), (0.9, 0.1), 2)
-        found[f"6 labels, 2 of them rare, {accuracy:.0%} right"] = single(accuracy, (0.3, 0.25, 0.2, 0.2, 0.03, 0.02), 3)
+        found[f"2 labels of 90 and 10 %, {max(accuracy, 0.92):.0%} right"] = single(
+            max(accuracy, 0.92), (0.9, 0.1), 2
+        )
+        found[f"6 labels, 2 of them rare, {accuracy:.0%} right"] = single(
+            accuracy, (0.3, 0.25, 0.2, 0.2, 0.03, 0.02), 3
+        )
     for apart in (2.0, 4.0, 6.0):
-        found[f"8 labels at once, 3 of them rare, {apart:.0f} apart"] = multi((0.4, 0.3, 0.2, 0.2, 0.1, 0.04, 0.03, 0.02), apart, 4)
+        found[f"8 labels at once, 3 of them rare, {apart:.0f} apart"] = multi(
+            (0.4, 0.3, 0.2, 0.2, 0.1, 0.04, 0.03, 0.02), apart, 4
+        )
     for noise in (0.1, 0.5, 2.0):
         found[f"regression, noise {noise}"] = regression(noise, 5)
     found["regression, heavy tails"] = regression(0.5, 6, heavy=True)
     return found
 
 
-def coverage(case: tuple[str, np.ndarray, np.ndarray], size: int, trials: int, resamples: int) -> dict[str, tuple[float, float, float]]:
+def coverage(
+    case: tuple[str, np.ndarray, np.ndarray], size: int, trials: int, resamples: int
+) -> dict[str, tuple[float, float, float]]:
     """Metric -> (share of intervals that hold the truth, share of test sets without an interval, mean width)."""
     kind, labels, logits = case
     truth = evaluate(kind, labels, logits, [str(c) for c in range(logits.shape[1])])
@@ -73,13 +85,19 @@ def coverage(case: tuple[str, np.ndarray, np.ndarray], size: int, trials: int, r
             hits[name].append(low <= truth[name] <= high)
             widths[name].append(high - low)
     return {
-        name: (float(np.mean(found)) if found else float("nan"), 1 - len(found) / trials, float(np.mean(widths[name])) if found else 0.0)
+        name: (
+            float(np.mean(found)) if found else float("nan"),
+            1 - len(found) / trials,
+            float(np.mean(widths[name])) if found else 0.0,
+        )
         for name, found in hits.items()
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--resamples", type=int, default=200)
     flags = parser.parse_args()
@@ -88,7 +106,10 @@ def main() -> None:
     for title, case in cases().items():
         columns = [coverage(case, size, flags.trials, flags.resamples) for size in SIZES]
         for name in columns[0]:
-            cells = [f"{100 * share:.0f}" + (f" / {100 * none:.0f}" if none else "") for share, none, _ in (column[name] for column in columns)]
+            cells = [
+                f"{100 * share:.0f}" + (f" / {100 * none:.0f}" if none else "")
+                for share, none, _ in (column[name] for column in columns)
+            ]
             print(f"| {title} | {name} | " + " | ".join(cells) + " |", flush=True)
 
 

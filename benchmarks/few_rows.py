@@ -1,11 +1,14 @@
-"""What `textlora train` learns with all its defaults from few rows of ten sets, and how good its scores are: accuracy, log loss, calibration error.
+"""What `textlora train` learns with all its defaults from few rows of ten sets, and how good its scores are:
+accuracy, log loss, calibration error.
 
-python benchmarks/few_rows.py DATA run --rows 256 150 64 --folder demo/few-rows           # one JSON file a run; finished ones are skipped
-python benchmarks/few_rows.py DATA run --rows 256 --folder demo/few-rows-before           # the same with PYTHONPATH at another version
-python benchmarks/few_rows.py DATA report --folder demo/few-rows --before demo/few-rows-before
+    python benchmarks/few_rows.py DATA run --rows 256 150 64 --folder demo/few-rows
+    python benchmarks/few_rows.py DATA run --rows 256 --folder demo/few-rows-before
+    python benchmarks/few_rows.py DATA report --folder demo/few-rows --before demo/few-rows-before
 
-Every class is drawn first, then other rows, by the seed. Of a test split up to 1,000 rows are read, the same for all; a set without one lends its
-validation split. `--develop` scores other training rows in place of test rows.
+A run is one JSON file, and finished ones are skipped; the second command is the first with PYTHONPATH at another
+version. Every class is drawn first, then other rows, by the seed. Of a test split up to 1,000 rows are read, the
+same for all; a set without one lends its validation split. Test rows of a class that was not drawn are left out.
+`--develop` scores other training rows in place of test rows.
 """
 
 import argparse
@@ -20,7 +23,18 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-SETS = ("trec6", "banking77", "sst2", "mr", "ag_news", "20news", "imdb", "sms_spam", "tweet_emotion", "glue_cola")
+SETS = (
+    "trec6",
+    "banking77",
+    "sst2",
+    "mr",
+    "ag_news",
+    "20news",
+    "imdb",
+    "sms_spam",
+    "tweet_emotion",
+    "glue_cola",
+)
 TEST_ROWS = 1000
 
 
@@ -43,12 +57,20 @@ def calibration_error(probs: np.ndarray, labels: np.ndarray) -> float:
     """Mean gap between confidence and accuracy over 15 bins of equal width (Guo et al. 2017)."""
     sure, right = probs.max(1), probs.argmax(1) == labels
     bins = np.clip(np.ceil(sure * 15).astype(int) - 1, 0, 14)
-    return float(sum(abs(right[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean() for b in range(15) if (bins == b).any()))
+    return float(
+        sum(
+            abs(right[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean()
+            for b in range(15)
+            if (bins == b).any()
+        )
+    )
 
 
 def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     shifted = logits - logits.max(1, keepdims=True)
-    return float(-(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))[np.arange(len(labels)), labels].mean())
+    return float(
+        -(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))[np.arange(len(labels)), labels].mean()
+    )
 
 
 def one(data: Path, name: str, count: int, seed: int, develop: bool) -> dict[str, Any]:
@@ -59,19 +81,28 @@ def one(data: Path, name: str, count: int, seed: int, develop: bool) -> dict[str
     if develop:
         test = [train[i] for i in others[:TEST_ROWS]]
     else:
-        path = next(path for split in ("test", "validation") if (path := data / name / f"{split}.parquet").is_file())
+        path = next(
+            path for split in ("test", "validation") if (path := data / name / f"{split}.parquet").is_file()
+        )
         test = rows_of(path)
         test = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:TEST_ROWS]]
     steps: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
-        seen = lambda record: steps.append(record["tokens"] / record["tokens_per_second"]) if record["kind"] == "step" else None
-        classifier = textlora.train([train[i] for i in picked], output=f"{scratch}/out", seed=seed, callback=seen)
+        seen = lambda record: (
+            steps.append(record["tokens"] / record["tokens_per_second"]) if record["kind"] == "step" else None
+        )
+        classifier = textlora.train(
+            [train[i] for i in picked], output=f"{scratch}/out", seed=seed, callback=seen
+        )
         seconds = time.perf_counter() - began
     meta = classifier.meta
+    test = [row for row in test if row[1] in meta.labels]  # with fewer rows than classes some are not drawn
     logits = np.asarray(classifier.logits([text for text, _ in test]), dtype=np.float64)
     labels = np.array([meta.labels.index(label) for _, label in test])
-    applied, fitted, shift = meta.temperature, getattr(meta, "fitted_temperature", 1.0), getattr(meta, "fitted_shift", None)
+    applied = meta.temperature
+    fitted = getattr(meta, "fitted_temperature", 1.0)
+    shift = getattr(meta, "fitted_shift", None)
     trained = (logits - (0.0 if shift is None else np.array(shift))) * fitted
     scores = logits / applied
     probs = np.exp(scores - scores.max(1, keepdims=True))
@@ -89,7 +120,9 @@ def run(arguments: argparse.Namespace) -> None:
     for count in arguments.rows:
         for seed in arguments.seeds:
             for name in arguments.sets:
-                path = arguments.folder / f"{name}_{count}_{seed}{'_develop' if arguments.develop else ''}.json"
+                path = (
+                    arguments.folder / f"{name}_{count}_{seed}{'_develop' if arguments.develop else ''}.json"
+                )
                 if path.is_file():
                     continue
                 record = one(arguments.data, name, count, seed, arguments.develop)
@@ -122,19 +155,28 @@ def report(arguments: argparse.Namespace) -> None:
                 f"{mean(new, 'accuracy'):.4f} ({mean(old, 'accuracy'):.4f})",
             )
         )
-    excess = [(r["log_loss"] - r["log_loss_at_1"]) / max(0.01, 0.02 * r["log_loss_at_1"]) for records in now.values() for r in records]
+    excess = [
+        (r["log_loss"] - r["log_loss_at_1"]) / max(0.01, 0.02 * r["log_loss_at_1"])
+        for records in now.values()
+        for r in records
+    ]
     head = [
         ("accuracy with all defaults, 256 rows: mean gain over the ten sets; least gain", f"{statistics.mean(gains):+.1f} points; {min(gains):+.1f}"),
         ("expected calibration error (15 bins), 256 rows, mean over the sets (before)",
          f"{statistics.mean(mean(now[name, 256], 'ece') for name in SETS):.3f} ({statistics.mean(mean(before[name, 256], 'ece') for name in SETS):.3f})"),
         ("test log loss over that at temperature 1, in units of 2% or 0.01 nats, the largest of all runs", f"{max(excess):.2f}"),
     ]  # fmt: skip
-    details = {"runs": [r for records in now.values() for r in records], "before": [r for records in before.values() for r in records]}
+    details = {
+        "runs": [r for records in now.values() for r in records],
+        "before": [r for records in before.values() for r in records],
+    }
     write_result("few-rows", "all defaults on few rows of ten sets", head + lines, details)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--rows", type=int, nargs="+", default=[256])

@@ -1,9 +1,10 @@
-"""The arithmetic of a job, counted, and the time it would take if nothing else took any: sum of FLOP_i / rate_i.
+"""The arithmetic of a job, counted, and the time it would take if nothing else took any: sum of FLOP_i /
+rate_i.
 
-Rates are measured in the same process, at the encoder's own shapes, on as many single-threaded workers as the engine uses: matrix
-products by (inner, outer) width at the mean number of tokens of a piece; attention by text length, as many texts at once as a piece
-has, forward and backward apart. Norms, activations, residual sums, the optimizer and Python are not counted: they are what the share
-leaves open.
+Rates are measured in the same process, at the encoder's own shapes, on as many single-threaded workers as the
+engine uses: matrix products by (inner, outer) width at the mean number of tokens of a piece; attention by
+text length, as many texts at once as a piece has, forward and backward apart. Norms, activations, residual
+sums, the optimizer and Python are not counted: they are what the share leaves open.
 """
 
 import time
@@ -28,14 +29,23 @@ REPEAT_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Work:
-    """Products (inner, outer) -> rows that go through them, and attention: length -> texts, forward and backward."""
+    """Products (inner, outer) -> rows that go through them, and attention: length -> texts, forward and
+    backward."""
 
     products: Counter
     attention: Counter
     attention_backward: Counter
 
 
-def count(spec: EncoderSpec, lengths: Sequence[int], *, train: str | None, r: int = 8, adapted: int = 2, depth: int = 0) -> Work:
+def count(
+    spec: EncoderSpec,
+    lengths: Sequence[int],
+    *,
+    train: str | None,
+    r: int = 8,
+    adapted: int = 2,
+    depth: int = 0,
+) -> Work:
     """Work of one pass over texts of these lengths.
 
     Args:
@@ -54,7 +64,9 @@ def count(spec: EncoderSpec, lengths: Sequence[int], *, train: str | None, r: in
 
     def lora(rows: int, input_gradient: bool) -> None:
         for inner, outer in ((H, r), (r, H)) * (3 if train else 1):
-            products[inner, outer] += rows * adapted if inner == H or input_gradient or not train else rows * adapted // 2
+            products[inner, outer] += (
+                rows * adapted if inner == H or input_gradient or not train else rows * adapted // 2
+            )
 
     for i in range(depth, spec.layers):
         first = train is not None and i == depth and train != "full"
@@ -81,20 +93,31 @@ def mean_piece(lengths: Sequence[int], batch_size: int = 8) -> int:
     """Tokens of a piece of a training step, in the mean."""
     steps = [range(at, min(at + batch_size, len(lengths))) for at in range(0, len(lengths), batch_size)]
     least = MIN_SHARE_ONE_CORE if lanes() else MIN_PIECE
-    count = sum(len(divide(np.array(lengths), list(rows), torch.get_num_threads(), PIECE_TOKENS["cpu"], least)) for rows in steps)
+    count = sum(
+        len(divide(np.array(lengths), list(rows), torch.get_num_threads(), PIECE_TOKENS["cpu"], least))
+        for rows in steps
+    )
     return round(sum(lengths) / count)
 
 
-def floor_seconds(spec: EncoderSpec, work: Work, piece_tokens: int, *, predicting: bool = False) -> tuple[float, dict[str, float]]:
-    """Seconds the work takes at measured rates, and the rates in GFLOP/s: of torch's products in training, whichever the engine takes, `predicting` of
-    those on weights as the engine prepares them."""
+def floor_seconds(
+    spec: EncoderSpec, work: Work, piece_tokens: int, *, predicting: bool = False
+) -> tuple[float, dict[str, float]]:
+    """Seconds the work takes at measured rates, and the rates in GFLOP/s: of torch's products in training,
+    whichever the engine takes, `predicting` of those on weights as the engine prepares them."""
     seconds, rates = 0.0, {}
     with side_by_side("cpu") as workers, torch.inference_mode(predicting), torch.no_grad():
         for (inner, outer), rows in sorted(work.products.items()):
             tokens = min(piece_tokens, rows)
             x, weight = torch.randn(tokens, inner), torch.randn(outer, inner)
             made = prepare(weight, "float32", lanes() > 0) if predicting and lays_out(weight) else weight
-            rate = 2 * tokens * inner * outer * _calls_per_second(workers, lambda x=x, made=made: dense(x, made, None))
+            rate = (
+                2
+                * tokens
+                * inner
+                * outer
+                * _calls_per_second(workers, lambda x=x, made=made: dense(x, made, None))
+            )
             rates[f"product {inner} to {outer}"] = rate / 1e9
             seconds += 2 * rows * inner * outer / rate
         for length, texts in sorted(work.attention.items()):
@@ -103,14 +126,18 @@ def floor_seconds(spec: EncoderSpec, work: Work, piece_tokens: int, *, predictin
     for length, texts in sorted(work.attention_backward.items()):
         at_once = max(1, min(round(texts / spec.layers), piece_tokens // length))
         with side_by_side("cpu") as workers:
-            both, forward = (_calls_per_second(workers, _attention(spec, length, at_once, grad)) for grad in (True, False))
+            both, forward = (
+                _calls_per_second(workers, _attention(spec, length, at_once, grad)) for grad in (True, False)
+            )
         seconds += texts / at_once * (1 / both - 1 / forward)
     return seconds, rates
 
 
 def zeros(lengths: Sequence[int], device: str = "cpu") -> PackedBatch:
     """A batch of texts of these lengths."""
-    return pack([Encoded(np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.int8), n) for n in lengths], device=device)
+    return pack(
+        [Encoded(np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.int8), n) for n in lengths], device=device
+    )
 
 
 def _attention(spec: EncoderSpec, length: int, texts: int, grad: bool = False) -> Callable[[], object]:

@@ -1,12 +1,14 @@
-"""Training and inference on a CUDA device beside the peers: models of bert-base's and bert-large's size, random weights, bfloat16.
+"""Training and inference on a CUDA device beside the peers: models of bert-base's and bert-large's size,
+random weights, bfloat16.
 
     python benchmarks/gpu.py path/to/data
 
-The recipe as written trains in float32 (Trainer's default) on rows padded to 512. The tuned stack has dynamic padding, length grouping, no base
-dropout, and its best of autocast and bfloat16 weights at its best batch size; textlora too has its best batch size, and trains three epochs
-where the others train one: it records a step when a shape of batch comes the second time, which an epoch of so few rows hardly outlasts. Shares
-are against two measures of the same run: the floor (products at the encoder's own shapes, attention as it is called), and the rate of one
-large product.
+The recipe as written trains in float32 (Trainer's default) on rows padded to 512. The tuned stack has dynamic
+padding, length grouping, no base dropout, and its best of autocast and bfloat16 weights at its best batch
+size; textlora too has its best batch size, and trains three epochs where the others train one: it records a
+step when a shape of batch comes the second time, which an epoch of so few rows hardly outlasts. Shares are
+against two measures of the same run: the floor (products at the encoder's own shapes, attention as it is
+called), and the rate of one large product.
 """
 
 import argparse
@@ -33,7 +35,15 @@ from textlora.model.base import find_base
 from textlora.model.families import EncoderSpec, read_spec
 from textlora.model.open import open_model
 
-SIZES = {"base": {}, "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}}
+SIZES = {
+    "base": {},
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+}
 BATCHES, PEER_BATCHES = (8, 32, 64, 128), (32, 64, 128)
 LARGE_PRODUCT = 8192
 LONGER = {"epochs": 3, "eval_every": 10**6}
@@ -78,7 +88,8 @@ def attention_seconds(spec: EncoderSpec, lengths: Sequence[int], train: bool) ->
 
 
 def floor_of(spec: EncoderSpec, lengths: Sequence[int], batch: int, train: str | None) -> tuple[float, float]:
-    """Seconds that the products and the attention of all rows take at the rates of their shapes in steps of `batch` rows, and FLOP of the products."""
+    """Seconds that the products and the attention of all rows take at the rates of their shapes in steps of
+    `batch` rows, and FLOP of the products."""
     work = count(spec, lengths, train=train)
     tokens = round(np.mean(lengths) * batch)
     flop = {shape: 2.0 * rows * shape[0] * shape[1] for shape, rows in work.products.items()}
@@ -117,7 +128,10 @@ def training(folder: str, rows: list[dict[str, Any]], lengths: list[int], pairs:
             sweep["tuned", precision, batch] = tuned_speed(folder, rows, tokens, batch, precision)
     for batch in BATCHES:
         sweep["textlora", "bfloat16", batch] = textlora_speed(folder, rows, False, batch)
-    best = {system: max((key for key in sweep if key[0] == system), key=sweep.__getitem__) for system in ("tuned", "textlora")}
+    best = {
+        system: max((key for key in sweep if key[0] == system), key=sweep.__getitem__)
+        for system in ("tuned", "textlora")
+    }
     systems: dict[str, Callable[[], float]] = {
         "textlora": lambda: textlora_speed(folder, rows, False, best["textlora"][2]),
         "tuned": lambda: tuned_speed(folder, rows, tokens, best["tuned"][2], best["tuned"][1]),
@@ -156,7 +170,10 @@ def padded_run(model: Any, encoded: Sequence[Encoded], batch: int) -> np.ndarray
             mask = np.zeros_like(ids)
             for k, one in enumerate(some):
                 ids[k, : len(one)], mask[k, : len(one)] = one, 1
-            inputs = {"input_ids": torch.from_numpy(ids).to("cuda"), "attention_mask": torch.from_numpy(mask).to("cuda")}
+            inputs = {
+                "input_ids": torch.from_numpy(ids).to("cuda"),
+                "attention_mask": torch.from_numpy(mask).to("cuda"),
+            }
             parts.append(model(**inputs).logits.float())
     result = np.empty((len(encoded), parts[0].shape[1]), dtype=np.float32)
     result[order] = torch.cat(parts).cpu().numpy()
@@ -168,7 +185,11 @@ def inference(folder: str, encoded: Sequence[Encoded], pairs: int) -> dict[str, 
     files = find_base(folder)
     model, _ = open_model(files, LoraConfig(), 2, device="cuda")
     running = model.for_inference("bfloat16")
-    peer = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.bfloat16).cuda().eval()
+    peer = (
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.bfloat16)
+        .cuda()
+        .eval()
+    )
     exact = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).cuda().eval()
     head = model.trainable()
     with torch.no_grad():
@@ -210,7 +231,9 @@ def _clock(run: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path, help="folder of the data sets imdb and banking77")
     parser.add_argument("--tokenizer", default="minilm", help="folder whose tokenizer is used")
     parser.add_argument("--rows", type=int, default=1024)
@@ -228,26 +251,72 @@ def main() -> None:
             folder = str(random_base(Path(scratch), str(find_base(options.tokenizer).folder), **sizes))
             files = find_base(folder)
             tokenizer = TextTokenizer(load_tokenizer(files.folder, files.config["model_type"]), 512)
-            encoded = {name: tokenizer.encode([row["text"] for row in rows]) for name, rows in (("imdb", imdb), ("banking77", banking))}
-            made = training(folder, imdb, [len(e.ids) for e in encoded["imdb"]], options.pairs if size == "base" else 3)
-            details[size] = {"training": made} | {name: inference(folder, some, options.pairs) for name, some in encoded.items()}
+            encoded = {
+                name: tokenizer.encode([row["text"] for row in rows])
+                for name, rows in (("imdb", imdb), ("banking77", banking))
+            }
+            made = training(
+                folder, imdb, [len(e.ids) for e in encoded["imdb"]], options.pairs if size == "base" else 3
+            )
+            details[size] = {"training": made} | {
+                name: inference(folder, some, options.pairs) for name, some in encoded.items()
+            }
         speed = {system: statistics.median(values) for system, values in made["tokens_per_second"].items()}
         share = made["product_flop_per_second"] / rate
         what = f"training, bert-{size} size, IMDB"
-        shown.append((f"{what}: real tokens/s of textlora, batch {made['batch']}", f"{speed['textlora']:,.0f}"))
-        shown.append(("... share of the floor, and of the large product's rate", f"{made['floor_share']:.0%}, {share:.0%}"))
-        shown.append(("... times the tutorial's transformers + peft + Trainer", f"{made['ratio']['recipe']:.1f}x ({speed['recipe']:,.0f})"))
-        shown.append((f"... times the tuned stack ({made['tuned_batch']})", f"{made['ratio']['tuned']:.2f}x ({speed['tuned']:,.0f})"))
-        shown.append(("... times full fine-tuning in the same engine", f"{made['ratio']['full']:.2f}x ({speed['full']:,.0f})"))
+        shown.append(
+            (f"{what}: real tokens/s of textlora, batch {made['batch']}", f"{speed['textlora']:,.0f}")
+        )
+        shown.append(
+            (
+                "... share of the floor, and of the large product's rate",
+                f"{made['floor_share']:.0%}, {share:.0%}",
+            )
+        )
+        shown.append(
+            (
+                "... times the tutorial's transformers + peft + Trainer",
+                f"{made['ratio']['recipe']:.1f}x ({speed['recipe']:,.0f})",
+            )
+        )
+        shown.append(
+            (
+                f"... times the tuned stack ({made['tuned_batch']})",
+                f"{made['ratio']['tuned']:.2f}x ({speed['tuned']:,.0f})",
+            )
+        )
+        shown.append(
+            (
+                "... times full fine-tuning in the same engine",
+                f"{made['ratio']['full']:.2f}x ({speed['full']:,.0f})",
+            )
+        )
         memory = made["peak_bytes"]
-        shown.append(("... peak memory, and the tuned stack's", f"{memory['textlora'] / 2**20:,.0f} MiB, {memory['tuned'] / 2**20:,.0f} MiB"))
+        shown.append(
+            (
+                "... peak memory, and the tuned stack's",
+                f"{memory['textlora'] / 2**20:,.0f} MiB, {memory['tuned'] / 2**20:,.0f} MiB",
+            )
+        )
         for name in encoded:
             one = details[size][name]
-            value = f"{one['texts'] / statistics.median(one['seconds']['textlora']):,.0f}, {one['ratio']:.2f}x"
-            shown.append((f"inference, bert-{size} size, {name}: texts/s, and times transformers in bfloat16, sorted", value))
+            value = (
+                f"{one['texts'] / statistics.median(one['seconds']['textlora']):,.0f}, {one['ratio']:.2f}x"
+            )
+            shown.append(
+                (
+                    f"inference, bert-{size} size, {name}: texts/s, and times transformers in bfloat16, sorted",
+                    value,
+                )
+            )
             off = one["largest_difference"]
             value = f"{one['floor_share']:.0%}, {one['product_flop_per_second'] / rate:.0%}; {off['textlora']:.1e}, {off['transformers']:.1e}"
-            shown.append(("... share of the floor, and of the large product's rate; largest difference from float32, and transformers'", value))
+            shown.append(
+                (
+                    "... share of the floor, and of the large product's rate; largest difference from float32, and transformers'",
+                    value,
+                )
+            )
     write_result("gpu", "training and inference on a CUDA device, bfloat16", shown, details)
 
 

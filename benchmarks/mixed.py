@@ -1,7 +1,9 @@
-"""Mixed-adapter batches on banking77 texts in arrival order, 64 a batch: textlora's engine, its own single merged model, and peft's
-`adapter_names`; several adapters on one text; and what 1 to 1,000 registered adapters cost.
+"""Mixed-adapter batches on banking77 texts in arrival order, 64 a batch: textlora's engine, its own single
+merged model, and peft's `adapter_names`; several adapters on one text; and what 1 to 1,000 registered
+adapters cost.
 
-Adapters are random numbers on MiniLM (query and value, r 8, 2 labels), so that peft can take them: equal linear heads.
+Adapters are random numbers on MiniLM (query and value, r 8, 2 labels), so that peft can take them: equal
+linear heads.
 
     python benchmarks/mixed.py path/to/data
 """
@@ -44,13 +46,28 @@ def write_adapters(folder: Path, count: int, layers: str = "all") -> list[Path]:
     for k in range(count):
         model = PackedModel(weights, LoraConfig(layers=layers), 2, seed=k, encoder=encoder)
         draw = torch.Generator().manual_seed(k)
-        drawn = {name: t.detach() if ".lora_A." in name else 0.05 * torch.randn(t.shape, generator=draw) for name, t in model.trainable().items()}
+        drawn = {
+            name: t.detach() if ".lora_A." in name else 0.05 * torch.randn(t.shape, generator=draw)
+            for name, t in model.trainable().items()
+        }
         path = folder / f"{layers.replace(':', '-')}-{k}"
         path.mkdir(parents=True)
         config = peft_config(model.lora, model.target_modules, model.modules_to_save, "first", None, None)
         write_weights(path, config, drawn)
         base = {"id": None, "revision": None, "model_type": "bert", "hash": weights.hash}
-        write_side_file(path, AdapterMeta(("a", "b"), "single_label_classification", False, "first", 128, "head", base, textlora_version="0"))
+        write_side_file(
+            path,
+            AdapterMeta(
+                ("a", "b"),
+                "single_label_classification",
+                False,
+                "first",
+                128,
+                "head",
+                base,
+                textlora_version="0",
+            ),
+        )
         made.append(path)
     return made
 
@@ -83,11 +100,19 @@ def beside_peft(texts: list[str], folder: Path, pairs: int) -> dict[str, Any]:
 
     def peft_logits() -> np.ndarray:
         with torch.inference_mode():
-            inputs = ({key: torch.from_numpy(value) for key, value in padded([encoded[i] for i in rows], spec).items()} for rows in batches)
+            inputs = (
+                {
+                    key: torch.from_numpy(value)
+                    for key, value in padded([encoded[i] for i in rows], spec).items()
+                }
+                for rows in batches
+            )
             return np.concatenate([peft(**given, adapter_names=names).logits.numpy() for given in inputs])
 
     def ours() -> np.ndarray:
-        return np.array([answer.logits for rows in batches for answer in engine.predict([texts[i] for i in rows], names)])
+        return np.array(
+            [answer.logits for rows in batches for answer in engine.predict([texts[i] for i in rows], names)]
+        )
 
     apart = float(np.abs(peft_logits() - ours()).max())
     systems = {
@@ -103,13 +128,21 @@ def many_tasks(texts: list[str], folder: Path, pairs: int) -> dict[str, Any]:
     found = {}
     order = np.argsort([len(text) for text in texts], kind="stable")
     few = [texts[i] for i in order[len(order) // 2 : len(order) // 2 + 64 : 8]]
-    many = [text + " ." * k for k in range(8) for text in few]  # other texts to the engine, at most a few tokens longer
+    many = [
+        text + " ." * k for k in range(8) for text in few
+    ]  # other texts to the engine, at most a few tokens longer
     for layers in ("last:3", "last:1"):
         engine, names = AdapterEngine("minilm"), []
         for path in write_adapters(folder, 8, layers):
             engine.add(path, path.name)
             names += [path.name] * len(few)
-        taken = paired({"shared": lambda e=engine, n=names: e.predict(few * 8, n), "apart": lambda e=engine, n=names: e.predict(many, n)}, pairs)
+        taken = paired(
+            {
+                "shared": lambda e=engine, n=names: e.predict(few * 8, n),
+                "apart": lambda e=engine, n=names: e.predict(many, n),
+            },
+            pairs,
+        )
         found[layers] = taken
     return found
 
@@ -127,7 +160,9 @@ def growth(texts: list[str], folder: Path) -> list[dict[str, float]]:
             adding.append(time.perf_counter() - start)
         draw = np.random.default_rng(0)
         picks = [paths[k].name for k in np.minimum(draw.zipf(1.2, len(texts)) - 1, count - 1)]
-        run = lambda engine=engine, picks=picks: [engine.predict([texts[i] for i in rows], [picks[i] for i in rows]) for rows in batches]
+        run = lambda engine=engine, picks=picks: [
+            engine.predict([texts[i] for i in rows], [picks[i] for i in rows]) for rows in batches
+        ]
         run()
         taken = []
         for _ in range(3):
@@ -164,8 +199,16 @@ def draw(grown: list[dict[str, float]]) -> None:
     counts = [point["adapters"] for point in grown]
     panels = (
         ("texts/s, Zipf traffic", [[point["texts_per_second"] for point in grown]], ["mixed batches of 64"]),
-        ("MiB", [[point[key] / 2**20 for point in grown] for key in ("process_bytes", "adapter_bytes")], ["whole process", "adapters in memory"]),
-        ("ms", [[point[key] for point in grown] for key in ("load_ms", "register_ms")], ["read into memory", "register"]),
+        (
+            "MiB",
+            [[point[key] / 2**20 for point in grown] for key in ("process_bytes", "adapter_bytes")],
+            ["whole process", "adapters in memory"],
+        ),
+        (
+            "ms",
+            [[point[key] for point in grown] for key in ("load_ms", "register_ms")],
+            ["read into memory", "register"],
+        ),
     )
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     for axis, (unit, series, names) in zip(axes, panels, strict=True):
@@ -181,7 +224,9 @@ def draw(grown: list[dict[str, float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--pairs", type=int, default=5)
@@ -194,18 +239,31 @@ def main() -> None:
         peer = beside_peft(texts, folder / "peft", options.pairs)
         tasks = many_tasks(texts, folder / "tasks", options.pairs)
         grown = growth(texts, folder / "growth")
-    seconds, shares = peer["seconds"], {layers: median_ratio(taken["shared"], taken["apart"]) for layers, taken in tasks.items()}
+    seconds = peer["seconds"]
+    shares = {layers: median_ratio(taken["shared"], taken["apart"]) for layers, taken in tasks.items()}
     speed = {name: len(texts) / statistics.median(taken) for name, taken in seconds.items()}
     rows = [
         ("mixed batch, 64 texts of 64 adapters, banking77: texts/s", f"{speed['mixed']:,.0f}"),
-        ("... times peft's mixed batch", f"{median_ratio(seconds['peft'], seconds['mixed']):.1f}x ({speed['peft']:,.0f})"),
-        ("... share of one merged model's", f"{median_ratio(seconds['merged'], seconds['mixed']):.0%} ({speed['merged']:,.0f})"),
-        *((f"eight adapters ({k} of 6) on one text: time of eight separate texts", f"{share:.0%}") for k, share in shares.items()),
+        (
+            "... times peft's mixed batch",
+            f"{median_ratio(seconds['peft'], seconds['mixed']):.1f}x ({speed['peft']:,.0f})",
+        ),
+        (
+            "... share of one merged model's",
+            f"{median_ratio(seconds['merged'], seconds['mixed']):.0%} ({speed['merged']:,.0f})",
+        ),
+        *(
+            (f"eight adapters ({k} of 6) on one text: time of eight separate texts", f"{share:.0%}")
+            for k, share in shares.items()
+        ),
         (
             "1,000 adapters registered, Zipf traffic: share of one adapter's texts/s",
             f"{grown[-1]['texts_per_second'] / grown[0]['texts_per_second']:.0%}",
         ),
-        ("... registering one; reading one into memory, golden examples apart", f"{grown[-1]['register_ms']:.1f} ms; {grown[-1]['load_ms']:.1f} ms"),
+        (
+            "... registering one; reading one into memory, golden examples apart",
+            f"{grown[-1]['register_ms']:.1f} ms; {grown[-1]['load_ms']:.1f} ms",
+        ),
     ]
     draw(grown)
     write_result("mixed", "many adapters on one base", rows, {"peft": peer, "tasks": tasks, "growth": grown})

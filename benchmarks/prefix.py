@@ -1,4 +1,5 @@
-"""The frozen-prefix cache: seconds of an epoch with and without it, for `--layers last:K`, and what K costs in accuracy.
+"""The frozen-prefix cache: seconds of an epoch with and without it, for `--layers last:K`, and what K costs
+in accuracy.
 
 python benchmarks/prefix.py path/to/data            # speed, IMDB rows
 python benchmarks/prefix.py path/to/data accuracy   # accuracy against K on four sets, validation rows
@@ -39,7 +40,9 @@ def epoch_seconds(prepared: Prepared, states: dict[str, Any]) -> tuple[list[floa
 
 
 def speed(data: Path, rows: int, pairs: int) -> None:
-    texts = [(row["text"], str(row["label"])) for row in read_rows(str(data / "imdb" / "train.parquet"), rows)]
+    texts = [
+        (row["text"], str(row["label"])) for row in read_rows(str(data / "imdb" / "train.parquet"), rows)
+    ]
     shown, details = [], {}
     for k in (3, 2, 1):
         config = TrainConfig(pooling="first", epochs=2, layers=f"last:{k}")
@@ -53,8 +56,18 @@ def speed(data: Path, rows: int, pairs: int) -> None:
                 made[cached].append(seconds[1])
         apart = float(np.abs(np.array(losses[True][:STEPS]) - np.array(losses[False][:STEPS])).max())
         ratio = median_ratio(made[False], made[True])
-        shown.append((f"prefix cache, last:{k} of 6, IMDB: an epoch after the first, without over with", f"{ratio:.1f}x (losses within {apart:.0e})"))
-        details[f"last:{k}"] = {"without": made[False], "with": made[True], "ratio": ratio, "loss_difference": apart}
+        shown.append(
+            (
+                f"prefix cache, last:{k} of 6, IMDB: an epoch after the first, without over with",
+                f"{ratio:.1f}x (losses within {apart:.0e})",
+            )
+        )
+        details[f"last:{k}"] = {
+            "without": made[False],
+            "with": made[True],
+            "ratio": ratio,
+            "loss_difference": apart,
+        }
     write_result("prefix", "epochs with the frozen-prefix cache", shown, {"rows": rows, "blocks": details})
 
 
@@ -64,14 +77,23 @@ def accuracy(data: Path) -> None:
     for name in SETS:
         rows = read_table(str(data / name / "train.parquet")).rows
         order = np.random.default_rng(42).permutation(len(rows))
-        train, held = ([dataclasses.replace(rows[i]) for i in order[a:b]] for a, b in ((0, 1000), (1000, 2000)))
+        train, held = (
+            [dataclasses.replace(rows[i]) for i in order[a:b]] for a, b in ((0, 1000), (1000, 2000))
+        )
         found[name] = {}
         for layers in ("last:1", "last:2", "last:3", "all"):
-            pairs = {split: [(row.text, row.label) for row in part] for split, part in (("train", train), ("validation", held))}
+            pairs = {
+                split: [(row.text, row.label) for row in part]
+                for split, part in (("train", train), ("validation", held))
+            }
             prepared = prepare(TrainConfig(pooling="first", layers=layers), pairs)
             start_head(prepared)
             trainer = Trainer(prepared, build_prefix(prepared))
-            scores = [record["metrics"]["accuracy"] for record in trainer.records() if record["kind"] == "evaluation"]
+            scores = [
+                record["metrics"]["accuracy"]
+                for record in trainer.records()
+                if record["kind"] == "evaluation"
+            ]
             found[name][layers] = {"accuracy": scores, "kept": trainer.kept_score, "seconds": trainer.seconds}
     shown = [
         (
@@ -84,7 +106,9 @@ def accuracy(data: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("what", nargs="?", choices=("speed", "accuracy"), default="speed")
     parser.add_argument("--rows", type=int, default=80)

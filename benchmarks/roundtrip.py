@@ -1,4 +1,5 @@
-"""Round trips of a real adapter on real rows: the largest difference of a logit on the way out to PEFT, loralib, a merged model, and back.
+"""Round trips of a real adapter on real rows: the largest difference of a logit on the way out to PEFT,
+loralib, a merged model, and back.
 
 python benchmarks/roundtrip.py path/to/imdb/train.parquet path/to/an/adapter
 """
@@ -41,13 +42,17 @@ def logits_of(net: torch.nn.Module, encoded: list[Encoded], spec: object) -> np.
     parts = []
     with torch.inference_mode():
         for at in range(0, len(encoded), 8):
-            inputs = {name: torch.from_numpy(value) for name, value in padded(encoded[at : at + 8], spec).items()}
+            inputs = {
+                name: torch.from_numpy(value) for name, value in padded(encoded[at : at + 8], spec).items()
+            }
             parts.append(net(**inputs).logits.numpy())
     return np.concatenate(parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", help="rows as Parquet, column text; the last of them are taken")
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--rows", type=int, default=200)
@@ -72,29 +77,59 @@ def main() -> None:
         peft.save_pretrained(str(root / "peft"))
         length = classifier.tokenizer.max_length
         convert(root / "peft", root / "from-peft", model=str(files.folder), labels=labels, max_length=length)
-        note("PEFT -> textlora", TextClassifier.load(root / "from-peft", base=str(files.folder)).logits(texts), theirs)
+        note(
+            "PEFT -> textlora",
+            TextClassifier.load(root / "from-peft", base=str(files.folder)).logits(texts),
+            theirs,
+        )
 
         tensors = {}
         for name, tensor in folder.tensors.items():
             tensors[
-                name.removeprefix("base_model.model.").removesuffix(".weight") if ".lora_" in name else name.removeprefix("base_model.model.")
+                name.removeprefix("base_model.model.").removesuffix(".weight")
+                if ".lora_" in name
+                else name.removeprefix("base_model.model.")
             ] = tensor
         torch.save(tensors, root / "loralib.bin")
         alpha = float(folder.config["lora_alpha"])
-        convert(root / "loralib.bin", root / "from-loralib", model=str(files.folder), labels=labels, max_length=length, lora_alpha=alpha)
-        note("loralib -> textlora", TextClassifier.load(root / "from-loralib", base=str(files.folder)).logits(texts))
+        convert(
+            root / "loralib.bin",
+            root / "from-loralib",
+            model=str(files.folder),
+            labels=labels,
+            max_length=length,
+            lora_alpha=alpha,
+        )
+        note(
+            "loralib -> textlora",
+            TextClassifier.load(root / "from-loralib", base=str(files.folder)).logits(texts),
+        )
 
         merge(classifier, files, options.adapter, root / "merged")
         command = [sys.executable, "-c", PIPELINE, str(root / "merged")]
-        done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True, cwd=scratch)
+        done = subprocess.run(
+            command, input=json.dumps(texts), capture_output=True, text=True, check=True, cwd=scratch
+        )
         said = json.loads(done.stdout)
         assert not said["textlora"]
-        note("textlora -> merged -> pipeline in a process without textlora", np.array([[row[label] for label in labels] for row in said["scores"]]))
+        note(
+            "textlora -> merged -> pipeline in a process without textlora",
+            np.array([[row[label] for label in labels] for row in said["scores"]]),
+        )
         extract(str(root / "merged"), str(files.folder), root / "extracted")
-        note("merged -> extract -> textlora", TextClassifier.load(root / "extracted", base=str(files.folder)).logits(texts))
-    rows = [(f"{what}, {len(texts)} texts: largest logit difference / max(1, logit)", f"{value:.1e}") for what, value in apart.items()]
+        note(
+            "merged -> extract -> textlora",
+            TextClassifier.load(root / "extracted", base=str(files.folder)).logits(texts),
+        )
+    rows = [
+        (f"{what}, {len(texts)} texts: largest logit difference / max(1, logit)", f"{value:.1e}")
+        for what, value in apart.items()
+    ]
     write_result(
-        "roundtrip", "round trips of an adapter", rows, {"rows": len(texts), "largest_logit": float(np.abs(ours).max()), "differences": apart}
+        "roundtrip",
+        "round trips of an adapter",
+        rows,
+        {"rows": len(texts), "largest_logit": float(np.abs(ours).max()), "differences": apart},
     )
 
 

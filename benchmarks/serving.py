@@ -1,5 +1,6 @@
-"""`textlora serve` under load on loopback: open loop, Poisson arrivals, Zipf over many adapters, latency from the scheduled send, every answer
-compared with `AdapterEngine.predict`, an adapter loaded and unloaded all the while.
+"""`textlora serve` under load on loopback: open loop, Poisson arrivals, Zipf over many adapters, latency from
+the scheduled send, every answer compared with `AdapterEngine.predict`, an adapter loaded and unloaded all the
+while.
 
 python benchmarks/serving.py --texts DATA.parquet --adapters my-adapter other-adapter --count 1000
 """
@@ -45,15 +46,27 @@ class Phase:
     wrong: int = 0
 
     def summary(self) -> dict[str, object]:
-        spread = {f"p{q}_ms": round(float(np.percentile(self.latencies, q)) * 1e3, 1) for q in (50, 95, 99)} if self.latencies else {}
+        spread = (
+            {f"p{q}_ms": round(float(np.percentile(self.latencies, q)) * 1e3, 1) for q in (50, 95, 99)}
+            if self.latencies
+            else {}
+        )
         good = round(self.statuses[200] / self.seconds, 1)
-        if self.late:  # of the generator itself, from the scheduled send to the true one; part of each latency
+        if (
+            self.late
+        ):  # of the generator itself, from the scheduled send to the true one; part of each latency
             spread["sent_late_p99_ms"] = round(float(np.percentile(self.late, 99)) * 1e3, 1)
-        return {"offered": round(self.offered, 1), "goodput": good, "statuses": dict(self.statuses), "wrong": self.wrong} | spread
+        return {
+            "offered": round(self.offered, 1),
+            "goodput": good,
+            "statuses": dict(self.statuses),
+            "wrong": self.wrong,
+        } | spread
 
 
 class Client:
-    """Keep-alive connections, at most `CONNECTIONS`; a request that finds none waits, and its latency counts that."""
+    """Keep-alive connections, at most `CONNECTIONS`; a request that finds none waits, and its latency counts
+    that."""
 
     def __init__(self, port: int):
         self.port, self.free, self.bound = port, [], asyncio.Semaphore(CONNECTIONS)
@@ -63,7 +76,9 @@ class Client:
             head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             while True:
                 reused = bool(self.free)
-                reader, writer = self.free.pop() if reused else await asyncio.open_connection("127.0.0.1", self.port)
+                reader, writer = (
+                    self.free.pop() if reused else await asyncio.open_connection("127.0.0.1", self.port)
+                )
                 try:
                     writer.write(head.encode() + body)
                     lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
@@ -83,18 +98,28 @@ class Client:
 class Load:
     """Requests drawn from texts and adapters, with the answers they must get."""
 
-    def __init__(self, texts: list[str], names: list[str], expected: dict[tuple[str, int], dict[str, float]], seed: int = 0):
+    def __init__(
+        self,
+        texts: list[str],
+        names: list[str],
+        expected: dict[tuple[str, int], dict[str, float]],
+        seed: int = 0,
+    ):
         self.texts, self.names, self.expected, self.draw = texts, names, expected, np.random.default_rng(seed)
         weights = 1 / np.arange(1, len(names) + 1)
         self.weights = weights / weights.sum()
         self.drawn: Iterator[tuple[str, int, bytes]] = iter(())
 
     def prepare(self, count: int) -> None:
-        """Draw the next requests: what is done before and after a phase takes nothing from the server meanwhile."""
+        """Draw the next requests: what is done before and after a phase takes nothing from the server
+        meanwhile."""
         names = self.draw.choice(len(self.names), size=count, p=self.weights).tolist()
         texts = self.draw.integers(len(self.texts), size=count).tolist()
         self.drawn = iter(
-            [(self.names[n], t, json.dumps({"inputs": self.texts[t], "model": self.names[n]}).encode()) for n, t in zip(names, texts, strict=True)]
+            [
+                (self.names[n], t, json.dumps({"inputs": self.texts[t], "model": self.names[n]}).encode())
+                for n, t in zip(names, texts, strict=True)
+            ]
         )
 
     async def ask(self, client: Client, phase: Phase, scheduled: float) -> None:
@@ -108,7 +133,9 @@ class Load:
     def check(self, phase: Phase) -> None:
         for name, text, answer in phase.answers:
             want = self.expected[name.rpartition("-")[0], text]
-            phase.wrong += any(abs(row["score"] - want[row["label"]]) > TOLERANCE for row in json.loads(answer))
+            phase.wrong += any(
+                abs(row["score"] - want[row["label"]]) > TOLERANCE for row in json.loads(answer)
+            )
         phase.answers.clear()
 
     async def open_loop(self, client: Client, rate: float, seconds: float) -> Phase:
@@ -156,7 +183,8 @@ async def churn(client: Client, folder: Path, stop: asyncio.Event) -> int:
 
 
 def offline_rate(engine: AdapterEngine, load: Load) -> float:
-    """Texts per second of the engine alone: the same adapters and draw, 64 texts a batch, every adapter in memory."""
+    """Texts per second of the engine alone: the same adapters and draw, 64 texts a batch, every adapter in
+    memory."""
     picked = [load.names[k] for k in load.draw.choice(len(load.names), size=len(load.texts), p=load.weights)]
     batches = [(load.texts[i : i + 64], picked[i : i + 64]) for i in range(0, len(load.texts), 64)]
     for texts, names in batches:
@@ -169,27 +197,39 @@ def offline_rate(engine: AdapterEngine, load: Load) -> float:
 
 def metric(port: int, name: str) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        return next(float(line.split()[1]) for line in answer.read().decode().splitlines() if line.startswith(name + " "))
+        return next(
+            float(line.split()[1])
+            for line in answer.read().decode().splitlines()
+            if line.startswith(name + " ")
+        )
 
 
 def resident_bytes(pid: int) -> int:
     """Of the server's processes: the one that listens and the one that computes."""
     pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
-    return sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in pids) * os.sysconf("SC_PAGE_SIZE")
+    return sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in pids) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
 async def measure(load: Load, port: int, pid: int, folder: Path, seconds: float) -> dict[str, object]:
     client, stop = Client(port), asyncio.Event()
-    gc.freeze()  # the engine and its adapters are here too: looking through them for garbage would hold up the sends
+    # the engine and its adapters are here too: looking through them for garbage would hold up the sends
+    gc.freeze()
     for i in range(0, len(load.names), 64):  # every adapter is read once
-        await client.post("/predict", json.dumps({"inputs": "warm", "model": load.names[i : i + 64]}).encode())
+        await client.post(
+            "/predict", json.dumps({"inputs": "warm", "model": load.names[i : i + 64]}).encode()
+        )
     churning = asyncio.create_task(churn(client, folder, stop))
     await load.closed_loop(client, 64, min(5.0, seconds))
     saturated, steady, batches = [], [], []
     for _ in range(PAIRS):  # next to each other: a machine's speed changes within a minute
         before, rows = metric(port, "textlora_batch_rows_count"), metric(port, "textlora_batch_rows_sum")
         saturated.append(await load.closed_loop(client, 64, seconds))
-        batches.append((metric(port, "textlora_batch_rows_sum") - rows) / (metric(port, "textlora_batch_rows_count") - before))
+        batches.append(
+            (metric(port, "textlora_batch_rows_sum") - rows)
+            / (metric(port, "textlora_batch_rows_count") - before)
+        )
         steady.append(await load.open_loop(client, 0.8 * saturated[-1].statuses[200] / seconds, seconds))
     most = statistics.median(phase.statuses[200] for phase in saturated) / seconds
     memory, floods = [resident_bytes(pid)], []
@@ -205,7 +245,9 @@ async def measure(load: Load, port: int, pid: int, folder: Path, seconds: float)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--texts", required=True, help="data file with a column text")
     parser.add_argument("--adapters", required=True, nargs="+", help="folders; copies of them are registered")
     parser.add_argument("--count", type=int, default=1000)
@@ -231,23 +273,38 @@ def main() -> None:
             (Path(scratch) / name).mkdir()
             for file in folders[list(folders)[i % len(folders)]].iterdir():
                 if file.is_file():
-                    os.link(file, Path(scratch) / name / file.name) if file.stat().st_dev == os.stat(scratch).st_dev else (
-                        Path(scratch) / name / file.name
-                    ).write_bytes(file.read_bytes())
+                    os.link(file, Path(scratch) / name / file.name) if file.stat().st_dev == os.stat(
+                        scratch
+                    ).st_dev else (Path(scratch) / name / file.name).write_bytes(file.read_bytes())
         load = Load(texts, names, expected)
         for name in names:
             engine.add(Path(scratch) / name, name)
         offline = [offline_rate(engine, load)]
-        command = [str(Path(sys.executable).parent / "textlora"), "serve", "--port", "0", "--adapter-dir", scratch, "--load-from", scratch]
+        command = [
+            str(Path(sys.executable).parent / "textlora"),
+            "serve",
+            "--port",
+            "0",
+            "--adapter-dir",
+            scratch,
+            "--load-from",
+            scratch,
+        ]
         with tempfile.TemporaryFile("w+") as log:
             server = subprocess.Popen([*command, "--threads", str(options.threads)], stderr=log, text=True)
             try:
                 while not (
-                    found := [line for line in Path(f"/proc/{os.getpid()}/fd/{log.fileno()}").read_text().splitlines() if '"listening"' in line]
+                    found := [
+                        line
+                        for line in Path(f"/proc/{os.getpid()}/fd/{log.fileno()}").read_text().splitlines()
+                        if '"listening"' in line
+                    ]
                 ):
                     time.sleep(0.1)
                 port = int(json.loads(found[0])["url"].rpartition(":")[2])
-                result = asyncio.run(measure(load, port, server.pid, Path(scratch) / names[0], options.seconds))
+                result = asyncio.run(
+                    measure(load, port, server.pid, Path(scratch) / names[0], options.seconds)
+                )
             finally:
                 server.terminate()
                 server.wait(60)
@@ -263,9 +320,16 @@ def main() -> None:
     if options.write:
         rate = statistics.median(phase["goodput"] for phase in result["saturation"])
         late = [phase["p99_ms"] for phase in result["at_80_percent"]]
-        refused = sum(sum(phase["statuses"].values()) - phase["statuses"].get(200, 0) for phase in result["at_80_percent"])
+        refused = sum(
+            sum(phase["statuses"].values()) - phase["statuses"].get(200, 0)
+            for phase in result["at_80_percent"]
+        )
         flood = min(result["at_300_percent"], key=lambda phase: phase["goodput"])
-        wrong = sum(phase["wrong"] for kind in ("saturation", "at_80_percent", "at_300_percent") for phase in result[kind])
+        wrong = sum(
+            phase["wrong"]
+            for kind in ("saturation", "at_80_percent", "at_300_percent")
+            for phase in result[kind]
+        )
         memory = ", ".join(map(str, result["memory_mib"]))
         rows = [
             (
@@ -277,7 +341,10 @@ def main() -> None:
                 f"... at 80% of it: p99 from the scheduled send, median of {PAIRS} (lowest to highest); answers that were not 200",
                 f"{statistics.median(late):.0f} ms ({min(late):.0f} to {max(late):.0f}); {refused}",
             ),
-            ("... at 300%, three times: lowest goodput, share of saturation", f"{flood['goodput'] / rate:.0%}"),
+            (
+                "... at 300%, three times: lowest goodput, share of saturation",
+                f"{flood['goodput'] / rate:.0%}",
+            ),
             ("... server memory before and after each", f"{memory} MiB"),
             ("... answers that differed from the engine's", f"{wrong}"),
         ]

@@ -1,4 +1,5 @@
-"""How long a person waits: `textlora --help`, one text through `textlora predict`, and memory over 200,000 rows.
+"""How long a person waits: `textlora --help`, one text through `textlora predict`, and memory over 200,000
+rows.
 
 python benchmarks/startup.py path/to/an/adapter
 """
@@ -33,7 +34,9 @@ def peak_bytes(command: list[str]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("adapter")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--rows", type=int, nargs=2, default=(10_000, 200_000))
@@ -48,22 +51,59 @@ def main() -> None:
         alone.append(timed(torch))
         help_.append(timed([textlora, "--help"]))
     extra = statistics.median(a - b for a, b in zip(one, alone, strict=True))
-    words = ["train", "coast", "noon", "folder", "water", "book", "price", "garden", "letter", "music", "river", "glass"]
+    words = [
+        "train",
+        "coast",
+        "noon",
+        "folder",
+        "water",
+        "book",
+        "price",
+        "garden",
+        "letter",
+        "music",
+        "river",
+        "glass",
+    ]
     peaks = []
     with tempfile.TemporaryDirectory() as scratch:
         for count in options.rows:
             path, draw = Path(scratch) / f"{count}.csv", random.Random(0)
-            path.write_text("text\n" + "".join(" ".join(draw.choices(words, k=draw.randint(1, 6))) + "\n" for _ in range(count)))
-            peaks.append(peak_bytes([textlora, "predict", options.adapter, "--data", str(path), "--output", str(path.with_suffix(".out.csv"))]))
+            path.write_text(
+                "text\n"
+                + "".join(" ".join(draw.choices(words, k=draw.randint(1, 6))) + "\n" for _ in range(count))
+            )
+            peaks.append(
+                peak_bytes(
+                    [
+                        textlora,
+                        "predict",
+                        options.adapter,
+                        "--data",
+                        str(path),
+                        "--output",
+                        str(path.with_suffix(".out.csv")),
+                    ]
+                )
+            )
     write_result(
         "startup",
         "waiting time and memory of the command line",
         [
             ("`textlora --help`", f"{statistics.median(help_):.2f} s"),
             ("`textlora predict` on one text, beyond `python -c 'import torch'`", f"{extra:.2f} s"),
-            (f"memory of predict at {options.rows[1]:,} rows, beyond that at {options.rows[0]:,}", f"{(peaks[1] - peaks[0]) / 2**20:.0f} MiB"),
+            (
+                f"memory of predict at {options.rows[1]:,} rows, beyond that at {options.rows[0]:,}",
+                f"{(peaks[1] - peaks[0]) / 2**20:.0f} MiB",
+            ),
         ],
-        {"predict_seconds": one, "import_torch_seconds": alone, "help_seconds": help_, "rows": list(options.rows), "peak_bytes": peaks},
+        {
+            "predict_seconds": one,
+            "import_torch_seconds": alone,
+            "help_seconds": help_,
+            "rows": list(options.rows),
+            "peak_bytes": peaks,
+        },
     )
 
 

@@ -2,7 +2,8 @@
 
 Every system trains the same base weights on the same rows for one epoch, and counts real tokens only:
 
-recipe    a user's transformers + peft + Trainer script as the tutorial has it: texts padded to 512, LoRA on query and value (r 8, alpha 16,
+recipe    a user's transformers + peft + Trainer script as the tutorial has it: texts padded to 512, LoRA on
+query and value (r 8, alpha 16,
           dropout 0.1), Trainer's defaults (batch 8, AdamW, 5e-5, base dropout on)
 tuned     the same stack as well as it can be set up: dynamic padding, length grouping, base dropout off
 textlora  the defaults of `textlora train`
@@ -30,31 +31,57 @@ def read_rows(data: str, count: int) -> list[dict[str, Any]]:
     return table.take(np.random.default_rng(42).permutation(table.num_rows)[:count]).to_pylist()
 
 
-def transformers_run(folder: str, rows: list[dict[str, Any]], tuned: bool, batch_size: int, precision: str | None = None) -> float:
-    """Seconds of one epoch; on a GPU in `precision`: None as written, "autocast" to bfloat16, or "bfloat16" weights."""
+def transformers_run(
+    folder: str, rows: list[dict[str, Any]], tuned: bool, batch_size: int, precision: str | None = None
+) -> float:
+    """Seconds of one epoch; on a GPU in `precision`: None as written, "autocast" to bfloat16, or "bfloat16"
+    weights."""
     from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoded = tokenizer([row["text"] for row in rows], padding=False if tuned else "max_length", truncation=True, max_length=512)
+    encoded = tokenizer(
+        [row["text"] for row in rows],
+        padding=False if tuned else "max_length",
+        truncation=True,
+        max_length=512,
+    )
     names = sorted({str(row["label"]) for row in rows})
-    data = [{"labels": names.index(str(row["label"])), **{key: values[i] for key, values in encoded.items()}} for i, row in enumerate(rows)]
+    data = [
+        {"labels": names.index(str(row["label"])), **{key: values[i] for key, values in encoded.items()}}
+        for i, row in enumerate(rows)
+    ]
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if tuned else {}
     off |= {"dtype": torch.bfloat16} if precision == "bfloat16" else {}
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=max(2, len(names)), **off)
-    model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, lora_dropout=0.0 if tuned else 0.1))
+    model = get_peft_model(
+        model, LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, lora_dropout=0.0 if tuned else 0.1)
+    )
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             scratch, num_train_epochs=1, report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=not torch.cuda.is_available(), logging_strategy="no",
             bf16=precision == "autocast", per_device_train_batch_size=batch_size, train_sampling_strategy="group_by_length" if tuned else "random",
         )  # fmt: skip
-        trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=DataCollatorWithPadding(tokenizer) if tuned else None)
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=DataCollatorWithPadding(tokenizer) if tuned else None,
+        )
         start = time.perf_counter()
         trainer.train()
         return time.perf_counter() - start
 
 
-def textlora_run(folder: str, rows: list[dict[str, Any]], full: bool, batch_size: int, settings: dict[str, Any]) -> tuple[float, int]:
+def textlora_run(
+    folder: str, rows: list[dict[str, Any]], full: bool, batch_size: int, settings: dict[str, Any]
+) -> tuple[float, int]:
     from textlora.core.config import TrainConfig
     from textlora.training.head_start import start_head
     from textlora.training.hidden_state_cache import build_prefix
@@ -62,7 +89,9 @@ def textlora_run(folder: str, rows: list[dict[str, Any]], full: bool, batch_size
     from textlora.training.trainer import Trainer
 
     pairs = [(row["text"], str(row["label"])) for row in rows]
-    config = TrainConfig(**{"model": folder, "pooling": "first", "epochs": 1, "batch_size": batch_size, **settings})
+    config = TrainConfig(
+        **{"model": folder, "pooling": "first", "epochs": 1, "batch_size": batch_size, **settings}
+    )
     prepared = prepare(config, {"train": pairs, "validation": pairs[:2]})
     if full:
         train_everything(prepared)
@@ -76,13 +105,20 @@ def textlora_run(folder: str, rows: list[dict[str, Any]], full: bool, batch_size
 
 
 def train_everything(prepared: Any) -> None:
-    """Turn the packed model into full fine-tuning: every tensor of the encoder carries a gradient, A and B are gone."""
+    """Turn the packed model into full fine-tuning: every tensor of the encoder carries a gradient, A and B
+    are gone."""
     model = prepared.model
     model.encoder = model.encoder.plain()  # laid out, weights get no gradients
     leaves = {f"embeddings.{name}": tensor for name, tensor in model.encoder.embeddings.items()}
-    leaves |= {f"{i}.{name}": tensor for i, block in enumerate(model.encoder.blocks) for name, tensor in block.items()}
+    leaves |= {
+        f"{i}.{name}": tensor
+        for i, block in enumerate(model.encoder.blocks)
+        for name, tensor in block.items()
+    }
     model._slots = {}
-    model._trainable = {name: t.requires_grad_() for name, t in leaves.items()} | {n: t for n, t in model._trainable.items() if ".lora_" not in n}
+    model._trainable = {name: t.requires_grad_() for name, t in leaves.items()} | {
+        n: t for n, t in model._trainable.items() if ".lora_" not in n
+    }
 
 
 def random_base(folder: Path, tokenizer_folder: str, **sizes: int) -> Path:
@@ -97,9 +133,25 @@ def random_base(folder: Path, tokenizer_folder: str, **sizes: int) -> Path:
     return folder
 
 
-def measure(system: str, folder: str, data: str, rows: int, batch_size: int = 8, threads: int | None = None, **settings: Any) -> dict[str, float]:
+def measure(
+    system: str,
+    folder: str,
+    data: str,
+    rows: int,
+    batch_size: int = 8,
+    threads: int | None = None,
+    **settings: Any,
+) -> dict[str, float]:
     """Run one system in a fresh process: seconds, real tokens, peak resident bytes."""
-    asked = {"system": system, "folder": folder, "data": data, "rows": rows, "batch_size": batch_size, "threads": threads, "settings": settings}
+    asked = {
+        "system": system,
+        "folder": folder,
+        "data": data,
+        "rows": rows,
+        "batch_size": batch_size,
+        "threads": threads,
+        "settings": settings,
+    }
     command = [sys.executable, str(Path(__file__).resolve()), json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     if done.returncode:
@@ -108,7 +160,9 @@ def measure(system: str, folder: str, data: str, rows: int, batch_size: int = 8,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("asked", help="one measurement as JSON; `measure` makes it")
     asked = json.loads(parser.parse_args().asked)
     if asked["threads"]:
@@ -117,9 +171,12 @@ def main() -> None:
     column = next(name for name in ("text", "sentence") if name in rows[0])
     rows = [{"text": row[column], "label": row["label"]} for row in rows]
     if asked["system"] in ("recipe", "tuned"):
-        seconds, tokens = transformers_run(asked["folder"], rows, asked["system"] == "tuned", asked["batch_size"]), 0
+        seconds = transformers_run(asked["folder"], rows, asked["system"] == "tuned", asked["batch_size"])
+        tokens = 0
     else:
-        seconds, tokens = textlora_run(asked["folder"], rows, asked["system"] == "full", asked["batch_size"], asked["settings"])
+        seconds, tokens = textlora_run(
+            asked["folder"], rows, asked["system"] == "full", asked["batch_size"], asked["settings"]
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps({"seconds": seconds, "tokens": tokens, "peak_bytes": peak}))
 

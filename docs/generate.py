@@ -1,6 +1,7 @@
 """Make the generated parts of the documentation, or with --check fail when one is stale.
 
-docs/cli.md comes from the commands' own help, the tables in README.md, docs/measured.md and docs/scores.md from benchmarks/results/*.json.
+docs/cli.md comes from the commands' own help, the tables in README.md, docs/measured.md and docs/scores.md
+from benchmarks/results/*.json.
 """
 
 import json
@@ -32,7 +33,9 @@ HEADLINES = {
 def cli_reference() -> str:
     parts = ["# Command line", "", "Made from `textlora COMMAND --help` by `make docs`.", ""]
     for name in sorted(app.commands):
-        context = click.Context(app.commands[name], info_name=f"textlora {name}", terminal_width=110, **app.context_settings)
+        context = click.Context(
+            app.commands[name], info_name=f"textlora {name}", terminal_width=110, **app.context_settings
+        )
         parts += [f"## {name}", "", "```text", app.commands[name].get_help(context), "```", ""]
     return "\n".join(parts)
 
@@ -61,20 +64,35 @@ def measured() -> str:
         if not path.stem.startswith("set-"):
             record = _read(path.stem)
             machine = f"{record['machine']['processor']}, {record['machine']['cores']} cores, torch {record['machine']['torch']}"
-            parts += ["", f"## {record['claim'][0].upper()}{record['claim'][1:]}", "", f"`{record['command']}` on {machine}", ""]
+            parts += [
+                "",
+                f"## {record['claim'][0].upper()}{record['claim'][1:]}",
+                "",
+                f"`{record['command']}` on {machine}",
+                "",
+            ]
             picture = ROOT / "docs" / "figures" / f"{path.stem}.svg"
             parts += [f"![{record['claim']}](figures/{picture.name})", ""] if picture.is_file() else []
-            parts += ["| measured | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in record["rows"])]
+            parts += [
+                "| measured | value |",
+                "|---|---|",
+                *(f"| {what} | {value} |" for what, value in record["rows"]),
+            ]
     return "\n".join([*parts, ""])
 
 
 def scores() -> str:
-    lines = ["| set | kind of task | test scores | training rows | epochs | flags of `textlora train` |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| set | kind of task | test scores | training rows | epochs | flags of `textlora train` |",
+        "|---|---|---|---|---|---|",
+    ]
     for path in sorted(RESULTS.glob("set-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         (name, shown), details = record["rows"][0], record["details"]
         kind = details["problem_type"].replace("_classification", "").replace("_", "-")
-        lines.append(f"| {name} | {kind} | {shown} | {details['train_rows']:,} | {details['epochs']:g} | `{details['flags']}` |")
+        lines.append(
+            f"| {name} | {kind} | {shown} | {details['train_rows']:,} | {details['epochs']:g} | `{details['flags']}` |"
+        )
     return "\n".join(lines)
 
 
@@ -96,7 +114,9 @@ def main() -> int:
         ROOT / "docs" / "measured.md": measured(),
         ROOT / "docs" / "scores.md": filled(ROOT / "docs" / "scores.md", "scores", scores()),
     }
-    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    stale = [
+        path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
     if "--check" in sys.argv:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is stale: run `make docs`", file=sys.stderr)

@@ -14,8 +14,18 @@ import threading
 import time
 import urllib.request
 
-PATH = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--remote-debugging-port=0")
+PATH = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    None,
+)
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--remote-debugging-port=0",
+)
 
 
 class Browser:
@@ -23,8 +33,16 @@ class Browser:
 
     def __init__(self, width: int, height: int = 900):
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        self.process = subprocess.Popen([PATH, *FLAGS, f"--user-data-dir={self.folder.name}", "about:blank"], stderr=subprocess.PIPE, text=True)
-        port = next(int(found[1]) for line in self.process.stderr if (found := re.search(r"ws://127\.0\.0\.1:(\d+)/", line)))
+        self.process = subprocess.Popen(
+            [PATH, *FLAGS, f"--user-data-dir={self.folder.name}", "about:blank"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        port = next(
+            int(found[1])
+            for line in self.process.stderr
+            if (found := re.search(r"ws://127\.0\.0\.1:(\d+)/", line))
+        )
         self.drain = threading.Thread(target=self.process.stderr.read)
         self.drain.start()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
@@ -32,7 +50,13 @@ class Browser:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=30)
         self.file = self.socket.makefile("rb")
         path = page["webSocketDebuggerUrl"].split(str(port), 1)[1]
-        lines = [f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
+        lines = [
+            f"GET {path} HTTP/1.1",
+            f"Host: 127.0.0.1:{port}",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            "Sec-WebSocket-Version: 13",
+        ]
         lines += [f"Sec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}", "", ""]
         self.socket.sendall("\r\n".join(lines).encode())
         while self.file.readline() != b"\r\n":
@@ -40,7 +64,13 @@ class Browser:
         self.numbers, self.events = itertools.count(1), []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
 
     def __enter__(self):
         return self
@@ -72,7 +102,9 @@ class Browser:
         while True:
             first, size = self.file.read(2)
             if size > 125:
-                size = struct.unpack(*((">H", self.file.read(2)) if size == 126 else (">Q", self.file.read(8))))[0]
+                size = struct.unpack(
+                    *((">H", self.file.read(2)) if size == 126 else (">Q", self.file.read(8)))
+                )[0]
             content += self.file.read(size)
             if first & 0x80:
                 return json.loads(content)
@@ -111,5 +143,9 @@ class Browser:
 
     def hosts(self) -> set[str]:
         """Schemes and hosts that were asked."""
-        urls = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        urls = [
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
         return {re.match(r"[a-z]+:(//[^/]+)?", url)[0] for url in urls}

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-# method: (quality, luck of the seed, rates, loss at the other rates, trainable parameters, saved bytes, seconds, memory)
+# method: (quality, luck of the seed, rates, loss at the other rates, trainable parameters, saved bytes,
+# seconds, memory)
 METHODS = {
     "majority": (None, 0.0, (), 0.0, 0, 40, 0.01, 3.1e8),
     "tfidf": (0.45, 0.0, (), 0.0, 0, 310_000, 0.4, 3.2e8),
@@ -37,24 +38,77 @@ def records(
     labels = random.choice(CLASSES, size=test_rows, p=[0.3, 0.25, 0.2, 0.15, 0.07, 0.03])
     ease = random.normal(-0.5, 1.3, size=test_rows)
     wrong = (labels + random.integers(1, CLASSES, size=test_rows)) % CLASSES
-    given = {"data": data, "model": "minilm", "metric": "accuracy", "problem_type": "single_label_classification", "methods": list(methods)}
-    given |= {"labels": [f"L{i}" for i in range(CLASSES)], "test_labels": labels.tolist(), "seeds": seeds, "epochs": 4.0}
+    given = {
+        "data": data,
+        "model": "minilm",
+        "metric": "accuracy",
+        "problem_type": "single_label_classification",
+        "methods": list(methods),
+    }
+    given |= {
+        "labels": [f"L{i}" for i in range(CLASSES)],
+        "test_labels": labels.tolist(),
+        "seeds": seeds,
+        "epochs": 4.0,
+    }
     runs = []
 
-    def run(method: str, rate: float | None, seed: int, stage: str, quality: float | None, rows: int = 500, luck: float = 0.0) -> None:
+    def run(
+        method: str,
+        rate: float | None,
+        seed: int,
+        stage: str,
+        quality: float | None,
+        rows: int = 500,
+        luck: float = 0.0,
+    ) -> None:
         _, _, _, _, trainable, saved, seconds, memory = METHODS[method]
         if quality is None:
             made = np.zeros(test_rows, dtype=int)
         else:
-            right = ease + 1.0 * quality + random.normal(0, luck) + (random.normal(0, 0.35, size=test_rows) if luck else 0.0) > 0
+            right = (
+                ease
+                + 1.0 * quality
+                + random.normal(0, luck)
+                + (random.normal(0, 0.35, size=test_rows) if luck else 0.0)
+                > 0
+            )
             made = np.where(right, labels, wrong)
-        scores = {"accuracy": float((made == labels).mean()), "macro_f1": float((made == labels).mean()) - 0.02}
-        record = {"data": data, "method": method, "size": {"r": 8} if "ora" in method else {}, "learning_rate": rate, "seed": seed}
-        record |= {"train_rows": rows, "epochs": 4.0, "stage": stage, "trainable_parameters": trainable, "head_parameters": 2310 if trainable else 0}
-        record |= {"saved_bytes": saved, "train_seconds": seconds * rows / 500 * (1 + 0.01 * seed), "peak_memory_bytes": int(memory)}
-        record |= {"metric": "accuracy", "validation": scores, "best_epoch": 3.0, "versions": {"torch": "2.13.0"}, "machine": {"cores": 2}}
+        scores = {
+            "accuracy": float((made == labels).mean()),
+            "macro_f1": float((made == labels).mean()) - 0.02,
+        }
+        record = {
+            "data": data,
+            "method": method,
+            "size": {"r": 8} if "ora" in method else {},
+            "learning_rate": rate,
+            "seed": seed,
+        }
+        record |= {
+            "train_rows": rows,
+            "epochs": 4.0,
+            "stage": stage,
+            "trainable_parameters": trainable,
+            "head_parameters": 2310 if trainable else 0,
+        }
+        record |= {
+            "saved_bytes": saved,
+            "train_seconds": seconds * rows / 500 * (1 + 0.01 * seed),
+            "peak_memory_bytes": int(memory),
+        }
+        record |= {
+            "metric": "accuracy",
+            "validation": scores,
+            "best_epoch": 3.0,
+            "versions": {"torch": "2.13.0"},
+            "machine": {"cores": 2},
+        }
         tested = stage != "rates"
-        runs.append(record | {"test": scores if tested else None, "test_predictions": made.tolist() if tested else None})
+        runs.append(
+            record
+            | {"test": scores if tested else None, "test_predictions": made.tolist() if tested else None}
+        )
 
     for method in methods:
         quality, luck, rates, loss, *_ = METHODS[method]
@@ -65,7 +119,15 @@ def records(
             if rates or seed == 0:  # a fitted method draws nothing at random
                 run(method, best, seed, "seeds", quality, luck=luck)
             for count in curve:
-                run(method, best, seed, "rows", None if quality is None else quality - 0.35 * np.log2(500 / count), count, luck)
+                run(
+                    method,
+                    best,
+                    seed,
+                    "rows",
+                    None if quality is None else quality - 0.35 * np.log2(500 / count),
+                    count,
+                    luck,
+                )
     return given | settings, runs
 
 

@@ -1,4 +1,5 @@
-"""Tiny base models of every family, made from a seed: 2 layers, 32 wide, 4 heads, about 200 words. Nothing is downloaded."""
+"""Tiny base models of every family, made from a seed: 2 layers, 32 wide, 4 heads, about 200 words. Nothing is
+downloaded."""
 
 import os
 import string
@@ -23,7 +24,9 @@ from textlora.model.open import open_model
 from textlora.model.reference_model import ReferenceModel
 
 transformers.logging.disable_progress_bar()
-torch.set_num_threads(1)  # tiny models gain nothing from more, and threads that wait for a busy core cost minutes
+torch.set_num_threads(
+    1
+)  # tiny models gain nothing from more, and threads that wait for a busy core cost minutes
 
 FAST = ("bert", "bert-no-pooler", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 SLOW = ("modernbert", "deberta-v2", "mpnet", "albert")
@@ -81,12 +84,19 @@ _FAMILIES = {
 
 def _wordpiece(cls: str, sep: str, pad: str, unk: str, mask: str, roberta: bool) -> Tokenizer:
     special = [cls, pad, sep, unk] if roberta else [pad, unk, cls, sep]
-    vocab = {word: i for i, word in enumerate([*special, mask, *WORDS, *PIECES, *(f"##{c}" for c in PIECES), "##ing", "##ed"])}
+    vocab = {
+        word: i
+        for i, word in enumerate(
+            [*special, mask, *WORDS, *PIECES, *(f"##{c}" for c in PIECES), "##ing", "##ed"]
+        )
+    }
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unk, max_input_chars_per_word=40))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     ends = ((sep, vocab[sep]), (cls, vocab[cls]))
-    tokenizer.post_processor = processors.RobertaProcessing(*ends) if roberta else processors.BertProcessing(*ends)
+    tokenizer.post_processor = (
+        processors.RobertaProcessing(*ends) if roberta else processors.BertProcessing(*ends)
+    )
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens([*special, mask])
     return tokenizer
@@ -94,11 +104,29 @@ def _wordpiece(cls: str, sep: str, pad: str, unk: str, mask: str, roberta: bool)
 
 def _byte_level() -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("th", "e"), ("i", "n"), ("in", "g"), ("\u0120", "the"), ("a", "n"), ("an", "d"), ("o", "o"), ("g", "oo"), ("goo", "d")]
-    vocab = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *alphabet, *(a + b for a, b in merges)])}
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("i", "n"),
+        ("in", "g"),
+        ("\u0120", "the"),
+        ("a", "n"),
+        ("an", "d"),
+        ("o", "o"),
+        ("g", "oo"),
+        ("goo", "d"),
+    ]
+    vocab = {
+        word: i
+        for i, word in enumerate(
+            ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *alphabet, *(a + b for a, b in merges)]
+        )
+    }
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     return tokenizer
@@ -107,19 +135,35 @@ def _byte_level() -> Tokenizer:
 def _unigram(special: list[str], template: tuple[str, str]) -> Tokenizer:
     words = [("\u2581" + word, -4.0 - i / 20) for i, word in enumerate(WORDS)]
     vocab = [(s, 0.0) for s in special] + words + [(c, -9.0) for c in ("\u2581", *PIECES)]
-    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=special.index(next(s for s in special if "unk" in s.lower()))))
+    tokenizer = Tokenizer(
+        models.Unigram(vocab, unk_id=special.index(next(s for s in special if "unk" in s.lower())))
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     ids = [(s, i) for i, s in enumerate(special)]
-    tokenizer.post_processor = processors.TemplateProcessing(single=template[0], pair=template[1], special_tokens=ids)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template[0], pair=template[1], special_tokens=ids
+    )
     tokenizer.add_special_tokens(special)
     return tokenizer
 
 
 def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """A tokenizer with the special tokens, ids and pair layout of the family."""
-    bert = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
-    roberta = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    bert = {
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "mask_token": "[MASK]",
+    }
+    roberta = {
+        "cls_token": "<s>",
+        "sep_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
     if family == "roberta":
         backend, names = _byte_level(), roberta
     elif family in ("xlm-roberta", "camembert"):
@@ -127,7 +171,8 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
         backend, names = _unigram(["<s>", "<pad>", "</s>", "<unk>", "<mask>"], ("<s> $A </s>", pair)), roberta
     elif family in ("deberta-v2", "albert"):
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        backend, names = _unigram(special, ("[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1")), bert
+        backend = _unigram(special, ("[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"))
+        names = bert
     elif family == "mpnet":
         backend, names = _wordpiece("<s>", "</s>", "<pad>", "<unk>", "<mask>", roberta=True), roberta
     else:
@@ -136,12 +181,15 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
 
 
 def make_tiny(family: str, folder: Path, seed: int = 0, **config: object) -> Path:
-    """Save the family's tiny model and tokenizer into `folder`. No tensor is left at zero or one, so that a dropped one shows."""
+    """Save the family's tiny model and tokenizer into `folder`. No tensor is left at zero or one, so that a
+    dropped one shows."""
     architecture, config_class, special = _FAMILIES[family]
     tokenizer = tiny_tokenizer(family)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        settings = getattr(transformers, config_class)(**(_SIZES | special | {"vocab_size": len(tokenizer)} | config))
+        settings = getattr(transformers, config_class)(
+            **(_SIZES | special | {"vocab_size": len(tokenizer)} | config)
+        )
         model = getattr(transformers, architecture)(settings)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -181,7 +229,8 @@ def minilm() -> BaseFiles:
 
 
 def random_adapter(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Fill A, B, magnitudes and head at random (B not zero, magnitudes positive) and return what was filled in."""
+    """Fill A, B, magnitudes and head at random (B not zero, magnitudes positive) and return what was filled
+    in."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {}
     for name, tensor in model.trainable().items():
@@ -197,7 +246,12 @@ def random_adapter(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def random_batch(
-    lengths: list[int], seed: int = 0, vocabulary: int = 120, types: int = 2, labels: object = None, specials: tuple[int, ...] = (0, 1)
+    lengths: list[int],
+    seed: int = 0,
+    vocabulary: int = 120,
+    types: int = 2,
+    labels: object = None,
+    specials: tuple[int, ...] = (0, 1),
 ) -> PackedBatch:
     """Random texts of the lengths given, no padding ids in them, the second half of each in segment 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -209,7 +263,9 @@ def random_batch(
     return pack(encoded, labels)
 
 
-def both_ways(folder: Path, lora: LoraConfig, num_labels: int = 3, pooling: str = "first", seed: int = 0) -> tuple[Model, ReferenceModel]:
+def both_ways(
+    folder: Path, lora: LoraConfig, num_labels: int = 3, pooling: str = "first", seed: int = 0
+) -> tuple[Model, ReferenceModel]:
     """The fast path and transformers + peft on one base, with one random adapter."""
     fast, reason = open_model(find_base(str(folder)), lora, num_labels, pooling=pooling)
     assert reason is None

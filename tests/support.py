@@ -51,12 +51,21 @@ def task_files(folder: Path, task: str) -> dict[str, str]:
         path = folder / f"{split}.{'jsonl' if task == 'multi' else 'csv'}"
         if task == "multi":
             kinds = (["warm"], ["warm", "long"], [], ["long"])
-            lines = [{"text": text, "labels": kinds[k % 4] + (["praise"] if label == "pos" else [])} for k, (text, label) in enumerate(rows)]
+            lines = [
+                {"text": text, "labels": kinds[k % 4] + (["praise"] if label == "pos" else [])}
+                for k, (text, label) in enumerate(rows)
+            ]
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         elif task == "regression":
-            write_csv(path, [(text, 1.5 if label == "pos" else -0.5) for text, label in rows], ("text", "score"))
+            write_csv(
+                path, [(text, 1.5 if label == "pos" else -0.5) for text, label in rows], ("text", "score")
+            )
         elif task == "pairs":
-            write_csv(path, [(text, rows[(k * 3) % count][0], label) for k, (text, label) in enumerate(rows)], ("sentence1", "sentence2", "label"))
+            write_csv(
+                path,
+                [(text, rows[(k * 3) % count][0], label) for k, (text, label) in enumerate(rows)],
+                ("sentence1", "sentence2", "label"),
+            )
         else:
             write_csv(path, rows)
         files[split] = str(path)
@@ -67,7 +76,16 @@ def settings(folder: Path, base: Path, task: str = "single", **changes: Any) -> 
     """A run of 2 epochs of 5 steps on the task's files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     given = {**task_files(folder, task), "model": str(base), "output": str(folder / "out")}
-    given |= {"epochs": 2.0, "batch_size": 8, "learning_rate": 5e-3, "r": 4, "warmup": 0.06, "max_length": 32, "threads": 1, "device": "cpu"}
+    given |= {
+        "epochs": 2.0,
+        "batch_size": 8,
+        "learning_rate": 5e-3,
+        "r": 4,
+        "warmup": 0.06,
+        "max_length": 32,
+        "threads": 1,
+        "device": "cpu",
+    }
     return TrainConfig(**(given | changes))
 
 
@@ -83,7 +101,13 @@ class Trained:
 _TRAINED: dict[tuple[str, ...], Trained] = {}
 
 
-def trained(tiny_base: Callable[[str], Path], factory: pytest.TempPathFactory, family: str = "bert", task: str = "single", **changes: Any) -> Trained:
+def trained(
+    tiny_base: Callable[[str], Path],
+    factory: pytest.TempPathFactory,
+    family: str = "bert",
+    task: str = "single",
+    **changes: Any,
+) -> Trained:
     """A run on the family's tiny base, made once per session and never to be written to."""
     key = (family, task, *(f"{name}={value}" for name, value in sorted(changes.items())))
     if key not in _TRAINED:
@@ -96,12 +120,20 @@ def snapshot(folder: Path) -> dict[str, bytes | None] | None:
     """Every path under `folder` with the bytes of files; None where there is no such folder."""
     if not folder.exists():
         return None
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))
+    }
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
     """The records of `run/metrics.jsonl`."""
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+    return [
+        json.loads(line)
+        for line in (folder / "run" / "metrics.jsonl")
+        .read_text(encoding="utf-8")
+        .removesuffix("\n")
+        .split("\n")
+    ]
 
 
 class Cli:
@@ -145,7 +177,9 @@ def forked(job: Callable[[], int]) -> tuple[int, str, str]:
         try:
             for number, (_, writer) in enumerate(pipes, 1):
                 os.dup2(writer, number)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+            sys.stdout, sys.stderr = (
+                os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2)
+            )
             code = job()
         except BaseException as error:
             print(repr(error), file=sys.stderr)

@@ -11,11 +11,18 @@ def test_values_and_moments_are_those_of_torch_to_the_bit():
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES]
     ours, theirs = ([tensor.clone().requires_grad_() for tensor in start] for _ in range(2))
-    groups = lambda tensors: [{"params": tensors[:2], "weight_decay": 0.1, "lr": 0.0}, {"params": tensors[2:], "weight_decay": 0.0, "lr": 0.0}]
+    groups = lambda tensors: [
+        {"params": tensors[:2], "weight_decay": 0.1, "lr": 0.0},
+        {"params": tensors[2:], "weight_decay": 0.0, "lr": 0.0},
+    ]
     mine, torchs = AdamW(groups(ours)), torch.optim.AdamW(groups(theirs), fused=True)
     for step in range(5):
         for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            gradient = None if number == 4 or (number == 3 and step == 2) else torch.randn(a.shape, generator=generator)
+            gradient = (
+                None
+                if number == 4 or (number == 3 and step == 2)
+                else torch.randn(a.shape, generator=generator)
+            )
             a.grad, b.grad = gradient, None if gradient is None else gradient.clone()
         for optimizer in (mine, torchs):
             for group in optimizer.param_groups:

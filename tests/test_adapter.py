@@ -25,19 +25,43 @@ from textlora.model.reference_model import ReferenceModel
 from textlora.training.run import run_training
 from textlora.transform.inspect import inspect_folder, relabel_folder, summary_lines
 
-TEXTS = ["the plot was great", "dull and boring film", "it", "the actor said good story and then it was slow " * 3, "1, 2 and 3!"]
+TEXTS = [
+    "the plot was great",
+    "dull and boring film",
+    "it",
+    "the actor said good story and then it was slow " * 3,
+    "1, 2 and 3!",
+]
 
 
-def peft_logits(base: Path, folder: Path, texts: list[str], pairs: list[str] | None = None, labels: int = 2, length: int = 32) -> np.ndarray:
-    """(N, C) of plain transformers + peft, with the tokenizer as saved in the adapter folder, one text at a time."""
-    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels), folder).eval()
+def peft_logits(
+    base: Path,
+    folder: Path,
+    texts: list[str],
+    pairs: list[str] | None = None,
+    labels: int = 2,
+    length: int = 32,
+) -> np.ndarray:
+    """(N, C) of plain transformers + peft, with the tokenizer as saved in the adapter folder, one text at a
+    time."""
+    model = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels), folder
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder if (folder / "tokenizer.json").is_file() else base)
-    kinds = model.config.model_type in ("bert", "electra")  # the tiny tokenizer is of no class that would know
+    kinds = model.config.model_type in (
+        "bert",
+        "electra",
+    )  # the tiny tokenizer is of no class that would know
     rows = []
     with torch.inference_mode():
         for i, text in enumerate(texts):
             inputs = tokenizer(
-                text, None if pairs is None else pairs[i], truncation=True, max_length=length, return_tensors="pt", return_token_type_ids=kinds
+                text,
+                None if pairs is None else pairs[i],
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+                return_token_type_ids=kinds,
             )
             rows.append(model(**inputs).logits[0].numpy())
     return np.array(rows)
@@ -97,7 +121,11 @@ def untrained_copy(run: Trained) -> Path:
     if not target.exists():
         shutil.copytree(run.folder, target, ignore=shutil.ignore_patterns("run"))
         tensors = load_file(target / WEIGHTS)
-        save_file({name: t * 0 if ".lora_B." in name else t for name, t in tensors.items()}, target / WEIGHTS, {"format": "pt"})
+        save_file(
+            {name: t * 0 if ".lora_B." in name else t for name, t in tensors.items()},
+            target / WEIGHTS,
+            {"format": "pt"},
+        )
     return target
 
 
@@ -127,7 +155,9 @@ def test_golden_logits_are_those_of_peft(single, tiny_base):
 def test_golden_examples_are_no_training_rows(single, tiny_base, tmp_path_factory):
     pairs = read_meta(trained(tiny_base, tmp_path_factory, task="pairs").folder)
     assert [(row["text"], row["text_pair"]) for row in pairs.golden] == list(GOLDEN_PAIRS)
-    stored = "".join((single.folder / name).read_text(encoding="utf-8") for name in (SIDE, "README.md", CONFIG))
+    stored = "".join(
+        (single.folder / name).read_text(encoding="utf-8") for name in (SIDE, "README.md", CONFIG)
+    )
     texts = [text for seed, count in ((0, 40), (1, 16), (2, 16)) for text, _ in single_rows(count, seed)]
     assert len(texts) == 72
     assert [text for text in texts if text in stored] == []
@@ -139,14 +169,27 @@ def test_golden_examples_are_no_training_rows(single, tiny_base, tmp_path_factor
 def peft_folder(base: Path, target: Path, labels: int = 2, **changes: Any) -> np.ndarray:
     """Save an adapter that PEFT made, B drawn at random; its logits for TEXTS."""
     torch.manual_seed(5)
-    given = {"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 6, "target_modules": ["query", "value"], "init_lora_weights": False}
-    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels), PeftLoraConfig(**(given | changes)))
+    given = {
+        "task_type": "SEQ_CLS",
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["query", "value"],
+        "init_lora_weights": False,
+    }
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels),
+        PeftLoraConfig(**(given | changes)),
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if (parameter.requires_grad and ".lora_" not in name) or "lora_magnitude" in name:
-                parameter.add_(0.2 * torch.randn(parameter.shape))  # a magnitude of B A at its start, or a bias as it was, would prove nothing
+                parameter.add_(
+                    0.2 * torch.randn(parameter.shape)
+                )  # a magnitude of B A at its start, or a bias as it was, would prove nothing
     model.save_pretrained(target)
-    return peft_logits(base, target, TEXTS, labels=labels, length=48)  # such a folder does not say; we take what the base can
+    return peft_logits(
+        base, target, TEXTS, labels=labels, length=48
+    )  # such a folder does not say; we take what the base can
 
 
 @pytest.mark.parametrize(
@@ -160,9 +203,20 @@ def peft_folder(base: Path, target: Path, labels: int = 2, **changes: Any) -> np
         ("electra", {}),
         (
             "bert",
-            {"rank_pattern": {"layer.0.*query": 2, "query": 3}, "alpha_pattern": {r"^bert.encoder.layer.1.attention.self.value": 9, "query": 5}},
+            {
+                "rank_pattern": {"layer.0.*query": 2, "query": 3},
+                "alpha_pattern": {r"^bert.encoder.layer.1.attention.self.value": 9, "query": 5},
+            },
         ),
-        ("roberta", {"rank_pattern": {"value": 7}, "alpha_pattern": {"query": 1.5}, "use_rslora": True, "use_dora": True}),
+        (
+            "roberta",
+            {
+                "rank_pattern": {"value": 7},
+                "alpha_pattern": {"query": 1.5},
+                "use_rslora": True,
+                "use_dora": True,
+            },
+        ),
         ("bert", {"target_modules": "all-linear", "use_dora": True, "rank_pattern": {"pooler.dense": 2}}),
         ("bert", {"bias": "lora_only", "target_modules": ["query", "intermediate.dense"]}),
         ("bert", {"bias": "all", "target_modules": "all-linear"}),
@@ -170,7 +224,10 @@ def peft_folder(base: Path, target: Path, labels: int = 2, **changes: Any) -> np
         ("distilbert", {"bias": "all", "use_dora": True, "target_modules": ["q_lin", "k_lin"]}),
         ("bert", {"modules_to_save": ["pooler"]}),
         ("bert-no-pooler", {"modules_to_save": ["pooler.dense", "classifier"]}),
-        ("xlm-roberta", {"modules_to_save": ["LayerNorm", "word_embeddings", "classifier", "classifier", "score"]}),
+        (
+            "xlm-roberta",
+            {"modules_to_save": ["LayerNorm", "word_embeddings", "classifier", "classifier", "score"]},
+        ),
         ("bert", {"init_lora_weights": "mica"}),
         ("bert", {"fan_in_fan_out": True}),
     ],
@@ -352,7 +409,9 @@ def test_side_file_made_to_mislead_is_refused_in_words(folder, base, edit):
 def test_other_weights_of_the_same_shape(folder, base, tmp_path):
     other = make_tiny("bert", tmp_path / "other", seed=9)
     with pytest.raises(AdapterError) as caught:
-        TextClassifier.load(folder, base=str(other), verify=False)  # the hash is no part of what may be skipped
+        TextClassifier.load(
+            folder, base=str(other), verify=False
+        )  # the hash is no part of what may be skipped
     assert caught.value.message == f"{folder} was trained on another base than {other} (weights differ)"
     facts = inspect_folder(folder, str(other))
     assert facts["fits"] is False
@@ -380,7 +439,10 @@ def test_tensor_that_is_not_finite(folder, base):
     tensors["base_model.model.classifier.bias"][0] = float("nan")
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / SIDE).unlink()
-    with pytest.raises(AdapterError, match=r"tensor 'base_model\.model\.classifier\.bias' holds values that are not finite numbers"):
+    with pytest.raises(
+        AdapterError,
+        match=r"tensor 'base_model\.model\.classifier\.bias' holds values that are not finite numbers",
+    ):
         TextClassifier.load(folder, base=base, labels=["a", "b"])
 
 
@@ -392,7 +454,10 @@ def test_golden_examples_catch_what_hashes_cannot(folder, base):
 
     digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     rewrite(folder, lambda content: content["files"].update({"tokenizer.json": digest}))
-    with pytest.raises(AdapterError, match=r"golden example 1 gives logits that differ by 0\.\d+ from those stored with the adapter"):
+    with pytest.raises(
+        AdapterError,
+        match=r"golden example 1 gives logits that differ by 0\.\d+ from those stored with the adapter",
+    ):
         TextClassifier.load(folder, base=base)
     TextClassifier.load(folder, base=base, verify=False)
 
@@ -413,7 +478,9 @@ def test_card_may_be_edited(folder, base):
 def test_weights_are_the_same_bytes_whenever_they_are_saved(single, tmp_path):
     tensors = load_file(single.folder / WEIGHTS)
     for name in ("a", "b"):
-        write_weights(tmp_path / name, json.loads((single.folder / CONFIG).read_text(encoding="utf-8")), tensors)
+        write_weights(
+            tmp_path / name, json.loads((single.folder / CONFIG).read_text(encoding="utf-8")), tensors
+        )
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (single.folder / WEIGHTS).read_bytes()
 
@@ -446,7 +513,10 @@ def test_base_of_a_local_run_is_found_again_or_asked_for(single, folder):
     assert TextClassifier.load(single.folder).meta.labels == ("neg", "pos")
     with pytest.raises(AdapterError) as caught:
         TextClassifier.load(folder)
-    assert str(caught.value) == f"{folder} names no base model (it was trained on a local folder); pass that folder as --model"
+    assert (
+        str(caught.value)
+        == f"{folder} names no base model (it was trained on a local folder); pass that folder as --model"
+    )
     with pytest.raises(ModelError, match="no such folder"):
         TextClassifier.load(folder, base="/nowhere/at/all")
 
@@ -457,7 +527,10 @@ def test_no_pickle_is_written_or_read(single, monkeypatch):
             data = path.read_bytes()
             assert data[:1] != b"\x80"
             assert data[:2] != b"PK"
-            assert path.suffix in (".json", ".md", ".safetensors", ".toml", ".jsonl", ".html") or path.name == ".lock", path.name
+            assert (
+                path.suffix in (".json", ".md", ".safetensors", ".toml", ".jsonl", ".html")
+                or path.name == ".lock"
+            ), path.name
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a pickle was opened")
@@ -469,7 +542,12 @@ def test_no_pickle_is_written_or_read(single, monkeypatch):
 
 def test_side_file_says_what_the_run_was(single):
     meta = read_meta(single.folder)
-    assert (meta.labels, meta.problem_type, meta.pairs, meta.pooling) == (("neg", "pos"), "single_label_classification", False, "first")
+    assert (meta.labels, meta.problem_type, meta.pairs, meta.pooling) == (
+        ("neg", "pos"),
+        "single_label_classification",
+        False,
+        "first",
+    )
     assert (meta.max_length, meta.truncation, meta.thresholds) == (32, "head", None)
     assert meta.base["model_type"] == "bert"
     assert meta.scores == {split: single.result[split] for split in ("validation", "test")}
@@ -481,10 +559,17 @@ def test_peft_config_says_what_was_trained(single):
     config = json.loads((single.folder / CONFIG).read_text(encoding="utf-8"))
     names = [f"bert.encoder.layer.{i}.attention.self.{slot}" for i in (0, 1) for slot in ("query", "value")]
     assert config["target_modules"] == names
-    assert (config["r"], config["lora_alpha"], config["modules_to_save"], config["task_type"]) == (4, 16, ["classifier"], "SEQ_CLS")
+    assert (config["r"], config["lora_alpha"], config["modules_to_save"], config["task_type"]) == (
+        4,
+        16,
+        ["classifier"],
+        "SEQ_CLS",
+    )
     tensors = load_file(single.folder / WEIGHTS)
     ab = [f"base_model.model.{name}.lora_{part}.weight" for name in names for part in "AB"]
-    assert sorted(tensors) == sorted([*ab, "base_model.model.classifier.weight", "base_model.model.classifier.bias"])
+    assert sorted(tensors) == sorted(
+        [*ab, "base_model.model.classifier.weight", "base_model.model.classifier.bias"]
+    )
 
 
 # --- mean pooling ---
@@ -493,7 +578,9 @@ def test_peft_config_says_what_was_trained(single):
 def test_mean_pooling_is_ours_alone(tiny_base, tmp_path_factory):
     run = trained(tiny_base, tmp_path_factory, pooling="mean")
     with pytest.raises((KeyError, ValueError)):
-        PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(tiny_base("bert"), num_labels=2), run.folder)
+        PeftModel.from_pretrained(
+            AutoModelForSequenceClassification.from_pretrained(tiny_base("bert"), num_labels=2), run.folder
+        )
     classifier = TextClassifier.load(run.folder, base=run.config.model)
     reference = ReferenceModel.from_adapter(run.folder, tiny_base("bert"), 2, pooling="mean")
     from textlora.inference.classifier import encoded_logits
@@ -523,7 +610,9 @@ def test_relabel_can_swap_two_names(folder, base):
     relabel_folder(folder, ("neg=pos", "pos=neg"))
     assert read_meta(folder).labels == ("pos", "neg")
     swapped = {"neg": "pos", "pos": "neg"}
-    assert [p.label for p in TextClassifier.load(folder, base=base).predict(TEXTS)] == [swapped[p.label] for p in before]
+    assert [p.label for p in TextClassifier.load(folder, base=base).predict(TEXTS)] == [
+        swapped[p.label] for p in before
+    ]
 
 
 @pytest.mark.parametrize(
@@ -549,5 +638,8 @@ def test_relabel_on_the_command_line(folder, base, capfd):
     assert (code, err) == (0, "")
     assert json.loads(out)["labels"] == ["no", "yes"]
     kept = snapshot(folder)
-    assert cli.fails("inspect", folder, "--relabel", "neg=no") == "--relabel neg=no: not old=new with a known label; labels are: no, yes"
+    assert (
+        cli.fails("inspect", folder, "--relabel", "neg=no")
+        == "--relabel neg=no: not old=new with a known label; labels are: no, yes"
+    )
     assert snapshot(folder) == kept

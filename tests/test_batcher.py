@@ -29,7 +29,10 @@ class Recorder:
         self.batches.append(list(texts))
         if any(text == "breaks" for text in texts):
             raise ZeroDivisionError("a bug")
-        return [AdapterError("bad") if name == "bad" else f"{name}:{text}:{pair}" for text, name, pair in zip(texts, adapters, pairs, strict=True)]
+        return [
+            AdapterError("bad") if name == "bad" else f"{name}:{text}:{pair}"
+            for text, name, pair in zip(texts, adapters, pairs, strict=True)
+        ]
 
 
 def with_batcher(body, **settings):
@@ -54,7 +57,9 @@ async def begun(run: Recorder) -> None:
 
 def test_answers_come_back_to_who_asked():
     async def body(batcher, run, facts):
-        asked = [[task(f"{i}-{j}", adapters=("a", "b")[: 1 + j % 2]) for j in range(i % 4 + 1)] for i in range(20)]
+        asked = [
+            [task(f"{i}-{j}", adapters=("a", "b")[: 1 + j % 2]) for j in range(i % 4 + 1)] for i in range(20)
+        ]
         found = await asyncio.gather(*(batcher.submit(tasks, 10) for tasks in asked))
         for tasks, results in zip(asked, found, strict=True):
             for one, result in zip(tasks, results, strict=True):
@@ -111,7 +116,9 @@ def test_a_full_queue_refuses_and_says_when_to_come_again():
             batcher.check_room()
         run.gate.set()
         await asyncio.gather(first, waiting, third)
-        assert len(await batcher.submit([task(str(i)) for i in range(9)], 10)) == 9  # larger than the queue, which is empty
+        assert (
+            len(await batcher.submit([task(str(i)) for i in range(9)], 10)) == 9
+        )  # larger than the queue, which is empty
 
     with_batcher(body, queue_rows=3, wait=0)
 

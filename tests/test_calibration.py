@@ -14,13 +14,19 @@ from textlora.core.errors import UsageError
 from textlora.metrics.calibration import decide, fit_temperature, fit_thresholds, probabilities, row_log_loss
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-LOGITS = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(2, 5)), elements=st.floats(-1e4, 1e4, width=32))
+LOGITS = arrays(
+    np.float64, st.tuples(st.integers(1, 6), st.integers(2, 5)), elements=st.floats(-1e4, 1e4, width=32)
+)
 
 
 @given(LOGITS, st.floats(0.05, 20))
 def test_probabilities_are_scipys(logits, temperature):
-    np.testing.assert_allclose(probabilities(logits, SINGLE, temperature), softmax(logits / temperature, axis=1), atol=1e-12)
-    np.testing.assert_allclose(probabilities(logits, MULTI, temperature), expit(logits / temperature), atol=1e-12)
+    np.testing.assert_allclose(
+        probabilities(logits, SINGLE, temperature), softmax(logits / temperature, axis=1), atol=1e-12
+    )
+    np.testing.assert_allclose(
+        probabilities(logits, MULTI, temperature), expit(logits / temperature), atol=1e-12
+    )
     assert np.array_equal(probabilities(logits, REGRESSION, temperature), logits)
 
 
@@ -36,7 +42,11 @@ def test_decide():
     probs = np.array([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]])
     assert decide(probs, SINGLE).tolist() == [1, 0, 0]
     assert decide(probs, MULTI).tolist() == [[False, True], [True, True], [True, False]]
-    assert decide(probs, MULTI, np.array([0.95, 0.1])).tolist() == [[False, True], [False, True], [False, True]]
+    assert decide(probs, MULTI, np.array([0.95, 0.1])).tolist() == [
+        [False, True],
+        [False, True],
+        [False, True],
+    ]
     assert decide(np.array([[1.5], [-2.0]]), REGRESSION).tolist() == [1.5, -2.0]
 
 
@@ -51,7 +61,9 @@ def test_temperature_never_changes_a_single_label_decision(logits, temperature):
 def test_row_log_loss_is_scikit_learns_and_stays_finite():
     random = np.random.default_rng(0)
     logits, labels = random.normal(size=(50, 4)), random.integers(0, 4, 50)
-    assert row_log_loss(logits, labels, SINGLE, 0.7).mean() == pytest.approx(log_loss(labels, softmax(logits / 0.7, axis=1)))
+    assert row_log_loss(logits, labels, SINGLE, 0.7).mean() == pytest.approx(
+        log_loss(labels, softmax(logits / 0.7, axis=1))
+    )
     truth = (random.random((50, 4)) < 0.5).astype(float)
     each = [log_loss(truth[:, c], expit(logits[:, c] / 0.7)) for c in range(4)]
     assert row_log_loss(logits, truth, MULTI, 0.7).mean() == pytest.approx(np.mean(each))
@@ -81,26 +93,38 @@ def test_temperature_is_the_most_likely_on_a_fine_grid(problem_type):
     logits = random.normal(size=(60, 5)) * 4 + 3 * np.eye(5)[labels]
     labels, parts = (labels, 1) if problem_type == SINGLE else (np.eye(5)[labels], 5)
     logs = np.linspace(-3, 3, 2001)
-    posterior = [parts * row_log_loss(logits, labels, problem_type, np.exp(x)).sum() + x**2 / (2 * 0.5**2) for x in logs]
+    posterior = [
+        parts * row_log_loss(logits, labels, problem_type, np.exp(x)).sum() + x**2 / (2 * 0.5**2)
+        for x in logs
+    ]
     best = logs[np.argmin(posterior)]
     assert best > 0.3
     assert np.log(fit_temperature(logits, labels, problem_type)) == pytest.approx(best, abs=0.004)
-    assert np.log(fit_temperature(logits, labels, problem_type, out_of_fold=True)) == pytest.approx(1.4 * best, abs=0.006)
+    assert np.log(fit_temperature(logits, labels, problem_type, out_of_fold=True)) == pytest.approx(
+        1.4 * best, abs=0.006
+    )
     unsure = np.log(fit_temperature(logits / 20, labels, problem_type))
     assert unsure < -0.2
     decided = decide(probabilities(logits / 20, problem_type), problem_type)
-    wrong = int((decided != labels).sum() if problem_type == SINGLE else (decided != labels).any(axis=1).sum())
+    wrong = int(
+        (decided != labels).sum() if problem_type == SINGLE else (decided != labels).any(axis=1).sum()
+    )
     share = 0.25 * wrong / (wrong + 10)
-    assert np.log(fit_temperature(logits / 20, labels, problem_type, out_of_fold=True)) == pytest.approx(share * unsure, abs=1e-3)
+    assert np.log(fit_temperature(logits / 20, labels, problem_type, out_of_fold=True)) == pytest.approx(
+        share * unsure, abs=1e-3
+    )
 
 
 def test_few_mistakes_of_folds_hardly_sharpen():
-    """150 rows, five of them wrong, scores far less sure than that: models of the folds, not the last one, are that unsure."""
+    """150 rows, five of them wrong, scores far less sure than that: models of the folds, not the last one,
+    are that unsure."""
     logits = np.zeros((150, 2))
     logits[:, 0], labels = 1.5, np.repeat([0, 1], [145, 5])
     held = np.log(fit_temperature(logits, labels, SINGLE))
     assert held < -0.5
-    assert np.log(fit_temperature(logits, labels, SINGLE, out_of_fold=True)) == pytest.approx(held * 0.25 / 3, abs=1e-3)
+    assert np.log(fit_temperature(logits, labels, SINGLE, out_of_fold=True)) == pytest.approx(
+        held * 0.25 / 3, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 4, 60, 240, 2000])
@@ -112,7 +136,9 @@ def test_rows_without_a_mistake_are_not_made_surer_than_their_number_supports(ro
         found = fit_temperature(logits, truth, problem_type, out_of_fold=out_of_fold)
         assert found >= 1
         claimed = probabilities(logits, problem_type, found)
-        right = claimed.max(axis=1) if problem_type == SINGLE else np.maximum(claimed, 1 - claimed).prod(axis=1)
+        right = (
+            claimed.max(axis=1) if problem_type == SINGLE else np.maximum(claimed, 1 - claimed).prod(axis=1)
+        )
         assert 1 - right.mean() >= (1 / (rows + 2) if rows >= 60 else 1e-3)
         assert found == 1 or 1 - right.mean() <= 7 / (rows + 2)
 
@@ -134,7 +160,9 @@ def test_rows_of_cross_validation_call_for_more_the_more_of_them_are_wrong():
     for share in (0.05, 0.3):
         truth = np.where(np.arange(400) < 400 * share, 1 - labels, labels)
         logits = np.outer(2 * labels - 1, [-2.0, 2.0]) + random.normal(size=(400, 2))
-        own, grown = (np.log(fit_temperature(logits, truth, SINGLE, out_of_fold=folds)) for folds in (False, True))
+        own, grown = (
+            np.log(fit_temperature(logits, truth, SINGLE, out_of_fold=folds)) for folds in (False, True)
+        )
         stretched.append(grown / own)
     assert stretched == pytest.approx([1.2, 1.4], abs=0.03)
 
@@ -167,7 +195,10 @@ def _logit(p):
 
 
 SCORES = st.integers(2, 12).flatmap(
-    lambda n: st.tuples(arrays(np.float64, (n, 2), elements=st.floats(0, 1)), arrays(np.int64, (n, 2), elements=st.integers(0, 1)))
+    lambda n: st.tuples(
+        arrays(np.float64, (n, 2), elements=st.floats(0, 1)),
+        arrays(np.int64, (n, 2), elements=st.integers(0, 1)),
+    )
 )
 
 
@@ -194,11 +225,15 @@ def test_thresholds_are_a_labels_own_as_far_as_its_positives_support_it(case):
 def test_many_positives_give_each_label_its_own_threshold_and_few_a_common_one():
     random = np.random.default_rng(1)
     labels = (random.random((5000, 2)) < 0.5).astype(int)
-    probs = np.clip(np.where(labels == 1, [0.3, 0.8], [0.1, 0.6]) + random.normal(size=labels.shape) * 0.04, 0.01, 0.99)
+    probs = np.clip(
+        np.where(labels == 1, [0.3, 0.8], [0.1, 0.6]) + random.normal(size=labels.shape) * 0.04, 0.01, 0.99
+    )
     np.testing.assert_allclose(fit_thresholds(probs, labels), [0.2, 0.7], atol=0.04)
     few = fit_thresholds(probs[:12], labels[:12])
     assert few[1] - few[0] < 0.25
-    few = fit_thresholds(np.hstack([probs[:12], probs[:12, :1] * np.nan]), np.hstack([labels[:12], labels[:12, :1]]))
+    few = fit_thresholds(
+        np.hstack([probs[:12], probs[:12, :1] * np.nan]), np.hstack([labels[:12], labels[:12, :1]])
+    )
     assert few[2] == 0.5
 
 
@@ -213,7 +248,10 @@ def test_thresholds_tie_goes_to_the_middle_and_the_order_of_rows_does_not_matter
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: probabilities(np.zeros((1, 2)), "softmax"), "unknown problem type 'softmax'; use one of single_label_classification"),
+        (
+            lambda: probabilities(np.zeros((1, 2)), "softmax"),
+            "unknown problem type 'softmax'; use one of single_label_classification",
+        ),
         (lambda: probabilities(np.zeros((1, 2)), SINGLE, 0.0), "temperature 0.0 is not above 0"),
         (lambda: probabilities(np.zeros((1, 2)), SINGLE, float("nan")), "temperature nan is not above 0"),
         (lambda: decide(np.zeros((1, 2)), "multi"), "unknown problem type 'multi'"),

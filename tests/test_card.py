@@ -46,7 +46,11 @@ def run_mean(block: str, texts: list[str], pairs: list[str] | None = None) -> di
 @pytest.mark.parametrize(("kind", "labels", "pairs"), TASKS)
 def test_mean_pooling_with_peft_and_torch_alone(kind, labels, pairs, family, tiny_base, tmp_path, capsys):
     base, folder, seconds = tiny_base(family), tmp_path / "a", TEXTS[::-1] if pairs else None
-    settings = {"use_dora": True, "use_rslora": True, "target_modules": ("all-linear",), "lora_dropout": 0.1} if pairs else {}
+    settings = (
+        {"use_dora": True, "use_rslora": True, "target_modules": ("all-linear",), "lora_dropout": 0.1}
+        if pairs
+        else {}
+    )
     classifier = make_adapter(folder, base, pooling="mean", kind=kind, labels=labels, pairs=pairs, **settings)
     names = run_mean(loader((folder / "README.md").read_text(encoding="utf-8"), folder, base), TEXTS, seconds)
     assert np.abs(names["logits"].numpy() - classifier.logits(TEXTS, seconds)).max() <= 1e-5
@@ -75,10 +79,15 @@ def test_cards_of_trained_adapters(task, pooling, tiny_base, tmp_path_factory):
     else:
         names: dict[str, object] = {}
         exec(block, names)
-        batch = AutoTokenizer.from_pretrained(run.folder)(TEXTS, seconds, padding=True, truncation=True, return_tensors="pt")
+        batch = AutoTokenizer.from_pretrained(run.folder)(
+            TEXTS, seconds, padding=True, truncation=True, return_tensors="pt"
+        )
         with torch.inference_mode():
             logits = names["model"](**batch).logits / classifier.meta.temperature
-    assert np.abs(SCORES[classifier.meta.problem_type](logits).numpy() - by_predict(classifier, seconds)).max() <= 1e-5
+    assert (
+        np.abs(SCORES[classifier.meta.problem_type](logits).numpy() - by_predict(classifier, seconds)).max()
+        <= 1e-5
+    )
 
 
 def card_of(folder: Path) -> str:

@@ -34,7 +34,9 @@ def test_a_text_gets_one_answer_whatever_stands_beside_it(classifier):
 def test_batches_of_any_size_give_the_same(classifier, tokens, monkeypatch):
     expected = classifier.logits(TEXTS)
     monkeypatch.setattr("textlora.inference.classifier.EVAL_TOKENS", {"cpu": tokens})
-    assert np.allclose(encoded_logits(classifier.model, classifier.tokenizer.encode(TEXTS)), expected, atol=2e-6)
+    assert np.allclose(
+        encoded_logits(classifier.model, classifier.tokenizer.encode(TEXTS)), expected, atol=2e-6
+    )
 
 
 def test_answers_come_twice_the_same_to_the_bit(single, classifier):
@@ -44,7 +46,9 @@ def test_answers_come_twice_the_same_to_the_bit(single, classifier):
 
 def test_long_texts_are_cut_as_in_training(classifier):
     words = "good " * 10 + "bad " * 80
-    assert np.array_equal(classifier.logits([words]), classifier.logits(["good " * 10 + "bad " * 20]))  # 30 words and 2 special tokens
+    assert np.array_equal(
+        classifier.logits([words]), classifier.logits(["good " * 10 + "bad " * 20])
+    )  # 30 words and 2 special tokens
     assert [len(e.ids) for e in classifier.tokenizer.encode([words])] == [32]
 
 
@@ -57,7 +61,11 @@ def test_prediction_and_record(classifier):
     assert prediction.label == ["neg", "pos"][int(expected.argmax())]
     assert prediction.labels == (prediction.label,)
     assert prediction.score == max(prediction.scores.values())
-    assert classifier.record(prediction) == {"label": prediction.label, "score": prediction.score, "scores": prediction.scores}
+    assert classifier.record(prediction) == {
+        "label": prediction.label,
+        "score": prediction.score,
+        "scores": prediction.scores,
+    }
     assert classifier.record(prediction, True)["logits"] == list(prediction.logits)
 
 
@@ -72,13 +80,17 @@ def test_verify_measures_the_golden_examples(classifier):
     assert classifier.verify() < 1e-6
     stored = np.array([row["logits"] for row in classifier.meta.golden])
     random_adapter(classifier.model)
-    with pytest.raises(Exception, match=r"this adapter: golden example [1-8] gives logits that differ by [0-9.]+ from those stored"):
+    with pytest.raises(
+        Exception,
+        match=r"this adapter: golden example [1-8] gives logits that differ by [0-9.]+ from those stored",
+    ):
         classifier.verify()
     assert not np.allclose(classifier.logits(list(GOLDEN_TEXTS)), stored, atol=1e-3)
 
 
 def precision() -> list[object]:
-    """How exactly torch multiplies float32 matrices, asked in the old style and in the new one; the old refuses to say after the new was used."""
+    """How exactly torch multiplies float32 matrices, asked in the old style and in the new one; the old
+    refuses to say after the new was used."""
 
     def ask(what):
         try:
@@ -88,7 +100,13 @@ def precision() -> list[object]:
 
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     return [
-        ask(what) for what in (torch.get_float32_matmul_precision, lambda: cuda.allow_tf32, lambda: cuda.fp32_precision, lambda: cpu.fp32_precision)
+        ask(what)
+        for what in (
+            torch.get_float32_matmul_precision,
+            lambda: cuda.allow_tf32,
+            lambda: cuda.fp32_precision,
+            lambda: cpu.fp32_precision,
+        )
     ]
 
 
@@ -105,7 +123,8 @@ SWITCHES = [
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_golden_examples_are_computed_in_plain_float32(single, monkeypatch, switch):
-    """Whatever the process has switched on: TF32, bfloat16 products, autocast. The golden examples see none of it, and it stays switched on."""
+    """Whatever the process has switched on: TF32, bfloat16 products, autocast. The golden examples see none
+    of it, and it stays switched on."""
 
     def job() -> int:
         exec(switch, {"torch": torch})
@@ -113,7 +132,14 @@ def test_golden_examples_are_computed_in_plain_float32(single, monkeypatch, swit
         forward = PackedModel.forward
 
         def watched(model, batch):
-            seen.append((precision(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), model.dtype))
+            seen.append(
+                (
+                    precision(),
+                    torch.is_autocast_enabled("cpu"),
+                    torch.is_autocast_enabled("cuda"),
+                    model.dtype,
+                )
+            )
             return forward(model, batch)
 
         monkeypatch.setattr(PackedModel, "forward", watched)
@@ -121,7 +147,9 @@ def test_golden_examples_are_computed_in_plain_float32(single, monkeypatch, swit
             TextClassifier.load(single.folder, base=single.config.model, device="cpu")
             assert torch.is_autocast_enabled("cpu")
         assert seen
-        assert all(found == (["highest", False, "ieee", "ieee"], False, False, torch.float32) for found in seen), seen
+        assert all(
+            found == (["highest", False, "ieee", "ieee"], False, False, torch.float32) for found in seen
+        ), seen
         assert precision() == before
         return 0
 
@@ -136,7 +164,9 @@ def test_nothing_to_encode(classifier):
 def test_labels_are_the_folders_own(single):
     with pytest.raises(UsageError, match="has its own labels"):
         TextClassifier.load(single.folder, base=single.config.model, labels=["a", "b"])
-    assert TextClassifier.load(single.folder, base=single.config.model, labels=["neg", "pos"]).meta.labels == ("neg", "pos")
+    assert TextClassifier.load(
+        single.folder, base=single.config.model, labels=["neg", "pos"]
+    ).meta.labels == ("neg", "pos")
 
 
 def test_loading_does_not_touch_the_global_generator(single):

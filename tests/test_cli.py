@@ -16,7 +16,19 @@ import pytest
 import torch
 from conftest import make_tiny
 from safetensors.torch import load_file, save_file
-from support import CONFIG, SIDE, WEIGHTS, Cli, Trained, forked, settings, single_rows, snapshot, task_files, write_csv
+from support import (
+    CONFIG,
+    SIDE,
+    WEIGHTS,
+    Cli,
+    Trained,
+    forked,
+    settings,
+    single_rows,
+    snapshot,
+    task_files,
+    write_csv,
+)
 
 from textlora.adapters.folder import read_adapter
 from textlora.cli import run
@@ -32,14 +44,30 @@ COMMANDS = (
 
 @pytest.fixture
 def train(cli: Cli, tiny_base, tmp_path) -> Callable[..., str]:
-    """`train(message, *flags)` runs a training that must be refused with exactly this message; `data` is the training file."""
+    """`train(message, *flags)` runs a training that must be refused with exactly this message; `data` is the
+    training file."""
 
-    def refused(*flags: object, data: object = None, model: Path | None = None, output: Path | None = None) -> str:
+    def refused(
+        *flags: object, data: object = None, model: Path | None = None, output: Path | None = None
+    ) -> str:
         output = output or tmp_path / "out"
         data = data if data is not None else write_csv(tmp_path / "good.csv", single_rows())
         model = model or tiny_base("bert")
         before = sorted(tmp_path.rglob("*"))
-        said = cli.fails("train", "--quiet", "--device", "cpu", "--model", model, "--train", data, "--output", output, *flags, output=output)
+        said = cli.fails(
+            "train",
+            "--quiet",
+            "--device",
+            "cpu",
+            "--model",
+            model,
+            "--train",
+            data,
+            "--output",
+            output,
+            *flags,
+            output=output,
+        )
         assert sorted(tmp_path.rglob("*")) == before
         return said
 
@@ -59,7 +87,9 @@ def test_help_of_every_command_imports_nothing_heavy():
         "        assert run([*arguments, '--help']) == 0\n"
         "    print(out.getvalue().split('\\n')[0], [name for name in heavy if name in sys.modules])\n"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert said[0] == "Usage: textlora [OPTIONS] COMMAND [ARGS]... []"
     assert [line.split()[2] for line in said[1:]] == list(COMMANDS)
     assert all(line.endswith("[]") for line in said)
@@ -86,7 +116,10 @@ def test_version(cli):
         (["sing"], "No such command 'sing'."),
         (["train", "--rnak", "4"], "No such option '--rnak'"),
         (["train", "--r", "four"], "Invalid value for '--r': 'four' is not a valid integer."),
-        (["train", "--scheduler", "step"], "Invalid value for '--scheduler': 'step' is not one of 'linear', 'cosine', 'constant'."),
+        (
+            ["train", "--scheduler", "step"],
+            "Invalid value for '--scheduler': 'step' is not one of 'linear', 'cosine', 'constant'.",
+        ),
         (["train", "--target-modules", ","], "Invalid value for '--target-modules': give at least one name"),
         (["train"], "no output folder; name one with --output"),
         (["train", "--output", "nowhere", "--quiet"], "no training data; name a file with --train"),
@@ -116,12 +149,20 @@ def test_wrong_usage_is_one_line(cli, tmp_path, monkeypatch, arguments, said):
         ("--batch-size", 0, "--batch-size 0: must be at least 1"),
         ("--limit-train", 0, "--limit-train 0: must be at least 1"),
         ("--max-length", 4, "--max-length 4: must be at least 8"),
-        ("--r", 33, "--r 33: larger than bert.encoder.layer.0.attention.self.query, which is 32 x 32; use at most 32"),
+        (
+            "--r",
+            33,
+            "--r 33: larger than bert.encoder.layer.0.attention.self.query, which is 32 x 32; use at most 32",
+        ),
         ("--max-length", 49, "--max-length 49: the base model takes 48 tokens"),
         ("--layers", "0,2", "--layers 0,2: the base model has blocks 0 to 1"),
         ("--layers", "last:3", "--layers last:3: the base model has blocks 0 to 1"),
         ("--layers", "first", "--layers first: not all, last:K or a list such as 0,1,5"),
-        ("--metric", "spearman", "--metric spearman: not a metric of this task; there are: accuracy, macro_f1, weighted_f1, mcc, auc, log_loss, ece"),
+        (
+            "--metric",
+            "spearman",
+            "--metric spearman: not a metric of this task; there are: accuracy, macro_f1, weighted_f1, mcc, auc, log_loss, ece",
+        ),
         ("--device", "tpu", "--device tpu: not cpu, cuda, cuda:N or auto"),
         ("--device", "cuda:99", "CUDA devices here; use --device cpu"),
         ("--encoding", "utf-9", "unknown encoding 'utf-9'"),
@@ -173,7 +214,10 @@ def test_missing_file(train, tmp_path):
 
 
 def test_missing_column(train):
-    assert train("--label-column", "mood") == "good.csv: no column 'mood'; it has 'text', 'label'; name one of these"
+    assert (
+        train("--label-column", "mood")
+        == "good.csv: no column 'mood'; it has 'text', 'label'; name one of these"
+    )
 
 
 def test_no_column_known_by_name(train, tmp_path):
@@ -208,12 +252,18 @@ def test_unknown_label_in_evaluation_data(train, tmp_path, split):
 
 def test_one_class_only(train, tmp_path):
     path = write_csv(tmp_path / "one.csv", [("good film", "pos"), ("fun film", "pos")], ("text", "mood"))
-    assert train("--label-column", "mood", data=path) == "one.csv, column 'mood': every row has the label 'pos'; give rows of at least two classes"
+    assert (
+        train("--label-column", "mood", data=path)
+        == "one.csv, column 'mood': every row has the label 'pos'; give rows of at least two classes"
+    )
 
 
 def test_empty_text(train, tmp_path):
     path = write_csv(tmp_path / "empty.csv", [("good film", "pos"), ("  ", "neg"), ("", "neg")])
-    assert train(data=path) == "empty.csv line 3, column 'text': empty text (2 such rows); remove them; `textlora check` lists them"
+    assert (
+        train(data=path)
+        == "empty.csv line 3, column 'text': empty text (2 such rows); remove them; `textlora check` lists them"
+    )
 
 
 def test_missing_label(train, tmp_path):
@@ -223,7 +273,9 @@ def test_missing_label(train, tmp_path):
 
 @pytest.mark.parametrize("target", ["nan", "inf", "1e39", "high"])
 def test_target_that_is_no_number(train, tmp_path, target):
-    path = write_csv(tmp_path / "targets.csv", [("good film", "1.5"), ("dull film", target)], ("text", "stars"))
+    path = write_csv(
+        tmp_path / "targets.csv", [("good film", "1.5"), ("dull film", target)], ("text", "stars")
+    )
     assert train("--problem-type", "regression", "--label-column", "stars", data=path) == (
         f"targets.csv line 3, column 'stars': '{target}' is not a finite number; mend it or remove the row"
     )
@@ -231,7 +283,11 @@ def test_target_that_is_no_number(train, tmp_path, target):
 
 @pytest.mark.parametrize("target", ["nan", "inf"])
 def test_target_that_is_no_number_among_fractions_is_not_taken_for_a_class(train, tmp_path, target):
-    path = write_csv(tmp_path / "targets.csv", [("good film", "1.5"), ("fun film", "0.25"), ("dull film", target)], ("text", "stars"))
+    path = write_csv(
+        tmp_path / "targets.csv",
+        [("good film", "1.5"), ("fun film", "0.25"), ("dull film", target)],
+        ("text", "stars"),
+    )
     assert "targets.csv line 4, column 'stars': " in train("--label-column", "stars", data=path)
 
 
@@ -241,7 +297,9 @@ def test_header_without_rows(train, tmp_path):
 
 def test_pairs_in_one_split_only(train, tmp_path):
     path = write_csv(tmp_path / "pairs.csv", [("a", "b", "pos")], ("sentence1", "sentence2", "label"))
-    assert train("--test", path) == ("some splits hold text pairs and others single texts; name --text-pair-column, or leave it out in all files")
+    assert train("--test", path) == (
+        "some splits hold text pairs and others single texts; name --text-pair-column, or leave it out in all files"
+    )
 
 
 # --- base models ---
@@ -281,7 +339,10 @@ def test_pickled_base_runs_nothing(train, tiny_base, tmp_path, family):
     (base / "model.safetensors").unlink()
     mark = tmp_path / "mark"
     (base / "pytorch_model.bin").write_bytes(dangerous_pickle(mark))
-    assert train(model=base) == f"{base}: only pickle weights (.bin), which can run code when opened; save it again as model.safetensors"
+    assert (
+        train(model=base)
+        == f"{base}: only pickle weights (.bin), which can run code when opened; save it again as model.safetensors"
+    )
     assert not mark.exists()
 
 
@@ -305,14 +366,20 @@ def dangerous_pickle(mark: Path) -> bytes:
 def test_base_without_config(train, tmp_path):
     (tmp_path / "base").mkdir()
     base = tmp_path / "base"
-    assert train(model=base) == f"{base}: no config.json; a base model folder needs config.json, model.safetensors and a tokenizer"
+    assert (
+        train(model=base)
+        == f"{base}: no config.json; a base model folder needs config.json, model.safetensors and a tokenizer"
+    )
 
 
 def test_base_of_no_known_kind(train, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text('{"hidden_size": 3}', encoding="utf-8")
-    assert train(model=base) == f"{base / 'config.json'}: no model_type; is this the folder of a transformers model?"
+    assert (
+        train(model=base)
+        == f"{base / 'config.json'}: no model_type; is this the folder of a transformers model?"
+    )
 
 
 # --- adapters on a base: predict, evaluate and inspect refuse the same ---
@@ -331,7 +398,19 @@ def refuse(cli: Cli, adapter: Path, base: Path, texts: Path) -> str:
     """The message with which predict and evaluate both refuse; neither leaves an output file."""
     output = texts.with_name("answers.csv")
     said = {
-        cli.fails(command, adapter, "--data", texts, "--output", output, "--model", base, "--device", "cpu", output=adapter)
+        cli.fails(
+            command,
+            adapter,
+            "--data",
+            texts,
+            "--output",
+            output,
+            "--model",
+            base,
+            "--device",
+            "cpu",
+            output=adapter,
+        )
         for command in ("predict", "evaluate")
     }
     assert not output.exists()
@@ -350,7 +429,10 @@ def test_base_of_other_weights(cli, single, tmp_path, texts):
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "electra"])
 def test_base_of_another_architecture(cli, tiny_base, single, texts, family):
     said = refuse(cli, single.folder, tiny_base(family), texts)
-    assert said == f"{single.folder} was trained on a bert, {tiny_base(family)} is a {family}; pass its own base as --model"
+    assert (
+        said
+        == f"{single.folder} was trained on a bert, {tiny_base(family)} is a {family}; pass its own base as --model"
+    )
 
 
 def test_truncated_adapter(cli, single, tmp_path, texts):
@@ -361,7 +443,17 @@ def test_truncated_adapter(cli, single, tmp_path, texts):
         f"{adapter / WEIGHTS}: was changed after it was saved (SHA-256 differs); copy the adapter again"
     )
     (adapter / SIDE).unlink()
-    said = cli.fails("predict", adapter, "--data", texts, "--model", single.config.model, "--labels", "neg,pos", output=adapter)
+    said = cli.fails(
+        "predict",
+        adapter,
+        "--data",
+        texts,
+        "--model",
+        single.config.model,
+        "--labels",
+        "neg,pos",
+        output=adapter,
+    )
     assert said.startswith(f"{adapter / WEIGHTS}: not a whole safetensors file (")
 
 
@@ -370,9 +462,9 @@ def test_foreign_tensors_in_an_adapter(cli, single, tmp_path, texts):
     (adapter / SIDE).unlink()
     tensors = load_file(adapter / WEIGHTS)
     save_file(tensors | {"base_model.model.bert.extra.weight": torch.zeros(2, 32)}, adapter / WEIGHTS)
-    assert cli.fails("predict", adapter, "--data", texts, "--model", single.config.model, "--labels", "neg,pos") == (
-        f"{adapter}: tensor 'base_model.model.bert.extra.weight' of the adapter has no place in this model"
-    )
+    assert cli.fails(
+        "predict", adapter, "--data", texts, "--model", single.config.model, "--labels", "neg,pos"
+    ) == (f"{adapter}: tensor 'base_model.model.bert.extra.weight' of the adapter has no place in this model")
 
 
 def test_pickled_adapter_runs_nothing(cli, single, tmp_path, texts):
@@ -381,7 +473,9 @@ def test_pickled_adapter_runs_nothing(cli, single, tmp_path, texts):
     (adapter / SIDE).unlink()
     mark = tmp_path / "mark"
     (adapter / "adapter_model.bin").write_bytes(dangerous_pickle(mark))
-    assert cli.fails("predict", adapter, "--data", texts, "--model", single.config.model, "--labels", "neg,pos") == (
+    assert cli.fails(
+        "predict", adapter, "--data", texts, "--model", single.config.model, "--labels", "neg,pos"
+    ) == (
         f"{adapter}: the weights are a pickle (adapter_model.bin), which can run code when opened; "
         "`textlora convert` takes the tensors out without running anything"
     )
@@ -395,8 +489,14 @@ def test_output_that_is_not_empty(train, tmp_path):
     output = tmp_path / "full"
     output.mkdir()
     (output / "notes.txt").write_text("mine", encoding="utf-8")
-    assert train(output=output) == f"--output {output}: is not empty; choose another folder, or add --resume to go on with the run in it"
-    assert train("--resume", output=output) == f"--output {output}: holds files but no textlora run to resume; choose another folder"
+    assert (
+        train(output=output)
+        == f"--output {output}: is not empty; choose another folder, or add --resume to go on with the run in it"
+    )
+    assert (
+        train("--resume", output=output)
+        == f"--output {output}: holds files but no textlora run to resume; choose another folder"
+    )
 
 
 def test_output_that_is_a_file(train, tmp_path):
@@ -429,15 +529,30 @@ def test_output_in_use_by_a_living_process(train, tmp_path):
             os._exit(0)
     try:
         os.read(ready[0], 1)
-        assert train(output=output) == f"{output / 'run'} is in use by another run; wait for it to end or choose another --output"
-        assert train("--resume", output=output) == f"{output / 'run'} is in use by another run; wait for it to end or choose another --output"
+        assert (
+            train(output=output)
+            == f"{output / 'run'} is in use by another run; wait for it to end or choose another --output"
+        )
+        assert (
+            train("--resume", output=output)
+            == f"{output / 'run'} is in use by another run; wait for it to end or choose another --output"
+        )
     finally:
         os.write(go[1], b"x")
         os.waitpid(child, 0)
 
 
 def test_finished_run_is_not_overwritten(cli, single):
-    arguments = ("train", "--quiet", "--train", single.config.train, "--model", single.config.model, "--output", single.folder)
+    arguments = (
+        "train",
+        "--quiet",
+        "--train",
+        single.config.train,
+        "--model",
+        single.config.model,
+        "--output",
+        single.folder,
+    )
     assert "is not empty" in cli.fails(*arguments, output=single.folder)
 
 
@@ -482,15 +597,20 @@ def test_resume_with_changed_data(cli, halted, split):
 def test_resume_on_another_base(cli, halted, tiny_base, tmp_path):
     config = (halted / "run" / "config.toml").read_text(encoding="utf-8")
     base = make_tiny("bert", tmp_path / "base", seed=3)
-    (halted / "run" / "config.toml").write_text(config.replace(str(tiny_base("bert")), str(base)), encoding="utf-8")
+    (halted / "run" / "config.toml").write_text(
+        config.replace(str(tiny_base("bert")), str(base)), encoding="utf-8"
+    )
     said = cli.fails("train", "--resume", "--output", halted, "--quiet", output=halted)
     assert said.startswith(f"{halted}: the data, the base model or a library changed since this run began")
 
 
 def test_resume_on_other_kernels(cli, halted, monkeypatch):
-    """Another instruction set sums in another order: the bytes would differ, which resuming promises they do not."""
+    """Another instruction set sums in another order: the bytes would differ, which resuming promises they do
+    not."""
     other = Executor("kernels", "another instruction set", None)
-    here = json.loads((halted / "run" / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[0])["executor"]
+    here = json.loads((halted / "run" / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[0])[
+        "executor"
+    ]
     assert here == executor_of(open_tiny(halted).for_training(), None).as_dict()
     monkeypatch.setattr("textlora.training.run.executor_of", lambda model, reason: other)
     assert cli.fails("train", "--resume", "--output", halted, "--quiet", output=halted) == (
@@ -511,7 +631,19 @@ def test_resume_with_a_damaged_checkpoint(cli, halted):
 
 def test_resume_where_nothing_was_started_is_a_fresh_run(cli, tiny_base, tmp_path):
     files = task_files(tmp_path, "single")
-    arguments = ["train", "--resume", "--quiet", "--device", "cpu", "--train", files["train"], "--model", tiny_base("bert"), "--epochs", 1]
+    arguments = [
+        "train",
+        "--resume",
+        "--quiet",
+        "--device",
+        "cpu",
+        "--train",
+        files["train"],
+        "--model",
+        tiny_base("bert"),
+        "--epochs",
+        1,
+    ]
     code, out, err = cli(*arguments, "--output", tmp_path / "out")
     assert (code, out, err) == (0, "", "")
     assert (tmp_path / "out" / SIDE).is_file()
@@ -529,7 +661,8 @@ def small_run(tiny_base, tmp_path) -> list[object]:
 
 
 def check_after_full_disk(cli: Cli, arguments: list[object], output: Path, whole: bytes) -> None:
-    """What is left is nothing, or a run that can be resumed to the same bytes; never a folder that looks finished and is not."""
+    """What is left is nothing, or a run that can be resumed to the same bytes; never a folder that looks
+    finished and is not."""
     if (output / SIDE).exists():
         read_adapter(output)
     assert cli(*arguments, "--output", output, "--resume") == (0, "", "")
@@ -588,7 +721,16 @@ def test_writes_that_the_system_refuses(cli, small_run, tmp_path, limit):
 
 def test_predictions_on_a_full_disk_leave_no_file(single, tmp_path, texts):
     output = tmp_path / "answers.csv"
-    arguments = ["predict", single.folder, "--data", texts, "--model", single.config.model, "--output", output]
+    arguments = [
+        "predict",
+        single.folder,
+        "--data",
+        texts,
+        "--model",
+        single.config.model,
+        "--output",
+        output,
+    ]
 
     def limited() -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
@@ -596,16 +738,32 @@ def test_predictions_on_a_full_disk_leave_no_file(single, tmp_path, texts):
 
     code, out, err = forked(limited)
     assert (code, out) == (2, "")
-    assert err == f"textlora: cannot write {output}: File too large; free some space or choose another folder\n"
+    assert (
+        err == f"textlora: cannot write {output}: File too large; free some space or choose another folder\n"
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["texts.csv"]
 
 
 # --- what is printed ---
 
 
-def test_output_on_standard_output_is_one_json_line_and_errors_leave_it_empty(cli, tiny_base, single, tmp_path, texts):
+def test_output_on_standard_output_is_one_json_line_and_errors_leave_it_empty(
+    cli, tiny_base, single, tmp_path, texts
+):
     files = task_files(tmp_path, "single")
-    arguments = ["train", "--device", "cpu", "--train", files["train"], "--test", files["test"], "--model", tiny_base("bert"), "--epochs", 1]
+    arguments = [
+        "train",
+        "--device",
+        "cpu",
+        "--train",
+        files["train"],
+        "--test",
+        files["test"],
+        "--model",
+        tiny_base("bert"),
+        "--epochs",
+        1,
+    ]
     code, out, err = cli(*arguments, "--output", tmp_path / "out", "--json")
     assert code == 0
     assert out.count("\n") == 1
@@ -613,14 +771,21 @@ def test_output_on_standard_output_is_one_json_line_and_errors_leave_it_empty(cl
     assert result == json.loads((tmp_path / "out" / "run" / "result.json").read_text(encoding="utf-8"))
     assert result["output"] == str(tmp_path / "out")
     assert "reading the data and the base model ..." in err.splitlines()
-    assert err.splitlines()[-1] == f"saved to {tmp_path / 'out'}: open {tmp_path / 'out' / 'run' / 'report.html'}"
+    assert (
+        err.splitlines()[-1]
+        == f"saved to {tmp_path / 'out'}: open {tmp_path / 'out' / 'run' / 'report.html'}"
+    )
 
-    code, out, err = cli("check", "--train", files["train"], "--test", files["test"], "--model", tiny_base("bert"), "--json")
+    code, out, err = cli(
+        "check", "--train", files["train"], "--test", files["test"], "--model", tiny_base("bert"), "--json"
+    )
     assert (code, err, out.count("\n")) == (0, "", 1)
     assert json.loads(out)["rows"] == {"train": 40, "test": 16}
     assert json.loads(out)["classes"] == {"neg": 20, "pos": 20}
 
-    code, out, err = cli("evaluate", single.folder, "--data", single.config.test, "--model", single.config.model, "--json")
+    code, out, err = cli(
+        "evaluate", single.folder, "--data", single.config.test, "--model", single.config.model, "--json"
+    )
     assert (code, err, out.count("\n")) == (0, "", 1)
     assert json.loads(out)["test"] == pytest.approx(single.result["test"], abs=1e-6)
 
@@ -659,7 +824,16 @@ def test_inspect_says_what_does_not_fit(cli, tiny_base, single):
 
 def test_evaluate_in_words_and_with_rows(cli, single, tmp_path):
     output = tmp_path / "rows.csv"
-    code, out, err = cli("evaluate", single.folder, "--data", single.config.test, "--model", single.config.model, "--output", output)
+    code, out, err = cli(
+        "evaluate",
+        single.folder,
+        "--data",
+        single.config.test,
+        "--model",
+        single.config.model,
+        "--output",
+        output,
+    )
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "16 rows"
     assert f"{'accuracy':24} {single.result['test']['accuracy']:.4f}   95% " in out
@@ -673,7 +847,17 @@ def test_evaluate_picks_the_same_limited_rows(cli, single):
     import numpy as np
 
     code, out, _ = cli(
-        "evaluate", single.folder, "--data", single.config.test, "--model", single.config.model, "--limit-eval", 5, "--seed", 3, "--json"
+        "evaluate",
+        single.folder,
+        "--data",
+        single.config.test,
+        "--model",
+        single.config.model,
+        "--limit-eval",
+        5,
+        "--seed",
+        3,
+        "--json",
     )
     assert code == 0
     assert json.loads(out)["rows"] == 5
@@ -689,9 +873,21 @@ def test_evaluate_refuses_labels_it_does_not_know(cli, single, tmp_path):
     path = write_csv(tmp_path / "new.csv", [("good film", "fine")], ("text", "mood"))
     output = tmp_path / "rows.csv"
     said = cli.fails(
-        "evaluate", single.folder, "--data", path, "--label-column", "mood", "--model", single.config.model, "--output", output, output=single.folder
+        "evaluate",
+        single.folder,
+        "--data",
+        path,
+        "--label-column",
+        "mood",
+        "--model",
+        single.config.model,
+        "--output",
+        output,
+        output=single.folder,
     )
-    assert said.startswith("new.csv line 2, column 'mood': label 'fine' was not in the training data (known: neg, pos)")
+    assert said.startswith(
+        "new.csv line 2, column 'mood': label 'fine' was not in the training data (known: neg, pos)"
+    )
     assert not output.exists()
 
 
@@ -703,7 +899,9 @@ def test_a_bug_is_shown_whole_and_ends_with_1(capfd, monkeypatch, single):
     assert run(["inspect", str(single.folder)]) == 1
     err = capfd.readouterr().err
     assert "Traceback" in err
-    assert err.splitlines()[-1] == "textlora: internal error: on purpose; please report it with the lines above"
+    assert (
+        err.splitlines()[-1] == "textlora: internal error: on purpose; please report it with the lines above"
+    )
 
 
 def test_nothing_above_changed_the_finished_run(single):

@@ -1,4 +1,5 @@
-"""Combining adapters: against peft's add_weighted_adapter, against the formulas, and what does not go together is refused."""
+"""Combining adapters: against peft's add_weighted_adapter, against the formulas, and what does not go
+together is refused."""
 
 import json
 import math
@@ -49,8 +50,11 @@ def differences(folder: Path, base: Path) -> dict[str, torch.Tensor]:
     return {name: delta(weights[f"{name}.weight"].detach().double(), lora) for name, lora in loras.items()}
 
 
-def by_peft(base: Path, folders: list[Path], weights: list[float], kind: str, **options: object) -> dict[str, torch.Tensor]:
-    """What the combination by peft adds to each layer. It combines no adapters with heads, so it gets A and B alone."""
+def by_peft(
+    base: Path, folders: list[Path], weights: list[float], kind: str, **options: object
+) -> dict[str, torch.Tensor]:
+    """What the combination by peft adds to each layer. It combines no adapters with heads, so it gets A and B
+    alone."""
     alone = []
     for folder in folders:
         alone.append(folder.parent / f"{folder.name}-alone")
@@ -58,13 +62,19 @@ def by_peft(base: Path, folders: list[Path], weights: list[float], kind: str, **
         tensors = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if ".lora_" in name}
         save_file(tensors, alone[-1] / WEIGHTS, {"format": "pt"})
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        (alone[-1] / CONFIG).write_text(json.dumps(config | {"modules_to_save": None, "task_type": None}), encoding="utf-8")
+        (alone[-1] / CONFIG).write_text(
+            json.dumps(config | {"modules_to_save": None, "task_type": None}), encoding="utf-8"
+        )
     net = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     model = peft.PeftModel.from_pretrained(net, alone[0], adapter_name="0")
     for i, folder in enumerate(alone[1:], 1):
         model.load_adapter(folder, adapter_name=str(i))
-    model.base_model.add_weighted_adapter([str(i) for i in range(len(folders))], weights, "all", combination_type=kind, **options)
-    layers = {name: module for name, module in net.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    model.base_model.add_weighted_adapter(
+        [str(i) for i in range(len(folders))], weights, "all", combination_type=kind, **options
+    )
+    layers = {
+        name: module for name, module in net.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
     return {name: module.get_delta_weight("all").detach().double() for name, module in layers.items()}
 
 
@@ -80,7 +90,9 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], toleran
 def test_linear_is_the_exact_sum_and_pefts_cat(family, tiny_base, tmp_path):
     base = tiny_base(family)
     folders, weights = [tmp_path / "a", tmp_path / "b"], [0.7, 0.5]
-    parts = [make_adapter(folder, base, seed=i, r=3 + i, use_rslora=bool(i)) for i, folder in enumerate(folders)]
+    parts = [
+        make_adapter(folder, base, seed=i, r=3 + i, use_rslora=bool(i)) for i, folder in enumerate(folders)
+    ]
     result = combine(folders, tmp_path / "x", weights, base=str(base))
     assert (result["r"], result["residual"], result["scores"]) == (7, 0.0, None)
     ours = differences(tmp_path / "x", base)
@@ -90,7 +102,9 @@ def test_linear_is_the_exact_sum_and_pefts_cat(family, tiny_base, tmp_path):
     whole = [trained_whole(part.model) for part in parts]
     again = TextClassifier.load(tmp_path / "x", base=str(base))
     for name, tensor in trained_whole(again.model).items():
-        torch.testing.assert_close(tensor, (0.7 * whole[0][name] + 0.5 * whole[1][name]) / 1.2, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            tensor, (0.7 * whole[0][name] + 0.5 * whole[1][name]) / 1.2, rtol=1e-6, atol=1e-7
+        )
     theirs = pefts_merge(tmp_path / "x", base)
     ids = [torch.from_numpy(e.ids[None]).long() for e in again.tokenizer.encode(TEXTS)]
     assert close(np.stack([theirs(row).logits[0].detach().numpy() for row in ids]), again.logits(TEXTS))
@@ -106,7 +120,9 @@ def test_svd_is_pefts(weights, base, tmp_path):
     assert same(ours, by_peft(base, folders, weights, "svd", svd_rank=5))
     whole = [differences(folder, base) for folder in folders]
     exact = {name: weights[0] * whole[0][name] + weights[1] * whole[1][name] for name in ours}
-    left = sum(float((exact[name] - ours[name]).square().sum()) for name in ours) / sum(float(t.square().sum()) for t in exact.values())
+    left = sum(float((exact[name] - ours[name]).square().sum()) for name in ours) / sum(
+        float(t.square().sum()) for t in exact.values()
+    )
     assert result["residual"] == pytest.approx(left**0.5, rel=1e-4)
     assert result["r"] == 5
     full = combine(folders, tmp_path / "y", weights, "svd", r=8, base=str(base))
@@ -120,13 +136,21 @@ def test_ties_is_pefts_where_weights_are_equal(base, tmp_path):
     for i, folder in enumerate(folders):
         make_adapter(folder, base, seed=i)
     result = combine(folders, tmp_path / "x", None, "ties", density=0.3, r=6, base=str(base))
-    assert same(differences(tmp_path / "x", base), by_peft(base, folders, [1.0] * 3, "ties_svd", density=0.3, svd_rank=6))
+    assert same(
+        differences(tmp_path / "x", base),
+        by_peft(base, folders, [1.0] * 3, "ties_svd", density=0.3, svd_rank=6),
+    )
     assert 0 < result["residual"] < 1
 
 
 def test_ties_by_hand():
-    """Trim to the two largest of four, elect signs, mean of those that agree (figure 1 of the paper's method)."""
-    deltas = [torch.tensor([[4.0, -3.0, 1.0, 0.5]]), torch.tensor([[-1.0, -5.0, 6.0, 2.0]]), torch.tensor([[-2.0, 1.0, -7.0, 0.1]])]
+    """Trim to the two largest of four, elect signs, mean of those that agree (figure 1 of the paper's
+    method)."""
+    deltas = [
+        torch.tensor([[4.0, -3.0, 1.0, 0.5]]),
+        torch.tensor([[-1.0, -5.0, 6.0, 2.0]]),
+        torch.tensor([[-2.0, 1.0, -7.0, 0.1]]),
+    ]
     made = combined_delta(deltas, [1 / 3] * 3, "ties", 0.5, torch.Generator())
     torch.testing.assert_close(made, torch.tensor([[4.0, -4.0, -7.0, 0.0]]))
     made = combined_delta(deltas, [1.0, 3.0, 1.0], "ties", 0.5, torch.Generator())
@@ -137,7 +161,9 @@ def test_ties_without_trimming_or_conflict_is_the_sum():
     draw = torch.Generator().manual_seed(0)
     deltas = [torch.rand(5, 7, generator=draw, dtype=torch.float64) + 0.1 for _ in range(3)]
     expected = 0.2 * deltas[0] + 0.5 * deltas[1] + 0.9 * deltas[2]
-    torch.testing.assert_close(combined_delta(deltas, [0.2, 0.5, 0.9], "ties", 1.0, torch.Generator()), expected)
+    torch.testing.assert_close(
+        combined_delta(deltas, [0.2, 0.5, 0.9], "ties", 1.0, torch.Generator()), expected
+    )
 
 
 def test_dare_drops_and_rescales():
@@ -146,7 +172,9 @@ def test_dare_drops_and_rescales():
     kept = made != 0
     assert torch.equal(made[kept], 8 * delta[kept])
     assert 0.24 < kept.double().mean() < 0.26
-    torch.testing.assert_close(combined_delta([delta, -delta], [2.0, 1.0], "dare", 1.0, torch.Generator()), delta)
+    torch.testing.assert_close(
+        combined_delta([delta, -delta], [2.0, 1.0], "dare", 1.0, torch.Generator()), delta
+    )
 
 
 def test_dare_follows_its_seed(base, tmp_path):
@@ -178,10 +206,14 @@ def test_dora_goes_by_svd_only(base, tmp_path, refused):
     make_adapter(tmp_path / "a", base, **ALL_DORA)
     make_adapter(tmp_path / "b", base, seed=1, target_modules=("all-linear",))
     assert "a DoRA adapter's difference has no low rank" in refused(base, "a", "b")
-    result = combine([tmp_path / "a", tmp_path / "b"], tmp_path / "x", [0.5, 0.5], "svd", r=32, base=str(base))
+    result = combine(
+        [tmp_path / "a", tmp_path / "b"], tmp_path / "x", [0.5, 0.5], "svd", r=32, base=str(base)
+    )
     assert result["residual"] < 1e-12
     whole = [differences(tmp_path / name, base) for name in "ab"]
-    assert same(differences(tmp_path / "x", base), {name: (whole[0][name] + whole[1][name]) / 2 for name in whole[0]})
+    assert same(
+        differences(tmp_path / "x", base), {name: (whole[0][name] + whole[1][name]) / 2 for name in whole[0]}
+    )
 
 
 def test_mean_pooling_and_pairs(base, tmp_path):
@@ -199,7 +231,9 @@ def test_one_adapter_with_itself_is_itself(base, tmp_path):
     classifier = make_adapter(tmp_path / "a", base)
     for kind in ("linear", "svd"):
         combine([tmp_path / "a", tmp_path / "a"], tmp_path / kind, [0.25, 0.75], kind, base=str(base))
-        assert close(TextClassifier.load(tmp_path / kind, base=str(base)).logits(TEXTS), classifier.logits(TEXTS))
+        assert close(
+            TextClassifier.load(tmp_path / kind, base=str(base)).logits(TEXTS), classifier.logits(TEXTS)
+        )
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2"])
@@ -222,12 +256,32 @@ def test_labels_in_another_order_are_matched_by_name(family, tiny_base, tmp_path
 
 def test_the_result_is_not_calibrated_and_as_long_as_the_longest(base, tmp_path):
     for i, name in enumerate("ab"):
-        make_adapter(tmp_path / name, base, seed=i, kind=MULTI_LABEL, thresholds=(0.1, 0.2, 0.3), max_length=(20, 28)[i])
+        make_adapter(
+            tmp_path / name,
+            base,
+            seed=i,
+            kind=MULTI_LABEL,
+            thresholds=(0.1, 0.2, 0.3),
+            max_length=(20, 28)[i],
+        )
     combine([tmp_path / "a", tmp_path / "b"], tmp_path / "x", [3, 1], base=str(base))
     meta = TextClassifier.load(tmp_path / "x", base=str(base)).meta
-    assert (meta.thresholds, meta.temperature, meta.max_length, meta.problem_type) == (None, 1.0, 28, MULTI_LABEL)
-    told = {key: meta.training[key] for key in ("combination_type", "combined_from", "weights", "density", "seed")}
-    assert told == {"combination_type": "linear", "combined_from": ["a", "b"], "weights": [3, 1], "density": None, "seed": None}
+    assert (meta.thresholds, meta.temperature, meta.max_length, meta.problem_type) == (
+        None,
+        1.0,
+        28,
+        MULTI_LABEL,
+    )
+    told = {
+        key: meta.training[key] for key in ("combination_type", "combined_from", "weights", "density", "seed")
+    }
+    assert told == {
+        "combination_type": "linear",
+        "combined_from": ["a", "b"],
+        "weights": [3, 1],
+        "density": None,
+        "seed": None,
+    }
 
 
 # --- the command ---
@@ -237,7 +291,19 @@ def test_command_scores_each_adapter_and_the_combination(base, tmp_path, cli):
     data = write_csv(tmp_path / "rows.csv", single_rows(30))
     for i, name in enumerate("ab"):
         make_adapter(tmp_path / name, base, seed=i, labels=("neg", "pos"))
-    arguments = ("combine", tmp_path / "a", tmp_path / "b", "--model", base, "--data", data, "--combination", "ties", "--weights", "0.5,0.5")
+    arguments = (
+        "combine",
+        tmp_path / "a",
+        tmp_path / "b",
+        "--model",
+        base,
+        "--data",
+        data,
+        "--combination",
+        "ties",
+        "--weights",
+        "0.5,0.5",
+    )
     code, out, err = cli(*arguments, "--output", tmp_path / "x")
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -266,8 +332,14 @@ def test_command_scores_each_adapter_and_the_combination(base, tmp_path, cli):
         (("--combination", "ties", "--density", "0"), "--density 0: must be above 0 and at most 1"),
         (("--combination", "dare", "--density", "1.5"), "--density 1.5: must be above 0 and at most 1"),
         (("--combination", "svd", "--r", "0"), "--r 0: the rank must be at least 1"),
-        (("--r", "4"), "--combination linear is exact, its rank is the sum of the ranks; leave out --r, or take --combination svd"),
-        (("--combination", "mix"), "Invalid value for '--combination': 'mix' is not one of 'linear', 'svd', 'ties', 'dare'."),
+        (
+            ("--r", "4"),
+            "--combination linear is exact, its rank is the sum of the ranks; leave out --r, or take --combination svd",
+        ),
+        (
+            ("--combination", "mix"),
+            "Invalid value for '--combination': 'mix' is not one of 'linear', 'svd', 'ties', 'dare'.",
+        ),
     ],
 )
 def test_wrong_flags(flags, said, base, tmp_path, refused):
@@ -281,11 +353,16 @@ def test_one_adapter_is_not_enough(base, refused):
 def test_adapters_that_do_not_go_together(base, tiny_base, tmp_path, refused):
     make_adapter(tmp_path / "a", base)
     make_adapter(tmp_path / "b", base, labels=("neg", "neutral", "great"))
-    assert "have different labels ('great' is in one only), so their heads cannot be averaged" in refused(base, "a", "b")
+    assert "have different labels ('great' is in one only), so their heads cannot be averaged" in refused(
+        base, "a", "b"
+    )
     make_adapter(tmp_path / "c", base, labels=("neg", "pos"))
     assert "have different labels ('neutral' is in one only)" in refused(base, "a", "c")
     make_adapter(tmp_path / "d", base, kind=MULTI_LABEL)
-    assert "have different values of problem_type (single_label_classification and multi_label_classification)" in refused(base, "a", "d")
+    assert (
+        "have different values of problem_type (single_label_classification and multi_label_classification)"
+        in refused(base, "a", "d")
+    )
     make_adapter(tmp_path / "e", base, pooling="mean")
     assert "have different values of pooling (first and mean)" in refused(base, "a", "e")
     make_adapter(tmp_path / "f", base, truncation="tail")
@@ -299,7 +376,10 @@ def test_adapters_that_do_not_go_together(base, tiny_base, tmp_path, refused):
     make_adapter(tmp_path / "j", base, bias="lora_only")
     assert "train different tensors besides A and B" in refused(base, "a", "j")
     make_adapter(tmp_path / "k", base, r=30, seed=1)
-    assert "the ranks add up to 34, more than bert.encoder.layer.0.attention.self.query takes (32); take --combination svd" in refused(base, "a", "k")
+    assert (
+        "the ranks add up to 34, more than bert.encoder.layer.0.attention.self.query takes (32); take --combination svd"
+        in refused(base, "a", "k")
+    )
     assert "no such" in refused(base, "a", "z")
 
 
@@ -311,7 +391,10 @@ def test_bad_rows_and_output_in_use(base, tmp_path, refused):
     assert "no such" in refused(base, "a", "b", "--data", tmp_path / "none.csv")
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "mine.txt").write_text("x")
-    assert refused(base, "a", "b") == f"{tmp_path / 'x'} exists and is not an empty folder; choose another --output"
+    assert (
+        refused(base, "a", "b")
+        == f"{tmp_path / 'x'} exists and is not an empty folder; choose another --output"
+    )
 
 
 # --- temperatures ---
@@ -320,7 +403,8 @@ def test_bad_rows_and_output_in_use(base, tmp_path, refused):
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_heads_are_brought_to_one_scale(family, pooling, tiny_base, tmp_path):
-    """Whether a temperature is in the head or for its reader: the heads as they were trained are averaged, and so are the logs of the temperatures."""
+    """Whether a temperature is in the head or for its reader: the heads as they were trained are averaged,
+    and so are the logs of the temperatures."""
     base, weights, temperatures = tiny_base(family), [0.5, 1.5], [0.6, 2.4]
     plain = [make_adapter(tmp_path / name, base, seed=i, pooling=pooling) for i, name in enumerate("ab")]
     combine([tmp_path / "a", tmp_path / "b"], tmp_path / "x", weights, base=str(base))

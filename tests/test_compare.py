@@ -1,4 +1,5 @@
-"""`textlora compare`: the plan, finished runs, what it refuses, a kill and its end, budgets, and what the command line says."""
+"""`textlora compare`: the plan, finished runs, what it refuses, a kill and its end, budgets, and what the
+command line says."""
 
 import csv
 import json
@@ -41,7 +42,9 @@ def config(tiny_base, tmp_path):
 
 
 def files_of(folder: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (folder / "runs").glob("*.json")}
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (folder / "runs").glob("*.json")
+    }
 
 
 def untimed(runs) -> list[dict]:
@@ -53,16 +56,24 @@ def test_rates_on_one_seed_then_seeds_at_the_best(config):
     compare(Comparison(config, ("tfidf", "lora-qv"), RATES, sizes=(2, 4), seeds=2))
     found, runs = read_comparison(config.output)
     search = [run for run in runs if run["stage"] == "rates"]
-    assert {(run["size"]["r"], run["learning_rate"]) for run in search} == {(r, rate) for r in (2, 4) for rate in (1e-3, 1e-2)}
+    assert {(run["size"]["r"], run["learning_rate"]) for run in search} == {
+        (r, rate) for r in (2, 4) for rate in (1e-3, 1e-2)
+    }
     assert {run["seed"] for run in search} == {42}
     assert all(run["test"] is None and run["test_predictions"] is None for run in search)
     repeats = [run for run in runs if run["stage"] == "seeds" and run["method"] == "lora-qv"]
     assert [run["seed"] for run in repeats] == [42, 43]
     best = max(search, key=lambda run: (run["validation"]["accuracy"], -run["validation"]["log_loss"]))
-    assert all((run["size"], run["learning_rate"]) == (best["size"], best["learning_rate"]) for run in repeats)
+    assert all(
+        (run["size"], run["learning_rate"]) == (best["size"], best["learning_rate"]) for run in repeats
+    )
     assert repeats[0]["validation"] == best["validation"]
     labels = np.array(found["test_labels"])
-    assert all(run["test"]["accuracy"] == pytest.approx((labels == run["test_predictions"]).mean()) for run in runs if run["stage"] == "seeds")
+    assert all(
+        run["test"]["accuracy"] == pytest.approx((labels == run["test_predictions"]).mean())
+        for run in runs
+        if run["stage"] == "seeds"
+    )
     assert found["labels"] == ["neg", "pos"]
     assert (found["train_rows"], found["validation_rows"], found["test_rows"]) == (40, 16, 16)
     assert len(files_of(Path(config.output))) == 4 + 2 + 1
@@ -72,7 +83,9 @@ def test_rates_on_one_seed_then_seeds_at_the_best(config):
 def test_a_run_is_what_train_makes_of_the_same_settings(tiny_base, tmp_path, task):
     config = settings(tmp_path, tiny_base("bert"), task, r=2)
     prepared = prepare(config)
-    record = Bench(prepared).run(METHODS["lora-qv"], Run("seeds", "lora-qv", {"r": 2}, config.learning_rate, 42, 40, 2.0))
+    record = Bench(prepared).run(
+        METHODS["lora-qv"], Run("seeds", "lora-qv", {"r": 2}, config.learning_rate, 42, 40, 2.0)
+    )
     result = run_training(config)
     assert record["test"] == pytest.approx(result["test"], nan_ok=True)
     assert record["trainable_parameters"] == result["adapter_parameters"]
@@ -85,14 +98,17 @@ def test_a_run_is_what_train_makes_of_the_same_settings(tiny_base, tmp_path, tas
 
 @pytest.mark.parametrize("task", ["single", "multi", "regression"])
 def test_cross_validation_is_that_of_train(tiny_base, tmp_path, task):
-    """The defaults, and a run whose decisions come from the search, score on the test rows what `train` scores there."""
+    """The defaults, and a run whose decisions come from the search, score on the test rows what `train`
+    scores there."""
     config = settings(tmp_path, tiny_base("bert"), task, r=2, validation=None)
     result = run_training(config)
     bench = Bench(prepare(config))
     of = lambda stage, method, size: Run(stage, method, size, config.learning_rate, 42, 40, 2.0)
     searched = bench.run(METHODS["lora-qv"], of("rates", "lora-qv", {"r": 2}))
     if task != "multi":  # whose thresholds `train` has fitted by then
-        assert searched["validation"][searched["metric"]] == pytest.approx(result["validation"][searched["metric"]])
+        assert searched["validation"][searched["metric"]] == pytest.approx(
+            result["validation"][searched["metric"]]
+        )
     for record in (
         bench.run(METHODS["lora-qv"], of("seeds", "lora-qv", {"r": 2}), searched["decided"]),
         bench.run(METHODS["defaults"], of("seeds", "defaults", {})),
@@ -103,11 +119,18 @@ def test_cross_validation_is_that_of_train(tiny_base, tmp_path, task):
 
 @pytest.mark.usefixtures("no_report")
 def test_few_rows_are_compared_by_cross_validation(config):
-    """The search holds every row out once; what it decides goes with its choice to the seeds; the defaults have the rate of their own rule."""
+    """The search holds every row out once; what it decides goes with its choice to the seeds; the defaults
+    have the rate of their own rule."""
     seen, real = [], Bench.run
     config = replace(config, validation=None, learning_rate=None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bench, "run", lambda self, method, run, decided=None: seen.append((run, decided)) or real(self, method, run, decided))
+        patch.setattr(
+            Bench,
+            "run",
+            lambda self, method, run, decided=None: (
+                seen.append((run, decided)) or real(self, method, run, decided)
+            ),
+        )
         compare(Comparison(config, ("tfidf", "defaults", "lora-qv"), RATES, seeds=2, rows=(12,)))
     found, runs = read_comparison(config.output)
     assert (found["validation_rows"], found["folds"]) == (40, 3)
@@ -117,9 +140,14 @@ def test_few_rows_are_compared_by_cross_validation(config):
     for run, decided in seen:
         best = search[run.learning_rate] if (run.method, run.stage) == ("lora-qv", "seeds") else None
         assert decided == best
-    rates = {(run["train_rows"], run["stage"]): run["learning_rate"] for run in runs if run["method"] == "defaults"}
+    rates = {
+        (run["train_rows"], run["stage"]): run["learning_rate"] for run in runs if run["method"] == "defaults"
+    }
     assert rates == {(40, "seeds"): default_rate(10), (12, "rows"): default_rate(4)}
-    assert {run["seed"] for run in runs if run["method"] == "defaults" and run["stage"] == "seeds"} == {42, 43}
+    assert {run["seed"] for run in runs if run["method"] == "defaults" and run["stage"] == "seeds"} == {
+        42,
+        43,
+    }
     assert all(run["test"] for run in runs if run["stage"] != "rates")
 
 
@@ -127,13 +155,22 @@ def test_few_rows_are_compared_by_cross_validation(config):
 @pytest.mark.usefixtures("no_report")
 def test_every_task(tiny_base, tmp_path, task):
     config = settings(tmp_path, tiny_base("bert"), task, epochs=1.0)
-    compare(Comparison(config, ("majority", "tfidf", "probe", "head", "full", "few-shot", "ia3"), {"": (1e-3,)}, seeds=1))
+    compare(
+        Comparison(
+            config, ("majority", "tfidf", "probe", "head", "full", "few-shot", "ia3"), {"": (1e-3,)}, seeds=1
+        )
+    )
     runs = read_comparison(config.output)[1]
     failed = {run["method"]: run["error"] for run in runs if "error" in run}
     assert failed == ({} if task == "pairs" else {"few-shot": "few-shot needs one class per row"})
-    assert {run["method"] for run in runs if run["stage"] == "seeds"} == {"majority", "tfidf", "probe", "head", "full", "ia3"} | (
-        {"few-shot"} if task == "pairs" else set()
-    )
+    assert {run["method"] for run in runs if run["stage"] == "seeds"} == {
+        "majority",
+        "tfidf",
+        "probe",
+        "head",
+        "full",
+        "ia3",
+    } | ({"few-shot"} if task == "pairs" else set())
 
 
 @pytest.mark.usefixtures("no_report")
@@ -151,8 +188,13 @@ def test_bases_off_the_fast_path_run_what_they_can_and_say_the_rest(tiny_base, t
 def test_finished_runs_are_skipped_and_more_may_be_asked(config):
     seen = []
     ask = lambda **changes: compare(
-        Comparison(config, **({"methods": ("majority", "head"), "learning_rates": {"": (1e-3,)}, "seeds": 1} | changes)),
-        on_record=lambda record: seen.append((record["kind"], record["stage"], record["method"], record["learning_rate"], record["seed"])),
+        Comparison(
+            config,
+            **({"methods": ("majority", "head"), "learning_rates": {"": (1e-3,)}, "seeds": 1} | changes),
+        ),
+        on_record=lambda record: seen.append(
+            (record["kind"], record["stage"], record["method"], record["learning_rate"], record["seed"])
+        ),
     )
     ask()
     assert len(seen) == 2 * 3
@@ -170,7 +212,10 @@ def test_finished_runs_are_skipped_and_more_may_be_asked(config):
     assert found["methods"] == ["majority", "head", "tfidf"]
     assert found["learning_rates"] == {"head": [1e-3, 3e-2]}
     assert found["seeds"] == [42, 43]
-    assert len({run["learning_rate"] for run in runs if run["method"] == "head" and run["stage"] == "seeds"}) == 1
+    assert (
+        len({run["learning_rate"] for run in runs if run["method"] == "head" and run["stage"] == "seeds"})
+        == 1
+    )
     assert {item["kind"]: 0 for item in ()} == {}
 
 
@@ -210,7 +255,14 @@ def test_a_damaged_file_is_named(config):
 
 def test_killed_twice_and_resumed_gives_the_uninterrupted_table(config):
     """A real report at the end: report.csv is the same but for seconds and memory."""
-    asked = lambda output: Comparison(replace(config, output=str(output)), ("tfidf", "head", "lora-qv"), RATES, seeds=2, rows=(8,), name="films")
+    asked = lambda output: Comparison(
+        replace(config, output=str(output)),
+        ("tfidf", "head", "lora-qv"),
+        RATES,
+        seeds=2,
+        rows=(8,),
+        name="films",
+    )
     whole, killed = Path(config.output).parent / "whole", Path(config.output).parent / "killed"
     compare(asked(whole))
 
@@ -278,7 +330,10 @@ def test_curves_take_the_best_rate_and_enough_steps(config):
     best = next(run["learning_rate"] for run in runs if run["stage"] == "seeds" and run["method"] == "head")
     heads = [run for run in curve if run["method"] == "head"]
     assert {run["learning_rate"] for run in heads} == {best}
-    assert {(run["train_rows"], run["epochs"]) for run in heads} == {(8, 10.0), (16, 5.0)}  # as many steps as the 10 of all rows
+    assert {(run["train_rows"], run["epochs"]) for run in heads} == {
+        (8, 10.0),
+        (16, 5.0),
+    }  # as many steps as the 10 of all rows
     assert all(run["test"] for run in curve)
 
 
@@ -302,13 +357,23 @@ def test_halving():
 @pytest.mark.parametrize("runs", [40, 9, 4, 2, 1])
 @pytest.mark.usefixtures("no_report")
 def test_a_budget_runs_whole_methods(config, runs):
-    """Three rates and three seeds are six runs of full length, and one is TF-IDF's; the more useful methods come first."""
+    """Three rates and three seeds are six runs of full length, and one is TF-IDF's; the more useful methods
+    come first."""
     config = replace(config, epochs=4.0)
-    compare(Comparison(config, ("head", "tfidf", "lora-qv"), {"": (1e-3, 3e-3, 1e-2)}, seeds=3, budget=f"{runs}runs"))
+    compare(
+        Comparison(
+            config, ("head", "tfidf", "lora-qv"), {"": (1e-3, 3e-3, 1e-2)}, seeds=3, budget=f"{runs}runs"
+        )
+    )
     settings, made = read_comparison(config.output)
-    cost = {method: sum(run["epochs"] / 4 for run in made if run["method"] == method) for method in ("tfidf", "lora-qv", "head")}
+    cost = {
+        method: sum(run["epochs"] / 4 for run in made if run["method"] == method)
+        for method in ("tfidf", "lora-qv", "head")
+    }
     assert sum(cost.values()) <= runs
-    not_run = [name for line in settings["left_out"] if "not run" in line for name in line.split(":")[0].split(", ")]
+    not_run = [
+        name for line in settings["left_out"] if "not run" in line for name in line.split(":")[0].split(", ")
+    ]
     assert (list(cost.values()), not_run) == {
         40: ([1, 6, 6], []),
         9: ([1, 6, 0], ["head"]),
@@ -330,7 +395,10 @@ def test_a_budget_runs_whole_methods(config, runs):
 def test_the_defaults_need_no_search_and_take_the_seeds_that_fit(config):
     compare(Comparison(config, ("defaults", "head"), RATES, seeds=3, budget="2runs"))
     settings, made = read_comparison(config.output)
-    assert [(run["method"], run["stage"], run["seed"]) for run in made] == [("defaults", "seeds", 42), ("defaults", "seeds", 43)]
+    assert [(run["method"], run["stage"], run["seed"]) for run in made] == [
+        ("defaults", "seeds", 42),
+        ("defaults", "seeds", 43),
+    ]
     assert settings["left_out"][0] == "defaults: 2 of 3 seeds"
 
 
@@ -341,7 +409,11 @@ def test_halving_keeps_what_validation_prefers(config, monkeypatch):
 
     def run(self, method, run, decided=None):
         record = real(self, method, run, decided)
-        return record | {"validation": record["validation"] | {"accuracy": run.learning_rate}} if run.stage == "rates" else record
+        return (
+            record | {"validation": record["validation"] | {"accuracy": run.learning_rate}}
+            if run.stage == "rates"
+            else record
+        )
 
     monkeypatch.setattr(Bench, "run", run)
     config = replace(config, epochs=4.0)
@@ -359,12 +431,20 @@ def test_halving_keeps_what_validation_prefers(config, monkeypatch):
 
 @pytest.mark.usefixtures("no_report")
 def test_a_budget_of_time(config, monkeypatch):
-    """Every epoch of 40 rows takes ten seconds, so that three rates and three seeds of two epochs are two minutes, after a short run of 5 seconds."""
+    """Every epoch of 40 rows takes ten seconds, so that three rates and three seeds of two epochs are two
+    minutes, after a short run of 5 seconds."""
     real = Bench.run
     monkeypatch.setattr(Bench, "run", lambda self, method, run, *more: real(self, method, run, *more) | {"total_seconds": 10 * run.epochs * run.train_rows / 40})  # fmt: skip
     for budget, whole in (("200s", ["lora-qv"]), ("250s", ["lora-qv", "head"])):
         folder = config.output + budget
-        asked = Comparison(replace(config, output=folder), ("head", "lora-qv"), {"": (1e-3, 3e-3, 1e-2)}, seeds=3, rows=(8,), budget=budget)
+        asked = Comparison(
+            replace(config, output=folder),
+            ("head", "lora-qv"),
+            {"": (1e-3, 3e-3, 1e-2)},
+            seeds=3,
+            rows=(8,),
+            budget=budget,
+        )
         compare(asked)
         settings, made = read_comparison(folder)
         assert sorted({run["method"] for run in made}) == sorted(whole)
@@ -380,7 +460,9 @@ def test_best_is_by_score_then_loss_then_rate():
         return {"validation": {"accuracy": score, "log_loss": loss}, "learning_rate": rate, "size": {}} | more
 
     failed = {"error": "nan", "learning_rate": 1e-5, "size": {}}
-    assert best_of([made(0.5, 1, 1e-3), made(0.7, 2, 3e-3), failed], "accuracy", True)["learning_rate"] == 3e-3
+    assert (
+        best_of([made(0.5, 1, 1e-3), made(0.7, 2, 3e-3), failed], "accuracy", True)["learning_rate"] == 3e-3
+    )
     assert best_of([made(0.5, 1, 1e-3), made(0.7, 2, 3e-3)], "accuracy", False)["learning_rate"] == 1e-3
     assert best_of([made(0.7, 2, 1e-3), made(0.7, 1, 3e-3)], "accuracy", True)["learning_rate"] == 3e-3
     assert best_of([made(0.7, 1, 3e-3), made(0.7, 1, 1e-3)], "accuracy", True)["learning_rate"] == 1e-3
@@ -390,7 +472,9 @@ def test_best_is_by_score_then_loss_then_rate():
 
 
 def test_contrast_is_the_formula():
-    features = torch.nn.functional.normalize(torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1)
+    features = torch.nn.functional.normalize(
+        torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1
+    )
     labels = torch.tensor([0, 0, 1, 1, 1, 2])
     total, counted = 0.0, 0
     for i in range(6):
@@ -416,16 +500,28 @@ def test_contrastive_steps_hold_pairs_of_every_class():
         assert np.bincount(labels[rows]).tolist() == [5, 5, 1]
     assert draw_steps(labels, 4.0, seed=1) == steps
     many = draw_steps(np.repeat(np.arange(20), 4), 1.0, seed=1)
-    assert all(len(rows) == 16 and sorted(np.unique(np.repeat(np.arange(20), 4)[rows], return_counts=True)[1]) == [2] * 8 for _, rows in many)
+    assert all(
+        len(rows) == 16
+        and sorted(np.unique(np.repeat(np.arange(20), 4)[rows], return_counts=True)[1]) == [2] * 8
+        for _, rows in many
+    )
 
 
 def test_time_left_is_by_method(config):
     runner = Runner(
-        prepare(config), Path(config.output), module._settings(Comparison(config, ("head", "full"), RATES, seeds=2), prepare(config)), print
+        prepare(config),
+        Path(config.output),
+        module._settings(Comparison(config, ("head", "full"), RATES, seeds=2), prepare(config)),
+        print,
     )
     assert runner.left_seconds() is None
-    runner.done = {run.key: {"method": "head", "epochs": 2.0, "train_rows": 40, "total_seconds": 3.0} for run in runner.searches("head")[:1]}
-    assert runner.left_seconds() == 3.0 * 7  # one search and two seeds of head, two searches and two seeds of the other at the same guess
+    runner.done = {
+        run.key: {"method": "head", "epochs": 2.0, "train_rows": 40, "total_seconds": 3.0}
+        for run in runner.searches("head")[:1]
+    }
+    assert (
+        runner.left_seconds() == 3.0 * 7
+    )  # one search and two seeds of head, two searches and two seeds of the other at the same guess
 
 
 def test_refusals(cli, tiny_base, tmp_path):
@@ -433,12 +529,26 @@ def test_refusals(cli, tiny_base, tmp_path):
     output = tmp_path / "out"
     given = ["compare", "--train", config.train, "--model", config.model, "--output", output, "--quiet"]
     test = ["--test", config.test]
-    assert cli.fails(*given, output=output) == "no test data; name a file with --test: the methods are compared on it"
-    assert cli.fails(*given, *test, "--methods", "lora-qv,lorra", output=output).startswith("--methods lorra: no such method; there are: majority, ")
-    assert cli.fails(*given, *test, "--budget", "0m", output=output) == "--budget 0m: nothing can be run for that; write 30m, 2h or 40runs"
-    assert cli.fails(*given, *test, "--budget", "", output=output).startswith("--budget '': not a time or a number of runs")
-    assert cli.fails(*given, *test, "--learning-rates", "full=fast", output=output).startswith("--learning-rates full=fast: not a list of numbers")
-    assert "must be a finite number above 0" in cli.fails(*given, *test, "--learning-rates", "0", output=output)
+    assert (
+        cli.fails(*given, output=output)
+        == "no test data; name a file with --test: the methods are compared on it"
+    )
+    assert cli.fails(*given, *test, "--methods", "lora-qv,lorra", output=output).startswith(
+        "--methods lorra: no such method; there are: majority, "
+    )
+    assert (
+        cli.fails(*given, *test, "--budget", "0m", output=output)
+        == "--budget 0m: nothing can be run for that; write 30m, 2h or 40runs"
+    )
+    assert cli.fails(*given, *test, "--budget", "", output=output).startswith(
+        "--budget '': not a time or a number of runs"
+    )
+    assert cli.fails(*given, *test, "--learning-rates", "full=fast", output=output).startswith(
+        "--learning-rates full=fast: not a list of numbers"
+    )
+    assert "must be a finite number above 0" in cli.fails(
+        *given, *test, "--learning-rates", "0", output=output
+    )
     assert "no learning rate" in cli.fails(*given, *test, "--learning-rates", "tfidf=1", output=output)
     assert "no such method" in cli.fails(*given, *test, "--learning-rates", "ful=1", output=output)
     assert "must be at least 1" in cli.fails(*given, *test, "--seeds", "0", output=output)
@@ -446,17 +556,41 @@ def test_refusals(cli, tiny_base, tmp_path):
     assert "not a list of whole numbers" in cli.fails(*given, *test, "--sizes", "8,x", output=output)
     assert cli.fails("compare", "--train", config.train, *test) == "no output folder; name one with --output"
     one = write_csv(tmp_path / "one.csv", [(text, "pos") for text, _ in single_rows(20)])
-    said = cli.fails("compare", "--train", one, *test, "--model", config.model, "--output", output, "--quiet", output=output)
+    said = cli.fails(
+        "compare",
+        "--train",
+        one,
+        *test,
+        "--model",
+        config.model,
+        "--output",
+        output,
+        "--quiet",
+        output=output,
+    )
     assert said.endswith("every row has the label 'pos'; give rows of at least two classes")
 
 
 def test_no_row_for_validation_is_said(config):
     with pytest.raises(DataError, match="no row is left for validation"):
-        compare(Comparison(replace(config, validation=None), ("majority",)), {"train": [("good film", "pos"), ("bad film", "neg")]})
+        compare(
+            Comparison(replace(config, validation=None), ("majority",)),
+            {"train": [("good film", "pos"), ("bad film", "neg")]},
+        )
 
 
 def test_the_command(cli, config):
-    given = ["compare", "--train", config.train, "--validation", config.validation, "--test", config.test, "--model", config.model]
+    given = [
+        "compare",
+        "--train",
+        config.train,
+        "--validation",
+        config.validation,
+        "--test",
+        config.test,
+        "--model",
+        config.model,
+    ]
     given += [
         "--output",
         config.output,

@@ -1,4 +1,5 @@
-"""The report of a comparison: its numbers are counted from the run records, its figures can be read, it needs nothing from outside."""
+"""The report of a comparison: its numbers are counted from the run records, its figures can be read, it needs
+nothing from outside."""
 
 import csv
 import itertools
@@ -36,8 +37,17 @@ SETS = ("first", "second", "third")
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """A rendered comparison with a failed method, a failed rate and a curve: settings, runs, folder, summary."""
-    settings, runs = records(curve=(32, 128), left_out=["lora-all: 0.003 did not fit"], descriptions={"full": "all of it", "other": "not here"})
-    runs = [failed(run) if run["method"] == "prefix" or (run["method"], run["learning_rate"]) == ("full", 3e-4) else run for run in runs]
+    settings, runs = records(
+        curve=(32, 128),
+        left_out=["lora-all: 0.003 did not fit"],
+        descriptions={"full": "all of it", "other": "not here"},
+    )
+    runs = [
+        failed(run)
+        if run["method"] == "prefix" or (run["method"], run["learning_rate"]) == ("full", 3e-4)
+        else run
+        for run in runs
+    ]
     folder = tmp_path_factory.mktemp("one")
     return settings, runs, folder, render(settings, runs, folder)
 
@@ -109,25 +119,46 @@ def test_means_intervals_and_differences_are_those_of_the_runs(one):
 def test_spreads_and_curves_are_those_of_the_runs(one):
     settings, runs, *_ = one
     rows = rows_of(settings, runs)
-    search = {run["learning_rate"]: run["validation"]["accuracy"] for run in runs if run["stage"] == "rates" and run["method"] == "dora"}
+    search = {
+        run["learning_rate"]: run["validation"]["accuracy"]
+        for run in runs
+        if run["stage"] == "rates" and run["method"] == "dora"
+    }
     assert rows["dora"].rates.points == [(rate, score, True) for rate, score in sorted(search.items())]
     assert rows["dora"].rates.width == pytest.approx(max(search.values()) - min(search.values()))
     full = rows["full"].rates
     assert (full.alike, full.failed, full.points[-1]) == (2, 1, (3e-4, None, True))
     assert rows["tfidf"].rates.width is None
     assert [count for count, *_ in rows["dora"].curve] == [32, 128, 500]
-    small = [run["test"]["accuracy"] for run in runs if run["stage"] == "rows" and (run["method"], run["train_rows"]) == ("dora", 32)]
-    assert rows["dora"].curve[0][1:] == pytest.approx((np.mean(small), stats.t.ppf(0.975, 2) * stats.sem(small), 3))
-    assert rows["dora"].seed_spread == pytest.approx(max(rows["dora"].scores.values()) - min(rows["dora"].scores.values()))
+    small = [
+        run["test"]["accuracy"]
+        for run in runs
+        if run["stage"] == "rows" and (run["method"], run["train_rows"]) == ("dora", 32)
+    ]
+    assert rows["dora"].curve[0][1:] == pytest.approx(
+        (np.mean(small), stats.t.ppf(0.975, 2) * stats.sem(small), 3)
+    )
+    assert rows["dora"].seed_spread == pytest.approx(
+        max(rows["dora"].scores.values()) - min(rows["dora"].scores.values())
+    )
 
 
 def test_rates_stopped_early_are_compared_at_the_length_that_most_had():
     settings, runs = records(methods=("lora-qv",))
     search = [run for run in runs if run["stage"] == "rates"]
-    short = [{**run, "epochs": 1.0, "validation": {"accuracy": score}} for run, score in zip(search, (0.3, 0.6, 0.5), strict=True)]
-    spread_ = rows_of(settings, [*short, search[1], *(run for run in runs if run["stage"] == "seeds")])["lora-qv"].rates
+    short = [
+        {**run, "epochs": 1.0, "validation": {"accuracy": score}}
+        for run, score in zip(search, (0.3, 0.6, 0.5), strict=True)
+    ]
+    spread_ = rows_of(settings, [*short, search[1], *(run for run in runs if run["stage"] == "seeds")])[
+        "lora-qv"
+    ].rates
     assert (spread_.width, spread_.alike) == (pytest.approx(0.3), 3)
-    assert spread_.points == [(3e-4, 0.3, False), (1e-3, search[1]["validation"]["accuracy"], True), (3e-3, 0.5, False)]
+    assert spread_.points == [
+        (3e-4, 0.3, False),
+        (1e-3, search[1]["validation"]["accuracy"], True),
+        (3e-3, 0.5, False),
+    ]
 
 
 def test_sizes_that_were_repeated_are_rows_and_others_are_kept_for_the_figure():
@@ -163,7 +194,9 @@ def test_a_failed_seed_is_told_beside_the_mean_of_the_others():
     row = rows_of(settings, runs)["lora-qv"]
     assert len(row.scores) == 2
     assert row.error == "1 of 3 seeds failed: the loss is not finite at step 12"
-    assert row.difference is None or row.difference.value == pytest.approx(row.mean - rows_of(settings, runs)["probe"].mean)
+    assert row.difference is None or row.difference.value == pytest.approx(
+        row.mean - rows_of(settings, runs)["probe"].mean
+    )
 
 
 def test_words_say_what_won_and_whether_that_is_noise(one):
@@ -171,13 +204,19 @@ def test_words_say_what_won_and_whether_that_is_noise(one):
     table = compare(settings, runs)
     best, second = table.scored[:2]
     assert found["best"] == best.name
-    assert found["sentences"][0].startswith(f"{best.name} has the best accuracy: {100 * best.mean:.1f} on 300 test rows, mean of 3 seeds.")
+    assert found["sentences"][0].startswith(
+        f"{best.name} has the best accuracy: {100 * best.mean:.1f} on 300 test rows, mean of 3 seeds."
+    )
     assert f"{second.name} is next, {100 * (best.mean - second.mean):.1f} point" in found["sentences"][0]
     assert found["sentences"][0].endswith("which is no more than noise.") == (second.p_holm >= 0.05)
     text = " ".join(found["sentences"])
     lines = {line.split(":")[0]: line for line in found["sentences"]}
     for row in table.scored[1:]:
-        line = lines[f"Behind {best.name} by more than noise" if row.p_holm < 0.05 else f"Not told apart from {best.name}"]
+        line = lines[
+            f"Behind {best.name} by more than noise"
+            if row.p_holm < 0.05
+            else f"Not told apart from {best.name}"
+        ]
         assert re.search(rf"[ ,]{re.escape(row.name)}[ ,.]", line)
     assert "majority (−" in text
     moved = {row.name: row.rates.width for row in table.scored if row.rates.width is not None}
@@ -238,7 +277,10 @@ def test_few_test_rows_are_told(rows, few):
 
 
 def test_kinds_of_intervals_are_named():
-    several, one = (" ".join(sentences(compare(*records(methods=("probe", "lora-qv", "full"), seeds=seeds)))) for seeds in (3, 1))
+    several, one = (
+        " ".join(sentences(compare(*records(methods=("probe", "lora-qv", "full"), seeds=seeds))))
+        for seeds in (3, 1)
+    )
     assert "95 % interval over test rows and seeds " in several
     assert "95 % interval over test rows " in one
     assert "and seeds" not in one
@@ -297,7 +339,11 @@ def test_predictions_of_other_rows_are_refused(tmp_path):
 def test_nothing_to_show_is_a_page_too(tmp_path):
     settings, _ = records(methods=("probe", "full"))
     found = render(settings, [], tmp_path)
-    assert found["sentences"] == ["No method has a score yet.", "probe has no score: not run.", "full has no score: not run."]
+    assert found["sentences"] == [
+        "No method has a score yet.",
+        "probe has no score: not run.",
+        "full has no score: not run.",
+    ]
     assert not (tmp_path / "figures").exists()
 
 
@@ -312,7 +358,10 @@ def test_csv_holds_every_number_of_the_table(one):
         if row.mean is None:
             assert line["error"] == "3 of 3 seeds failed: the loss is not finite at step 12"
         elif count == 500:
-            assert (float(line["score"]), int(line["trainable_parameters"])) == (row.mean, row.trainable_parameters)
+            assert (float(line["score"]), int(line["trainable_parameters"])) == (
+                row.mean,
+                row.trainable_parameters,
+            )
             assert line["p_holm"] == ("" if row.p_holm is None else str(row.p_holm))
         else:
             assert float(line["score"]) == next(mean for n, mean, *_ in row.curve if n == count)
@@ -337,7 +386,9 @@ def test_page_and_markdown_show_the_numbers_of_the_csv(one):
         assert cells[6] == f"{line['trainable_parameters']:,}"
         assert cells[8:11] == [seconds(line["train_seconds"]), f"{line['peak_memory_bytes'] / 1e6:,.1f} MB" if line["peak_memory_bytes"] < 1e9
                                else f"{line['peak_memory_bytes'] / 1e9:,.2f} GB", stored(line["saved_bytes"])]  # fmt: skip
-        assert re.search(rf"^\| {re.escape(line['method'])} \|.*\| {re.escape(score)}", markdown, flags=re.MULTILINE)
+        assert re.search(
+            rf"^\| {re.escape(line['method'])} \|.*\| {re.escape(score)}", markdown, flags=re.MULTILINE
+        )
     for sentence in found["sentences"]:
         assert sentence in text
         assert sentence in markdown
@@ -363,7 +414,9 @@ EVIL = """</title></script><script>alert(1)</script><img src=x onerror="alert('2
 
 
 def test_no_text_of_the_records_becomes_markup(tmp_path):
-    settings, runs = records(methods=("probe", "full", "lora-qv"), descriptions={"full": EVIL}, left_out=[EVIL])
+    settings, runs = records(
+        methods=("probe", "full", "lora-qv"), descriptions={"full": EVIL}, left_out=[EVIL]
+    )
     runs = [failed(run, EVIL) if run["method"] == "lora-qv" else run for run in runs]
     render(settings | {"data": EVIL, "model": EVIL, "fixed": {EVIL: EVIL}}, runs, tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -435,7 +488,10 @@ def test_spread_moves_as_little_as_needed():
 
 def ticks_outside(axes):
     """Tick labels that matplotlib keeps but does not draw."""
-    for limits, labels, way in ((axes.get_xlim(), axes.get_xticklabels(which="both"), 0), (axes.get_ylim(), axes.get_yticklabels(which="both"), 1)):
+    for limits, labels, way in (
+        (axes.get_xlim(), axes.get_xticklabels(which="both"), 0),
+        (axes.get_ylim(), axes.get_yticklabels(which="both"), 1),
+    ):
         yield from (label for label in labels if not min(limits) <= label.get_position()[way] <= max(limits))
 
 
@@ -447,7 +503,11 @@ def test_every_text_of_the_figures_is_inside_large_enough_and_free_of_the_others
         figure = drawing.figure
         FigureCanvasAgg(figure).draw()
         unseen = [text for axes in figure.axes for text in ticks_outside(axes)]
-        texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible() and text not in unseen]
+        texts = [
+            text
+            for text in figure.findobj(Text)
+            if text.get_text() and text.get_visible() and text not in unseen
+        ]
         boxes = [text.get_window_extent() for text in texts]
         # At 1,060 pixels (two columns: 510) a point of 1/72 inch is about 1.4 pixels.
         assert min(text.get_fontsize() for text in texts) >= 7.5
@@ -474,14 +534,20 @@ def test_means_over_sets_and_their_two_intervals(many):
     assert found == summary(sets)
     assert json.loads(json.dumps(found)) == found
     for name, other in (("lora-all", "full"), ("probe", "lora-qv")):
-        gaps = [100 * (rows[name].mean - rows[other].mean) for rows in ({row.name: row for row in table.rows} for table in tables)]
+        gaps = [
+            100 * (rows[name].mean - rows[other].mean)
+            for rows in ({row.name: row for row in table.rows} for table in tables)
+        ]
         wanted = stats.ttest_1samp(gaps, 0.0)
         pair = found["differences"][name][other]
         assert pair["mean"] == pytest.approx(np.mean(gaps))
         assert pair["interval"] == pytest.approx(list(wanted.confidence_interval(0.95)))
         assert pair["p"] == pytest.approx(wanted.pvalue)
         assert pair["sets"] == pytest.approx(dict(zip(SETS, gaps, strict=True)))
-        inside = [table.difference(*(next(row for row in table.rows if row.name == n) for n in (name, other))) for table in tables]
+        inside = [
+            table.difference(*(next(row for row in table.rows if row.name == n) for n in (name, other)))
+            for table in tables
+        ]
         draws = 100 * np.mean([difference.draws for difference in inside], axis=0)
         assert pair["on_these_sets"] == pytest.approx(list(np.percentile(draws, [2.5, 97.5])))
         assert draws.std() < 100 * np.mean([difference.draws.std() for difference in inside])
@@ -492,7 +558,9 @@ def test_means_over_sets_and_their_two_intervals(many):
 def test_page_over_sets_links_to_the_pages_there_are(many):
     _, folder, found = many
     page = _Page((folder / "report.html").read_text(encoding="utf-8"))
-    assert [value for name, value in page.attributes if name == "href" and not value.startswith("#")] == ["second/report.html"]
+    assert [value for name, value in page.attributes if name == "href" and not value.startswith("#")] == [
+        "second/report.html"
+    ]
     text = " ".join(page.text)
     best = found["methods"][0]
     assert f"{best['method']} has the best mean score over the 3 sets: {best['mean']:.1f}" in text
@@ -508,7 +576,10 @@ def test_a_method_that_lacks_a_set_comes_last_and_is_told():
     found = across(sets)
     assert [found.averages[-1].name, list(found.averages[-1].rows)] == ["full", ["first", "third"]]
     assert "full has no score on second, so its mean is over the others." in sentences_of_many(found)
-    assert "full on second: 3 of 3 seeds failed: the loss is not finite at step 12." in cells.by_set(found, {}, Path())["notes"]
+    assert (
+        "full on second: 3 of 3 seeds failed: the loss is not finite at step 12."
+        in cells.by_set(found, {}, Path())["notes"]
+    )
 
 
 def test_errors_and_losses_are_not_averaged_over_sets():
@@ -521,7 +592,9 @@ def test_errors_and_losses_are_not_averaged_over_sets():
 
 def test_missing_matplotlib_is_told_before_anything_is_written(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UsageError, match=r"needs matplotlib; install it with pip install \"textlora\[compare\]\""):
+    with pytest.raises(
+        UsageError, match=r"needs matplotlib; install it with pip install \"textlora\[compare\]\""
+    ):
         require_matplotlib()
     with pytest.raises(UsageError):
         render(*records(methods=("probe",)), tmp_path)
@@ -530,12 +603,21 @@ def test_missing_matplotlib_is_told_before_anything_is_written(monkeypatch, tmp_
 
 def test_importing_the_report_imports_nothing_heavy():
     code = "import sys, textlora.report.comparison.page as c; print([m for m in ('torch', 'matplotlib', 'scipy', 'sklearn') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.mark.parametrize(
     ("metric", "value", "score", "signed", "points"),
-    [("accuracy", 0.8734, "87.3", "+87.3", "87.3 points"), ("mcc", -0.01, "−1.0", "−1.0", "1.0 point"), ("mae", 0.25, "0.2500", "+0.2500", "0.2500")],
+    [
+        ("accuracy", 0.8734, "87.3", "+87.3", "87.3 points"),
+        ("mcc", -0.01, "−1.0", "−1.0", "1.0 point"),
+        ("mae", 0.25, "0.2500", "+0.2500", "0.2500"),
+    ],
 )
 def test_scale(metric, value, score, signed, points):
     scale = Scale(metric)
@@ -543,15 +625,35 @@ def test_scale(metric, value, score, signed, points):
 
 
 def test_other_formats():
-    assert [p_text(p) for p in (None, 0.0004, 0.0441, 0.1444, 1.0)] == ["–", "< 0.001", "0.044", "0.14", "1.00"]
-    assert [stored(n) for n in (None, 9_300, 304_000, 1_340_000, 90_900_000)] == ["–", "9.3 kB", "304.0 kB", "1.3 MB", "90.9 MB"]
-    assert [seconds(s) for s in (None, 0.0101, 0.4, 38.21, 1234.5)] == ["–", "0.01", "0.40", "38.2", "1,234.5"]
+    assert [p_text(p) for p in (None, 0.0004, 0.0441, 0.1444, 1.0)] == [
+        "–",
+        "< 0.001",
+        "0.044",
+        "0.14",
+        "1.00",
+    ]
+    assert [stored(n) for n in (None, 9_300, 304_000, 1_340_000, 90_900_000)] == [
+        "–",
+        "9.3 kB",
+        "304.0 kB",
+        "1.3 MB",
+        "90.9 MB",
+    ]
+    assert [seconds(s) for s in (None, 0.0101, 0.4, 38.21, 1234.5)] == [
+        "–",
+        "0.01",
+        "0.40",
+        "38.2",
+        "1,234.5",
+    ]
     assert [Scale("accuracy").signed(v) for v in (0.0004, -0.0004, -0.0006)] == ["0.0", "0.0", "−0.1"]
     assert [Scale("mcc").score(v) for v in (None, -0.0004, -0.0006, 0.0)] == ["–", "0.0", "−0.1", "0.0"]
     assert [Scale("mae").score(v) for v in (-1234.5, -2e-5, 0.0)] == ["−1,234.5000", "−2e-05", "0.0000"]
 
 
-@pytest.mark.skipif(PATH is None, reason="needs a Chromium on the path, which pip cannot install; .ci/run fetches one")
+@pytest.mark.skipif(
+    PATH is None, reason="needs a Chromium on the path, which pip cannot install; .ci/run fetches one"
+)
 @pytest.mark.parametrize("width", [1200, 390])
 def test_figures_follow_light_and_dark_in_a_browser(one, width):
     with Browser(width) as page:

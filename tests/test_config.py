@@ -21,7 +21,9 @@ FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}
 def other_value(item: dataclasses.Field) -> Any:
     """A valid value that is not the default."""
     if item.metadata["choices"]:
-        return next((choice for choice in reversed(item.metadata["choices"]) if choice != item.default), item.default)
+        return next(
+            (choice for choice in reversed(item.metadata["choices"]) if choice != item.default), item.default
+        )
     special = {
         "label_smoothing": 0.25,
         "validation_share": 0.25,
@@ -40,7 +42,9 @@ def test_a_setting_survives_the_file(tmp_path, name):
     path = tmp_path / "config.toml"
     path.write_text(write_config(config), encoding="utf-8")
     assert TrainConfig(**read_config(path)) == config
-    assert tomllib.loads(path.read_text(encoding="utf-8"))[name] == (["query", "a.b"] if name == "target_modules" else other_value(FIELDS[name]))
+    assert tomllib.loads(path.read_text(encoding="utf-8"))[name] == (
+        ["query", "a.b"] if name == "target_modules" else other_value(FIELDS[name])
+    )
     if name != "method":  # the only one of a single choice
         assert config != TrainConfig()
 
@@ -58,8 +62,16 @@ def test_every_setting_is_a_flag_of_train_with_its_help():
 
 def test_config_file_takes_dashes_lists_and_whole_numbers(tmp_path):
     path = tmp_path / "run.toml"
-    path.write_text('learning-rate = 1\nbatch_size = 4\ntarget-modules = "query,value"\nuse-dora = true\n', encoding="utf-8")
-    assert read_config(path) == {"learning_rate": 1.0, "batch_size": 4, "target_modules": ("query", "value"), "use_dora": True}
+    path.write_text(
+        'learning-rate = 1\nbatch_size = 4\ntarget-modules = "query,value"\nuse-dora = true\n',
+        encoding="utf-8",
+    )
+    assert read_config(path) == {
+        "learning_rate": 1.0,
+        "batch_size": 4,
+        "target_modules": ("query", "value"),
+        "use_dora": True,
+    }
     path.write_text('target_modules = ["query"]\n', encoding="utf-8")
     assert read_config(path) == {"target_modules": ("query",)}
 
@@ -71,7 +83,10 @@ def test_flags_override_the_file(tmp_path):
     assert merge_settings({"r": None}, None) == {}
 
 
-@pytest.mark.parametrize("value", ["r = 1.0", "seed = true", 'epochs = "2"', "use_dora = 1", "model = 1", "target_modules = 3", "r = nan"])
+@pytest.mark.parametrize(
+    "value",
+    ["r = 1.0", "seed = true", 'epochs = "2"', "use_dora = 1", "model = 1", "target_modules = 3", "r = nan"],
+)
 def test_wrong_types_in_a_file(tmp_path, value):
     path = tmp_path / "run.toml"
     path.write_text(value + "\n", encoding="utf-8")
@@ -108,7 +123,15 @@ def test_values_out_of_range_name_their_flag(name, bad):
 def test_scaling():
     assert LoraConfig(r=4, lora_alpha=6.0).scaling == 1.5
     assert LoraConfig(r=4, lora_alpha=6.0, use_rslora=True).scaling == 3.0
-    config = TrainConfig(r=2, lora_alpha=5.0, lora_dropout=0.5, use_rslora=True, use_dora=True, target_modules=("key",), layers="0")
+    config = TrainConfig(
+        r=2,
+        lora_alpha=5.0,
+        lora_dropout=0.5,
+        use_rslora=True,
+        use_dora=True,
+        target_modules=("key",),
+        layers="0",
+    )
     assert config.lora == LoraConfig(2, 5.0, 0.5, True, True, ("key",), "0")
 
 

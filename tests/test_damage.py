@@ -1,7 +1,9 @@
-"""Damage of every kind, each beside an untouched copy that answers: all of it is refused with its cause, and nothing is written.
+"""Damage of every kind, each beside an untouched copy that answers: all of it is refused with its cause, and
+nothing is written.
 
-Two kinds of damage: by accident, where the recorded hashes no longer fit; and `forged`, where every hash was made to fit again, so that
-only names, shapes and the golden examples are left to tell. What is no damage stands at the end.
+Two kinds of damage: by accident, where the recorded hashes no longer fit; and `forged`, where every hash was
+made to fit again, so that only names, shapes and the golden examples are left to tell. What is no damage
+stands at the end.
 """
 
 import hashlib
@@ -55,11 +57,24 @@ class Bench:
         return Path(shutil.copytree(self.base, self.work / f"base-{self.count}"))
 
     def refused(self, folder: Path, said: str, base: Path | None = None) -> None:
-        """Loading and `predict` say the same one line with `said` in it; `predict` ends with 2 and writes nothing."""
+        """Loading and `predict` say the same one line with `said` in it; `predict` ends with 2 and writes
+        nothing."""
         base, rows, output = base or self.base, self.work / "rows.csv", self.work / "answers.csv"
         with pytest.raises((AdapterError, ModelError)) as caught:
             TextClassifier.load(folder, base=str(base), device="cpu")
-        line = self.cli.fails("predict", folder, "--data", rows, "--output", output, "--model", base, "--device", "cpu", output=folder)
+        line = self.cli.fails(
+            "predict",
+            folder,
+            "--data",
+            rows,
+            "--output",
+            output,
+            "--model",
+            base,
+            "--device",
+            "cpu",
+            output=folder,
+        )
         assert line == str(caught.value)
         assert said in line, line
         assert not output.exists()
@@ -85,7 +100,11 @@ def bench(request, tiny_base, tmp_path_factory, tmp_path, capfd) -> Iterator[Ben
 def forge(folder: Path, edit: Callable[[dict[str, Any]], None] = lambda content: None) -> None:
     """Make every hash of the folder fit again, as someone would who knows how."""
     content = json.loads((folder / SIDE).read_text(encoding="utf-8"))
-    content["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in content["files"] if (folder / name).is_file()}
+    content["files"] = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in content["files"]
+        if (folder / name).is_file()
+    }
     edit(content)
     content["sha256"] = _self_hash(content)
     (folder / SIDE).write_text(json.dumps(content), encoding="utf-8")
@@ -98,7 +117,9 @@ def edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 
 def store(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"}
+    )
 
 
 # --- tensors ---
@@ -158,7 +179,9 @@ def test_each_tensor_in_turn(bench, damage):
         store(folder, tensors)
         bench.refused(folder, f"{folder / WEIGHTS}: {CHANGED}")
         forge(folder)  # now the hash fits: names, shapes, values and golden examples are left
-        bench.refused(folder, GOLDEN if damage in VALUES else name.split(".lora_")[0].removeprefix("base_model.model."))
+        bench.refused(
+            folder, GOLDEN if damage in VALUES else name.split(".lora_")[0].removeprefix("base_model.model.")
+        )
         shutil.copyfile(bench.whole / SIDE, folder / SIDE)
 
 
@@ -175,12 +198,21 @@ def test_one_flipped_bit_of_each_tensor(bench):
         data[place] ^= 1
         (folder / WEIGHTS).write_bytes(data)
         assert (
-            sum(int((a != b).sum()) for a, b in zip(load_file(folder / WEIGHTS).values(), load_file(bench.whole / WEIGHTS).values(), strict=True))
+            sum(
+                int((a != b).sum())
+                for a, b in zip(
+                    load_file(folder / WEIGHTS).values(),
+                    load_file(bench.whole / WEIGHTS).values(),
+                    strict=True,
+                )
+            )
             == 1
         )
         bench.refused(folder, f"{folder / WEIGHTS}: {CHANGED}")
         data[place] ^= 1
-        data[place + 3] ^= 0x40  # the highest bit of the exponent: with hashes that fit, the golden examples see it
+        data[place + 3] ^= (
+            0x40  # the highest bit of the exponent: with hashes that fit, the golden examples see it
+        )
         (folder / WEIGHTS).write_bytes(data)
         forge(folder)
         bench.refused(folder, GOLDEN)
@@ -192,7 +224,14 @@ def test_one_flipped_bit_of_each_tensor(bench):
 def test_head_of_another_size(bench):
     folder = bench.copy()
     tensors = load_file(folder / WEIGHTS)
-    last = max((name for name in tensors if ".lora_" not in name and name.endswith(".weight") and len(tensors[name]) == 2), key=len)
+    last = max(
+        (
+            name
+            for name in tensors
+            if ".lora_" not in name and name.endswith(".weight") and len(tensors[name]) == 2
+        ),
+        key=len,
+    )
     for name in (last, last.replace(".weight", ".bias")):
         tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
     store(folder, tensors)
@@ -207,7 +246,13 @@ def test_head_rows_swapped(bench):
     """The classes change places, names and shapes stay."""
     folder = bench.copy()
     tensors = load_file(folder / WEIGHTS)
-    store(folder, {name: tensor.flip(0) if ".lora_" not in name and len(tensor) == 2 else tensor for name, tensor in tensors.items()})
+    store(
+        folder,
+        {
+            name: tensor.flip(0) if ".lora_" not in name and len(tensor) == 2 else tensor
+            for name, tensor in tensors.items()
+        },
+    )
     bench.refused(folder, f"{folder / WEIGHTS}: {CHANGED}")
     forge(folder)
     bench.refused(folder, GOLDEN)
@@ -219,7 +264,9 @@ def test_two_layers_swapped(bench):
     store(
         folder,
         {
-            name.replace(".layer.0.", ".layer.x.").replace(".layer.1.", ".layer.0.").replace(".layer.x.", ".layer.1."): t
+            name.replace(".layer.0.", ".layer.x.")
+            .replace(".layer.1.", ".layer.0.")
+            .replace(".layer.x.", ".layer.1."): t
             for name, t in tensors.items()
         },
     )
@@ -228,18 +275,28 @@ def test_two_layers_swapped(bench):
 
 
 def test_golden_examples_of_an_adapter_whose_logits_are_small(bench):
-    """After little training all logits are near zero, and so is what damage does to them: the tolerance follows their size."""
+    """After little training all logits are near zero, and so is what damage does to them: the tolerance
+    follows their size."""
     small = bench.copy()
     tensors = load_file(small / WEIGHTS)
-    last = max((name for name in tensors if ".lora_" not in name and len(tensors[name]) == 2), key=len).rpartition(".")[0]
+    last = max(
+        (name for name in tensors if ".lora_" not in name and len(tensors[name]) == 2), key=len
+    ).rpartition(".")[0]
     for part in ("weight", "bias"):
         tensors[f"{last}.{part}"] *= 0.003
     store(small, tensors)
     forge(small)
     rows = read_meta(small).golden
-    logits = TextClassifier.load(small, base=str(bench.base), device="cpu", verify=False).logits([row["text"] for row in rows])
+    logits = TextClassifier.load(small, base=str(bench.base), device="cpu", verify=False).logits(
+        [row["text"] for row in rows]
+    )
     assert np.abs(logits).max() < 0.05
-    forge(small, lambda content: content.update(golden=[row | {"logits": list(map(float, now))} for row, now in zip(rows, logits, strict=True)]))
+    forge(
+        small,
+        lambda content: content.update(
+            golden=[row | {"logits": list(map(float, now))} for row, now in zip(rows, logits, strict=True)]
+        ),
+    )
     bench.answers(small)
     whole = (small / SIDE).read_bytes()
     for damage, name in itertools.product(VALUES, tensors):
@@ -264,8 +321,12 @@ def test_each_key_of_the_side_file(bench):
     folder = bench.copy()
     content = json.loads((bench.whole / SIDE).read_text(encoding="utf-8"))
     for key in content:
-        (folder / SIDE).write_text(json.dumps({k: v for k, v in content.items() if k != key}), encoding="utf-8")
-        bench.refused(folder, f"{folder / SIDE}: {'not a textlora side file' if key == 'format' else CHANGED}")
+        (folder / SIDE).write_text(
+            json.dumps({k: v for k, v in content.items() if k != key}), encoding="utf-8"
+        )
+        bench.refused(
+            folder, f"{folder / SIDE}: {'not a textlora side file' if key == 'format' else CHANGED}"
+        )
         (folder / SIDE).write_text(json.dumps(content | {key: _other(content[key])}), encoding="utf-8")
         bench.refused(folder, f"{folder / SIDE}: ")
     for key in content.keys() - {
@@ -289,7 +350,8 @@ def test_side_file_removed(bench):
 
 
 def test_each_key_of_the_peft_config(bench):
-    """By accident: refused for its hash. With hashes that fit: refused, or the key decides nothing and the answers are the same."""
+    """By accident: refused for its hash. With hashes that fit: refused, or the key decides nothing and the
+    answers are the same."""
     folder = bench.copy()
     config = json.loads((bench.whole / CONFIG).read_text(encoding="utf-8"))
     told = set()
@@ -337,7 +399,9 @@ def test_damaged_base(bench):
     name = next(name for name in whole if name.endswith("layer.1.output.dense.weight"))
 
     def tensor_of(base: Path, value: torch.Tensor | None) -> None:
-        save_file({k: v for k, v in (whole | {name: value}).items() if v is not None}, base / "model.safetensors")
+        save_file(
+            {k: v for k, v in (whole | {name: value}).items() if v is not None}, base / "model.safetensors"
+        )
 
     flipped, nan = whole[name].clone(), whole[name].clone()
     flipped.view(torch.int32)[3, 5] ^= 1
@@ -349,7 +413,10 @@ def test_damaged_base(bench):
         (lambda base: tensor_of(base, whole[name].T.contiguous()), "has shape"),
         (lambda base: (base / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda base: (base / "config.json").unlink(), "no config.json"),
-        (lambda base: (base / "model.safetensors").write_bytes(save(whole)[:-1]), "not a whole safetensors file"),
+        (
+            lambda base: (base / "model.safetensors").write_bytes(save(whole)[:-1]),
+            "not a whole safetensors file",
+        ),
     ):
         base = bench.copy_base()
         damage(base)
@@ -357,14 +424,23 @@ def test_damaged_base(bench):
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_attention_heads": 2}, {"hidden_act": "relu"}, {"layer_norm_eps": 0.5}, {"num_hidden_layers": 1}, {"model_type": "electra"}]
+    "change",
+    [
+        {"num_attention_heads": 2},
+        {"hidden_act": "relu"},
+        {"layer_norm_eps": 0.5},
+        {"num_hidden_layers": 1},
+        {"model_type": "electra"},
+    ],
 )
 def test_base_with_another_config(bench, change):
     """The hash is of the weights; what config.json makes of them is left to the golden examples."""
     base = bench.copy_base()
     edit_json(base / "config.json", lambda config: config.update(change))
     key = next(iter(change))
-    said = {"num_hidden_layers": "is config.json of another model?", "model_type": "was trained on a"}.get(key, GOLDEN)
+    said = {"num_hidden_layers": "is config.json of another model?", "model_type": "was trained on a"}.get(
+        key, GOLDEN
+    )
     bench.refused(bench.whole, said, base)
 
 
@@ -397,14 +473,19 @@ def _fewer_merges(content: dict[str, Any]) -> None:
         del content["model"]["vocab"]["was"]
 
 
-@pytest.mark.parametrize("edit", [_swap_words, _other_specials, _other_case, _fewer_merges], ids=lambda edit: edit.__name__.strip("_"))
+@pytest.mark.parametrize(
+    "edit",
+    [_swap_words, _other_specials, _other_case, _fewer_merges],
+    ids=lambda edit: edit.__name__.strip("_"),
+)
 def test_another_tokenizer(bench, edit):
     folder = bench.copy()
     edit_json(folder / "tokenizer.json", edit)
     bench.refused(folder, f"{folder / 'tokenizer.json'}: {CHANGED}")
     forge(folder)
     bench.refused(folder, GOLDEN)
-    # taken out of the folder and of the list, the tokenizer of the base is read: the golden examples watch that too
+    # taken out of the folder and of the list, the tokenizer of the base is read: the golden examples watch
+    # that too
     base = bench.copy_base()
     shutil.copyfile(folder / "tokenizer.json", base / "tokenizer.json")
     (folder / "tokenizer.json").unlink()
@@ -416,7 +497,10 @@ def test_another_tokenizer(bench, edit):
 def test_tokenizer_settings_changed(bench):
     for key, value in (("cls_token", "[OTHER]"), ("do_lower_case", False), ("model_max_length", 8)):
         folder = bench.copy()
-        edit_json(folder / "tokenizer_config.json", lambda content, key=key, value=value: content.update({key: value}))
+        edit_json(
+            folder / "tokenizer_config.json",
+            lambda content, key=key, value=value: content.update({key: value}),
+        )
         bench.refused(folder, f"{folder / 'tokenizer_config.json'}: {CHANGED}")
 
 
@@ -427,10 +511,18 @@ def test_tokenizer_settings_changed(bench):
 def test_truncated_and_removed_files(bench, name):
     folder = bench.copy()
     data = (folder / name).read_bytes()
-    for length in (0, 1, len(data) // 2, len(data) - (2 if name.endswith(".json") else 1)):  # a JSON file's last byte is its line's end
+    for length in (
+        0,
+        1,
+        len(data) // 2,
+        len(data) - (2 if name.endswith(".json") else 1),
+    ):  # a JSON file's last byte is its line's end
         (folder / name).write_bytes(data[:length])
         bench.refused(folder, f"{folder / name}: {'not valid JSON' if name == SIDE else CHANGED}")
-        if name not in (SIDE, "tokenizer_config.json"):  # the latter is for AutoTokenizer, nothing here reads it
+        if name not in (
+            SIDE,
+            "tokenizer_config.json",
+        ):  # the latter is for AutoTokenizer, nothing here reads it
             forge(folder)
             bench.refused(folder, "not")
             shutil.copyfile(bench.whole / SIDE, folder / SIDE)
@@ -439,7 +531,8 @@ def test_truncated_and_removed_files(bench, name):
 
 
 def test_files_swapped_between_two_adapters(bench, tiny_base, tmp_path_factory):
-    """Same base, same task, another run: each file alone does not fit, and the weights not even with hashes that do."""
+    """Same base, same task, another run: each file alone does not fit, and the weights not even with hashes
+    that do."""
     run = trained(tiny_base, tmp_path_factory, bench.base.name, **SETTINGS, seed=7, r=2, max_length=24)
     other = Path(shutil.copytree(run.folder, bench.work / "other", ignore=shutil.ignore_patterns("run")))
     swapped = [name for name in FILES if (other / name).read_bytes() != (bench.whole / name).read_bytes()]
@@ -513,7 +606,9 @@ def test_pickles_beside_what_is_needed_run_nothing(bench, evil):
     assert np.array_equal(bench.answers(folder, base), bench.expected)
     assert inspect_folder(folder, str(base))["fits"] is True
     for command in ("predict", "evaluate"):
-        code, _, err = bench.cli(command, folder, "--data", bench.work / "rows.csv", "--model", base, "--device", "cpu")
+        code, _, err = bench.cli(
+            command, folder, "--data", bench.work / "rows.csv", "--model", base, "--device", "cpu"
+        )
         assert (code, err) == (0, "")
     relabel_folder(folder, ("neg=no",))
     assert set(read_meta(folder).files) == {*FILES, "README.md"} - {SIDE}
@@ -527,7 +622,9 @@ def test_pickles_in_place_of_what_is_needed_run_nothing(bench, evil):
     forge(folder)
     bench.refused(folder, "has no hash for adapter_model.safetensors", base)
     (folder / SIDE).unlink()
-    bench.refused(folder, "the weights are a pickle (adapter_model.bin), which can run code when opened", base)
+    bench.refused(
+        folder, "the weights are a pickle (adapter_model.bin), which can run code when opened", base
+    )
     (base / "model.safetensors").unlink()
     bench.refused(bench.whole, "only pickle weights (.bin), which can run code when opened", base)
 
@@ -573,7 +670,9 @@ def test_what_may_be_done_to_a_folder(bench, tmp_path):
     assert np.array_equal(bench.answers(folder), bench.expected)
     (folder / "README.md").unlink()
     side = json.loads((folder / SIDE).read_text(encoding="utf-8"))
-    (folder / SIDE).write_text(json.dumps(side, sort_keys=True), encoding="utf-8")  # other white space and order of keys, same content
+    (folder / SIDE).write_text(
+        json.dumps(side, sort_keys=True), encoding="utf-8"
+    )  # other white space and order of keys, same content
     assert np.array_equal(bench.answers(folder), bench.expected)
     relabel_folder(folder, ("neg=pos", "pos=neg"))
     assert np.array_equal(bench.answers(folder), bench.expected)
@@ -582,7 +681,9 @@ def test_what_may_be_done_to_a_folder(bench, tmp_path):
     base = bench.copy_base()
     whole = load_file(base / "model.safetensors")
     prefix = bench.base.name + "."
-    bare = {name.removeprefix(prefix): tensor for name, tensor in whole.items()}  # the same weights, named as a bare encoder has them
+    bare = {
+        name.removeprefix(prefix): tensor for name, tensor in whole.items()
+    }  # the same weights, named as a bare encoder has them
     save_file(bare, base / "model.safetensors", {"format": "pt"})
     assert np.array_equal(bench.answers(moved, base), bench.expected)
 

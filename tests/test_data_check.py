@@ -14,7 +14,17 @@ def report_of(train, evaluations=None, lengths=None, max_length=None, **options)
 
 
 def test_every_finding():
-    train = [("a", "x"), ("b", "y"), ("a", "x"), ("b", "x"), ("a", "x"), (" ", "x"), ("", "x"), ("c", "x"), ("d", "x")]
+    train = [
+        ("a", "x"),
+        ("b", "y"),
+        ("a", "x"),
+        ("b", "x"),
+        ("a", "x"),
+        (" ", "x"),
+        ("", "x"),
+        ("c", "x"),
+        ("d", "x"),
+    ]
     test = [("a", "x"), ("new", "z"), ("b", "y"), ("", "x"), ("new", "z"), ("free", None)]
     lengths = np.array([4, 8, 4, 8, 4, 2, 2, 16, 40])
     report = report_of(train, {"test": test}, lengths, 10)
@@ -54,9 +64,13 @@ def test_clean_data_say_so():
 
 
 def test_pairs_multi_label_and_regression():
-    pairs = report_of([("a", "b", "x"), ("a", "c", "y"), ("a", "b", "y")], {"test": [("a", "d", "x"), ("a", "c", "x")]})
+    pairs = report_of(
+        [("a", "b", "x"), ("a", "c", "y"), ("a", "b", "y")], {"test": [("a", "d", "x"), ("a", "c", "x")]}
+    )
     assert (pairs.duplicates, pairs.conflicts, pairs.leaks) == (1, 1, {"test": 1})
-    multi = report_of([("a", ["x", "y"]), ("b", []), ("a", ["y", "x"]), ("c", ["x"])], {"test": [("d", ["x", "z"])]})
+    multi = report_of(
+        [("a", ["x", "y"]), ("b", []), ("a", ["y", "x"]), ("c", ["x"])], {"test": [("d", ["x", "z"])]}
+    )
     assert (multi.classes, multi.unlabelled) == ({"x": 3, "y": 2}, 1)
     assert multi.shares == {"x": 0.75, "y": 0.5}
     assert (multi.duplicates, multi.conflicts) == (1, 0)

@@ -69,10 +69,17 @@ def test_where_is_the_line_a_record_starts_on(tmp_path):
 
 def test_na_null_and_numbers_stay_text(tmp_path):
     table = read_table(put(tmp_path, "a.csv", "text,label\nNA,null\nnull,NA\nNone,01\nnan,1.0\n"))
-    assert contents(table) == [("NA", None, "null"), ("null", None, "NA"), ("None", None, "01"), ("nan", None, "1.0")]
+    assert contents(table) == [
+        ("NA", None, "null"),
+        ("null", None, "NA"),
+        ("None", None, "01"),
+        ("nan", None, "1.0"),
+    ]
 
 
-@pytest.mark.parametrize("encoding", ["cp949", "cp1252", "utf-16", "utf-16-le", "gb18030", "iso2022_kr", "utf-8-sig"])
+@pytest.mark.parametrize(
+    "encoding", ["cp949", "cp1252", "utf-16", "utf-16-le", "gb18030", "iso2022_kr", "utf-8-sig"]
+)
 @pytest.mark.parametrize("zipped", [False, True])
 def test_encodings_and_gzip(tmp_path, encoding, zipped):
     word = "café" if encoding == "cp1252" else "영화"
@@ -82,11 +89,20 @@ def test_encodings_and_gzip(tmp_path, encoding, zipped):
 
 
 def test_wrong_encoding_names_line_and_flag(tmp_path):
-    error = fails(r"a.csv line 3: byte 0xe9 is not utf-8", put(tmp_path, "a.csv", "text,label\na,x\ncafé,y\n".encode("cp1252")))
+    error = fails(
+        r"a.csv line 3: byte 0xe9 is not utf-8",
+        put(tmp_path, "a.csv", "text,label\na,x\ncafé,y\n".encode("cp1252")),
+    )
     assert "--encoding" in error.fix
-    fails("a.csv is UTF-16; give --encoding utf-16", put(tmp_path, "a.csv", "text,label\na,x\n".encode("utf-16")))
+    fails(
+        "a.csv is UTF-16; give --encoding utf-16",
+        put(tmp_path, "a.csv", "text,label\na,x\n".encode("utf-16")),
+    )
     fails("the bytes are not utf-16", put(tmp_path, "b.csv", b"text,label\na,x\n1"), encoding="utf-16")
-    fails(r"b.jsonl line 2: byte 0xff", put(tmp_path, "b.jsonl", b'{"text": "a", "label": "x"}\n{"text": "\xff"}\n'))
+    fails(
+        r"b.jsonl line 2: byte 0xff",
+        put(tmp_path, "b.jsonl", b'{"text": "a", "label": "x"}\n{"text": "\xff"}\n'),
+    )
     for name in ("klingon", "hex", "undefined"):
         with pytest.raises(UsageError, match="unknown encoding"):
             read_table(tmp_path / "a.csv", encoding=name)
@@ -104,7 +120,10 @@ def test_wrong_encoding_names_line_and_flag(tmp_path):
         ("", "a.csv is empty"),
         ("\n \n", "a.csv is empty"),
         ("text,label,text\na,x,b\n", "two columns are named 'text'"),
-        ("foo,bar,baz\na,x,b\n", "no text column found among 'foo', 'bar', 'baz'; name it with --text-column"),
+        (
+            "foo,bar,baz\na,x,b\n",
+            "no text column found among 'foo', 'bar', 'baz'; name it with --text-column",
+        ),
         ("text,foo,bar\na,x,b\n", "no label column found among .*--label-column"),
         ("text\na\n", "no label column found"),
         ("text,label\na,x\nb,\n", "a.csv line 3, column 'label': no label"),
@@ -135,7 +154,11 @@ def test_bad_json_is_named(tmp_path, data, match):
 
 
 def test_json_lines_and_lists(tmp_path):
-    rows = [{"text": 3, "label": 1}, {"label": "NA", "text": None}, {"text": "\ud800é", "label": [True, "b"], "more": {}}]
+    rows = [
+        {"text": 3, "label": 1},
+        {"label": "NA", "text": None},
+        {"text": "\ud800é", "label": [True, "b"], "more": {}},
+    ]
     wanted = [("3", None, 1), ("", None, "NA"), ("\ufffdé", None, [True, "b"])]
     lines = "\n".join(map(json.dumps, rows))
     assert contents(read_table(put(tmp_path, "a.jsonl", "\ufeff" + lines))) == wanted
@@ -146,11 +169,20 @@ def test_json_lines_and_lists(tmp_path):
 
 def test_tsv_without_quoting_is_read_as_such(tmp_path):
     plain = 'sentence\tlabel\n"The Wire" is good\tx\n"open\ty\nsay "hi"\tx\n'
-    assert [row.text for row in read_table(put(tmp_path, "a.tsv", plain)).rows] == ['"The Wire" is good', '"open', 'say "hi"']
+    assert [row.text for row in read_table(put(tmp_path, "a.tsv", plain)).rows] == [
+        '"The Wire" is good',
+        '"open',
+        'say "hi"',
+    ]
     quoted = 'sentence\tlabel\n"The ""Wire""\tis"\tx\n'
     assert [row.text for row in read_table(put(tmp_path, "b.tsv", quoted)).rows] == ['The "Wire"\tis']
     fails("a.tsv line 2: text after a closing quote", put(tmp_path, "a.tsv", 'text\tlabel\n"a"b\tx\nc\n'))
-    assert read_table(put(tmp_path, "c.tsv", "text, or so\tlabel\na, b\tx\n"), text_column="text, or so").rows[0].text == "a, b"
+    assert (
+        read_table(put(tmp_path, "c.tsv", "text, or so\tlabel\na, b\tx\n"), text_column="text, or so")
+        .rows[0]
+        .text
+        == "a, b"
+    )
 
 
 def test_long_fields_do_not_touch_the_global_limit(tmp_path):
@@ -167,7 +199,9 @@ def test_column_rules():
     assert found("premise", "hypothesis", "label") == Columns("premise", "hypothesis", "label")
     assert found("label", "sentence2", "Sentence1", "idx") == Columns("Sentence1", "sentence2", "label")
     assert found("text", "text_pair", "label", text_column="text") == Columns("text", None, "label")
-    assert found("a", "b", "c", text_column="a", text_pair_column="b", label_column="c") == Columns("a", "b", "c")
+    assert found("a", "b", "c", text_column="a", text_pair_column="b", label_column="c") == Columns(
+        "a", "b", "c"
+    )
     assert found("title", "text", "stars", "label") == Columns("text", None, "label")
     assert found("id", "blurb", "label") == Columns("blurb", None, "label")
     assert found("text", need_labels=False) == Columns("text", None, None)
@@ -188,7 +222,9 @@ def test_pairs_and_separator(tmp_path):
 
 def test_require_texts(tmp_path):
     table = read_table(put(tmp_path, "train.csv", "text,label\na,x\n ,y\n,x\n"))
-    with pytest.raises(DataError, match=r"train.csv line 3, column 'text': empty text \(2 such rows\); remove them"):
+    with pytest.raises(
+        DataError, match=r"train.csv line 3, column 'text': empty text \(2 such rows\); remove them"
+    ):
         require_texts(table)
     require_texts(read_table([("a", 1)]))
 
@@ -204,7 +240,10 @@ def test_unknown_sources(tmp_path, monkeypatch):
     fails("the list of rows is empty", [])
     fails("row 2 is not of the kind of row 1", [("a", 1), ("a", "b", 1)])
     fails("row 1 is int", [1])
-    fails("a.csv.gz: not a whole gzip file", put(tmp_path, "a.csv.gz", gzip.compress(b"text,label\na,x\n" * 99)[:-9]))
+    fails(
+        "a.csv.gz: not a whole gzip file",
+        put(tmp_path, "a.csv.gz", gzip.compress(b"text,label\na,x\n" * 99)[:-9]),
+    )
     fails("a.csv.gz: not a whole gzip file", put(tmp_path, "a.csv.gz", "text,label\n"))
     fails("a.parquet cannot be read as Parquet", put(tmp_path, "a.parquet", "text,label\n"))
     (tmp_path / "sub").mkdir()
@@ -217,7 +256,10 @@ def test_folders_and_several_files(tmp_path):
     put(tmp_path, "train-2.csv", "text,label\nb,y\n")
     put(tmp_path, "my_dev.csv", "text,label\nc,x\n")
     put(tmp_path, "README.md", "train")
-    assert [(row.text, row.source) for row in read_table(tmp_path).rows] == [("a", "train-1.csv"), ("b", "train-2.csv")]
+    assert [(row.text, row.source) for row in read_table(tmp_path).rows] == [
+        ("a", "train-1.csv"),
+        ("b", "train-2.csv"),
+    ]
     assert [row.text for row in read_table(tmp_path, split="validation").rows] == ["c"]
     fails("named after the split 'test'; there are train, validation", tmp_path, split="test")
     both = f"{tmp_path}/my_dev.csv,{tmp_path}/train-1.csv"
@@ -238,7 +280,9 @@ def test_parquet_dataframe_and_dataset_agree(tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
     dataset = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     wanted = [("a", None, "pos"), ("b", None, "neg")]
     sha256 = read_table([("a", "pos"), ("b", "neg")]).sha256
@@ -259,12 +303,17 @@ def test_parquet_dataframe_and_dataset_agree(tmp_path, monkeypatch):
     assert contents(read_table(frame)) == [("a", None, 1), ("", None, 0), ("3", None, 1)]
     fails("DataFrame row 3, column 'n': no label", frame, label_column="n")
     assert read_table(frame, label_column="n", need_labels=False).rows[2].label is None
-    assert read_table(pd.DataFrame({"text": ["a", pd.NA], "label": ["x", "y"]}, dtype="string")).rows[1].text == ""
+    assert (
+        read_table(pd.DataFrame({"text": ["a", pd.NA], "label": ["x", "y"]}, dtype="string")).rows[1].text
+        == ""
+    )
 
     lists = pa.table({"text": ["a", "b"], "labels": [["x", "y"], []]})
     pq.write_table(lists, tmp_path / "lists.parquet")
     assert contents(read_table(tmp_path / "lists.parquet")) == [("a", None, ["x", "y"]), ("b", None, [])]
-    several = datasets.Features({"text": datasets.Value("string"), "labels": datasets.Sequence(features["label"])})
+    several = datasets.Features(
+        {"text": datasets.Value("string"), "labels": datasets.Sequence(features["label"])}
+    )
     named = datasets.Dataset.from_dict({"text": ["a"], "labels": [[1, 0]]}, features=several)
     assert contents(read_table(named)) == [("a", None, ["pos", "neg"])]
     hidden = datasets.Dataset.from_dict({"text": ["a"], "label": [-1]}, features=features)
@@ -289,7 +338,9 @@ def test_parquet_dataframe_and_dataset_agree(tmp_path, monkeypatch):
 def test_hash_does_not_depend_on_the_format(tmp_path):
     rows = [("a", 0.5), ("b", 3.0), ("c", 2)]
     text = read_table(put(tmp_path, "a.csv", "text,score\na,0.50\nb,3.0\nc,2\n"))
-    lines = read_table(put(tmp_path, "a.jsonl", "\n".join(json.dumps({"text": t, "score": s}) for t, s in rows)))
+    lines = read_table(
+        put(tmp_path, "a.jsonl", "\n".join(json.dumps({"text": t, "score": s}) for t, s in rows))
+    )
     assert text.sha256 == lines.sha256 == read_table(rows).sha256
     assert read_table([("a", "01")]).sha256 != read_table([("a", "1")]).sha256
     assert read_table([("ab", "x")]).sha256 != read_table([("a", "bx")]).sha256
@@ -298,17 +349,29 @@ def test_hash_does_not_depend_on_the_format(tmp_path):
 
 def test_importing_is_light():
     code = "import sys, textlora.data; print([m for m in ('pandas', 'pyarrow', 'datasets', 'torch') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
-tricky = st.lists(st.sampled_from([*'",;\t|\n\r\0 ax', "\ufeff", "é", "text", "label", '"', "\r\n", "{", "}", "[", ":", "1"]), max_size=40).map(
-    "".join
-)
+tricky = st.lists(
+    st.sampled_from(
+        [*'",;\t|\n\r\0 ax', "\ufeff", "é", "text", "label", '"', "\r\n", "{", "}", "[", ":", "1"]
+    ),
+    max_size=40,
+).map("".join)
 
 
 @quick
-@given(st.one_of(st.binary(max_size=200), tricky.map(str.encode), tricky.map(lambda t: b"text,label\n" + t.encode())))
+@given(
+    st.one_of(
+        st.binary(max_size=200), tricky.map(str.encode), tricky.map(lambda t: b"text,label\n" + t.encode())
+    )
+)
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.csv.gz", "a.parquet"])
 def test_any_bytes_give_rows_or_data_error(tmp_path, name, data):
     path = put(tmp_path, name, gzip.compress(data) if name.endswith(".gz") else data)
@@ -321,11 +384,20 @@ def test_any_bytes_give_rows_or_data_error(tmp_path, name, data):
 
 
 @quick
-@given(st.lists(st.tuples(texts, texts.filter(str.strip)), min_size=1, max_size=5), st.sampled_from(",;\t|"), st.booleans())
+@given(
+    st.lists(st.tuples(texts, texts.filter(str.strip)), min_size=1, max_size=5),
+    st.sampled_from(",;\t|"),
+    st.booleans(),
+)
 def test_written_csv_comes_back(tmp_path, rows, delimiter, quote_all):
     written = io.StringIO(newline="")
     plain = not quote_all and not any("\r" in cell for row in rows for cell in row)
-    out = csv.writer(written, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_MINIMAL if plain else csv.QUOTE_ALL)
+    out = csv.writer(
+        written,
+        delimiter=delimiter,
+        lineterminator="\n",
+        quoting=csv.QUOTE_MINIMAL if plain else csv.QUOTE_ALL,
+    )
     out.writerows([("text", "label"), *rows])
     path = put(tmp_path, "a.csv", written.getvalue())
     assert contents(read_table(path)) == [(text, None, label) for text, label in rows]

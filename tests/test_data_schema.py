@@ -53,8 +53,13 @@ def test_override_and_separator():
     schema = infer_schema(rows_of("x|b ", "", "b||x"), label_separator="|")
     assert schema == LabelSchema(MULTI, ("b", "x"), "|")
     assert schema.encode_all(rows_of("x", "", "b|x|b", ["b"])).tolist() == [[0, 1], [0, 0], [1, 1], [1, 0]]
-    assert infer_schema(rows_of(["a"], ["b"]), "single-label").encode_all(rows_of(["b"], "a")).tolist() == [1, 0]
-    with pytest.raises(UsageError, match="unknown problem type 'multi'; use single-label, multi-label, regression"):
+    assert infer_schema(rows_of(["a"], ["b"]), "single-label").encode_all(rows_of(["b"], "a")).tolist() == [
+        1,
+        0,
+    ]
+    with pytest.raises(
+        UsageError, match="unknown problem type 'multi'; use single-label, multi-label, regression"
+    ):
         infer_schema(rows_of("a"), "multi")
     with pytest.raises(UsageError, match="separator"):
         infer_schema(rows_of("a"), "regression", "|")
@@ -77,7 +82,11 @@ def test_override_and_separator():
         ([1.5, 1e39], "regression", "line 3, column 'label': 1e.39 is not a finite number"),
         ([1.5, 10**400], "regression", "line 3, column 'label': 10+... is not a finite number"),
         (["a", ["b", "c"]], "single-label", "line 3, column 'label': 2 labels where one is needed"),
-        (["a|b"], "multi-label", "line 2, column 'label': 'a.b' is no list of labels; give --label-separator"),
+        (
+            ["a|b"],
+            "multi-label",
+            "line 2, column 'label': 'a.b' is no list of labels; give --label-separator",
+        ),
     ],
 )
 def test_labels_that_do_not_fit(labels, kind, match):
@@ -93,7 +102,10 @@ def test_encoding_kinds_and_unknown_labels():
     numbers = LabelSchema(REGRESSION, ("value",)).encode_all(rows_of("0.5", 2))
     assert numbers.dtype == np.float32
     assert numbers.tolist() == [0.5, 2.0]
-    with pytest.raises(DataError, match=r"test.csv line 2, column 'kind': label 'x' was not in the training data \(known: 0, 1, 2\)"):
+    with pytest.raises(
+        DataError,
+        match=r"test.csv line 2, column 'kind': label 'x' was not in the training data \(known: 0, 1, 2\)",
+    ):
         schema.encode(rows_of("x")[0], "kind")
     many = LabelSchema(SINGLE, tuple(str(n) for n in range(12)))
     with pytest.raises(DataError, match=r"known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.\)"):
@@ -101,7 +113,12 @@ def test_encoding_kinds_and_unknown_labels():
 
 
 @settings(deadline=None)
-@given(st.lists(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.text())), max_size=5))
+@given(
+    st.lists(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.text())),
+        max_size=5,
+    )
+)
 def test_any_labels_give_a_schema_that_encodes_them_or_data_error(labels):
     rows = rows_of(*labels)
     try:
@@ -112,5 +129,9 @@ def test_any_labels_give_a_schema_that_encodes_them_or_data_error(labels):
     if schema.problem_type != REGRESSION:
         encoded = schema.encode_all(rows)
         width = len(schema.labels)
-        used = set(encoded.tolist()) if schema.problem_type == SINGLE else set(np.flatnonzero(encoded.any(axis=0)).tolist())
+        used = (
+            set(encoded.tolist())
+            if schema.problem_type == SINGLE
+            else set(np.flatnonzero(encoded.any(axis=0)).tolist())
+        )
         assert used == set(range(width))

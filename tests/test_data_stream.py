@@ -61,7 +61,9 @@ def test_json_lines_go_on_over_bad_rows(tmp_path):
     data = b'{"text": \n\n{"text": "a", "n": 1}\n[1]\n{"n": 2}\n{"text": "\xff"}\n{"text": 5}\n{"text": {}}\n'
     stream, records = read(put(tmp_path, "a.jsonl.gz", gzip.compress(data)))
     assert (stream.format, stream.fieldnames) == ("jsonl", ["text", "n"])
-    assert [(where, text) for where, text, _ in summary(records)] == [*[(1, None), (3, "a"), (4, None), (5, None), (6, None), (7, "5"), (8, None)]]
+    assert [(where, text) for where, text, _ in summary(records)] == [
+        *[(1, None), (3, "a"), (4, None), (5, None), (6, None), (7, "5"), (8, None)]
+    ]
     assert records[0].problem.startswith("not JSON: Expecting value")
     assert [record.problem for record in records[2:5]] == [
         "a JSON object is needed, not list",
@@ -77,10 +79,18 @@ def test_standard_input_kinds():
     stream, records = read("-", "\ufeffsentence1\tsentence2\na\tb\n")
     assert (stream.format, records[0].text, records[0].text_pair) == ("tsv", "a", "b")
     stream, records = read("-", '\n {"text": "a"}\n{}\n')
-    assert (stream.format, summary(records)) == ("jsonl", [(2, "a", None), (3, None, "column 'text': empty text")])
+    assert (stream.format, summary(records)) == (
+        "jsonl",
+        [(2, "a", None), (3, None, "column 'text': empty text")],
+    )
     stream, records = read("-", "One text, with a comma\nNA\n\nlast")
     assert stream.format == "lines"
-    assert summary(records) == [(1, "One text, with a comma", None), (2, "NA", None), (3, None, "column 'text': empty text"), (4, "last", None)]
+    assert summary(records) == [
+        (1, "One text, with a comma", None),
+        (2, "NA", None),
+        (3, None, "column 'text': empty text"),
+        (4, "last", None),
+    ]
     stream, records = read("-", "words,more\na,b\n", text_column="words")
     assert (stream.format, records[0].text) == ("csv", "a")
     stream, records = read("-", "text,more\n영화,b\n".encode("cp949"), encoding="cp949")
@@ -136,7 +146,15 @@ def test_file_errors(tmp_path):
 
 def predict(source, target, stdout=None, extra=("label", "score")):
     with open_stream(source) as stream:
-        sink = open_sink(target, stream.format, stream.fieldnames, extra, stdout=stdout, delimiter=stream.delimiter, arrow_schema=stream.arrow_schema)
+        sink = open_sink(
+            target,
+            stream.format,
+            stream.fieldnames,
+            extra,
+            stdout=stdout,
+            delimiter=stream.delimiter,
+            arrow_schema=stream.arrow_schema,
+        )
         with sink as out:
             for record in stream:
                 out.write(record.fields, {"label": "x", "score": 0.5} if record.problem is None else {})
@@ -161,7 +179,9 @@ def test_csv_keeps_delimiter_and_columns(tmp_path):
 
 
 def test_json_lines_merge(tmp_path):
-    source = put(tmp_path, "a.jsonl", '{"text": "é\\ud800", "more": [1]}\n{"text": "b", "label": "own"}\nbad\n')
+    source = put(
+        tmp_path, "a.jsonl", '{"text": "é\\ud800", "more": [1]}\n{"text": "b", "label": "own"}\nbad\n'
+    )
     predict(source, tmp_path / "b.jsonl")
     assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()] == [
         {"text": "é\ufffd", "more": [1], "label": "x", "score": 0.5},
@@ -180,7 +200,13 @@ def test_parquet_keeps_types_in_row_groups(tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
     monkeypatch.setattr("textlora.data.sink.GROUP", 2)
-    table = pa.table({"id": pa.array([1, 2, 3, 4, 5], pa.int8()), "text": ["a", "", None, "d", "e"], "label": pa.array([None] * 5, pa.int32())})
+    table = pa.table(
+        {
+            "id": pa.array([1, 2, 3, 4, 5], pa.int8()),
+            "text": ["a", "", None, "d", "e"],
+            "label": pa.array([None] * 5, pa.int32()),
+        }
+    )
     pq.write_table(table, tmp_path / "a.parquet")
     predict(tmp_path / "a.parquet", tmp_path / "b.parquet")
     with pq.ParquetFile(tmp_path / "b.parquet") as file:
@@ -192,10 +218,18 @@ def test_parquet_keeps_types_in_row_groups(tmp_path, monkeypatch):
     assert found.column("score").to_pylist() == [0.5, None, None, 0.5, 0.5]
     stdout = io.StringIO()
     predict(tmp_path / "a.parquet", None, stdout)
-    assert json.loads(stdout.getvalue().splitlines()[0]) == {"id": 1, "text": "a", "label": None, "label_predicted": "x", "score": 0.5}
+    assert json.loads(stdout.getvalue().splitlines()[0]) == {
+        "id": 1,
+        "text": "a",
+        "label": None,
+        "label_predicted": "x",
+        "score": 0.5,
+    }
 
 
-@pytest.mark.parametrize(("patience", "scores"), [(10, [None, {"x": 0.5}, {"x": 0.25}]), (1, [None, '{"x": 0.5}', '{"x": 0.25}'])])
+@pytest.mark.parametrize(
+    ("patience", "scores"), [(10, [None, {"x": 0.5}, {"x": 0.25}]), (1, [None, '{"x": 0.5}', '{"x": 0.25}'])]
+)
 def test_parquet_where_the_first_rows_are_bad(tmp_path, monkeypatch, patience, scores):
     import pyarrow.parquet as pq
 
@@ -223,7 +257,10 @@ def test_failed_sinks_leave_nothing(tmp_path):
             write(name, 1, 0)
     assert list(tmp_path.iterdir()) == []
     for name in ("a.doc", "a.parquet.gz"):
-        with pytest.raises(DataError, match="unknown kind of file"), open_sink(tmp_path / name, "csv", [], []):
+        with (
+            pytest.raises(DataError, match="unknown kind of file"),
+            open_sink(tmp_path / name, "csv", [], []),
+        ):
             pass
     assert list(tmp_path.iterdir()) == []
 
@@ -237,7 +274,10 @@ def test_extra_names_stay_free(tmp_path):
 @quick
 @given(
     st.one_of(
-        st.binary(max_size=200), st.lists(st.sampled_from([*b'",;\t|\n\r\0 ax{}[]:1\xff\xef']), max_size=40).map(lambda b: b"text,n\n" + bytes(b))
+        st.binary(max_size=200),
+        st.lists(st.sampled_from([*b'",;\t|\n\r\0 ax{}[]:1\xff\xef']), max_size=40).map(
+            lambda b: b"text,n\n" + bytes(b)
+        ),
     )
 )
 def test_any_bytes_give_records_or_data_error(tmp_path, name, data):

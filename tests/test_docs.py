@@ -1,4 +1,5 @@
-"""The documentation tells the truth: generated parts are fresh, links lead somewhere, the example data are as their card says."""
+"""The documentation tells the truth: generated parts are fresh, links lead somewhere, the example data are as
+their card says."""
 
 import csv
 import itertools
@@ -23,7 +24,9 @@ from textlora.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
 REVIEWS = ROOT / "examples" / "film-reviews"
-PAGES = [p for p in ROOT.rglob("*.md") if not {".venv", "build", "demo", ".git"} & set(p.relative_to(ROOT).parts)]
+PAGES = [
+    p for p in ROOT.rglob("*.md") if not {".venv", "build", "demo", ".git"} & set(p.relative_to(ROOT).parts)
+]
 
 
 def test_generated_parts_are_fresh(monkeypatch, capsys):
@@ -52,7 +55,9 @@ def test_every_flag_in_the_readme_exists():
 
 
 def test_make_targets_in_the_docs_exist():
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    targets = set(
+        re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
     for page in PAGES:
         assert set(re.findall(r"`make ([\w-]+)`", page.read_text(encoding="utf-8"))) <= targets, page
 
@@ -96,19 +101,33 @@ def _block(after: str, language: str) -> str:
 
 def test_readme_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    rows = [("a warm and funny film", "good"), ("two dull hours, wasted", "bad"), ("I would see it again", "good"), ("I walked out", "bad")]
+    rows = [
+        ("a warm and funny film", "good"),
+        ("two dull hours, wasted", "bad"),
+        ("I would see it again", "good"),
+        ("I walked out", "bad"),
+    ]
     for name, count in (("reviews.csv", 10), ("test.csv", 2), ("new.csv", 1)):
         with open(name, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["text", "label"] if name != "new.csv" else ["text"])
-            writer.writerows([(f"{text} {i}", label)[: 2 if name != "new.csv" else 1] for i in range(count) for text, label in rows])
+            writer.writerows(
+                [
+                    (f"{text} {i}", label)[: 2 if name != "new.csv" else 1]
+                    for i in range(count)
+                    for text, label in rows
+                ]
+            )
     for line in _block("## Train on your own text", "bash").splitlines():
         assert run(shlex.split(line)[1:]) == 0, f"{line}: {capsys.readouterr().err}"
     with open(tmp_path / "labelled.csv", encoding="utf-8") as file:
         labelled = list(csv.DictReader(file))
     assert [row["text"] for row in labelled] == [f"{text} 0" for text, _ in rows]
     assert {row["label"] for row in labelled} <= {"good", "bad"}
-    quick = {"compare": "--methods tfidf,lora-qv --learning-rates 1e-3 --seeds 1 --epochs 1", "tune": "--trials 2 --epochs 1"}  # the last flag wins
+    quick = {
+        "compare": "--methods tfidf,lora-qv --learning-rates 1e-3 --seeds 1 --epochs 1",
+        "tune": "--trials 2 --epochs 1",
+    }  # the last flag wins
     for line in _block("## Compare and tune", "bash").splitlines():
         words = shlex.split(line)[1:]
         assert run([*words, *quick[words[0]].split()]) == 0, f"{line}: {capsys.readouterr().err}"

@@ -1,4 +1,5 @@
-"""All blocks in one call, with the adapters of a mixed batch: against float64, one text at a time, on AVX-512, AVX2 and matrix units, and in models."""
+"""All blocks in one call, with the adapters of a mixed batch: against float64, one text at a time, on
+AVX-512, AVX2 and matrix units, and in models."""
 
 import math
 
@@ -24,15 +25,25 @@ from textlora.model.families import read_spec
 from textlora.model.packed_model import PackedModel
 
 SLOTS = ("query", "key", "value", "attention_output", "intermediate", "output")
-needs_vectors = pytest.mark.skipif(not bindings.lanes(), reason="this processor has no AVX2, or nothing was compiled")
+needs_vectors = pytest.mark.skipif(
+    not bindings.lanes(), reason="this processor has no AVX2, or nothing was compiled"
+)
 
 
 def frozen(layers: int, width: int, inner: int, g: torch.Generator) -> list[dict[str, torch.Tensor]]:
     """Blocks whose sums stay about one."""
-    shapes = {"qkv": (3 * width, width), "attention_output": (width, width), "intermediate": (inner, width), "output": (width, inner)}
+    shapes = {
+        "qkv": (3 * width, width),
+        "attention_output": (width, width),
+        "intermediate": (inner, width),
+        "output": (width, inner),
+    }
     made = []
     for _ in range(layers):
-        block = {f"{name}.weight": torch.randn(out, into, generator=g) / math.sqrt(into) for name, (out, into) in shapes.items()}
+        block = {
+            f"{name}.weight": torch.randn(out, into, generator=g) / math.sqrt(into)
+            for name, (out, into) in shapes.items()
+        }
         block |= {f"{name}.bias": torch.randn(out, generator=g) / 4 for name, (out, _) in shapes.items()}
         block |= {f"{name}.weight": 1 + torch.randn(width, generator=g) / 4 for name in NORMS}
         made.append(block | {f"{name}.bias": torch.randn(width, generator=g) / 4 for name in NORMS})
@@ -40,20 +51,30 @@ def frozen(layers: int, width: int, inner: int, g: torch.Generator) -> list[dict
 
 
 def in_c(blocks: list[dict[str, torch.Tensor]], heads: int, kind: type = Product) -> Blocks:
-    return Blocks(blocks, [{name: kind(block[f"{name}.weight"]) for name in PRODUCTS} for block in blocks], heads, 1e-5)
+    return Blocks(
+        blocks, [{name: kind(block[f"{name}.weight"]) for name in PRODUCTS} for block in blocks], heads, 1e-5
+    )
 
 
-def adapter(places: list[tuple[int, str]], width: int, inner: int, r: int, dora: bool, g: torch.Generator) -> ScaledAdapter:
+def adapter(
+    places: list[tuple[int, str]], width: int, inner: int, r: int, dora: bool, g: torch.Generator
+) -> ScaledAdapter:
     made = {}
     for place in places:
         out, into = inner if place[1] == "intermediate" else width, inner if place[1] == "output" else width
-        A, B = torch.randn(r, into, generator=g) / math.sqrt(into), torch.randn(out, r, generator=g) / math.sqrt(r) / 2
+        A = torch.randn(r, into, generator=g) / math.sqrt(into)
+        B = torch.randn(out, r, generator=g) / math.sqrt(r) / 2
         made[place] = ScaledLora(A, B, 1 + torch.randn(out, generator=g) / 4 if dora else None)
     return ScaledAdapter(made)
 
 
 def by_torch(
-    blocks: list[dict[str, torch.Tensor]], x: torch.Tensor, lengths: list[int], owners: list[int], adapters: list[ScaledAdapter], heads: int
+    blocks: list[dict[str, torch.Tensor]],
+    x: torch.Tensor,
+    lengths: list[int],
+    owners: list[int],
+    adapters: list[ScaledAdapter],
+    heads: int,
 ) -> list[torch.Tensor]:
     """The oracle: the formulas as written in float64, one text at a time. What each block gives, (T, width)."""
     states = []
@@ -61,25 +82,46 @@ def by_torch(
         w, width, parts = {name: tensor.double() for name, tensor in block.items()}, x.shape[1], []
         for part, owner in zip(x.split(lengths), owners, strict=True):
 
-            def dense(value: torch.Tensor, slot: str, weight: torch.Tensor, bias: torch.Tensor, i: int = i, owner: int = owner) -> torch.Tensor:
+            def dense(
+                value: torch.Tensor,
+                slot: str,
+                weight: torch.Tensor,
+                bias: torch.Tensor,
+                i: int = i,
+                owner: int = owner,
+            ) -> torch.Tensor:
                 one, y = adapters[owner].get((i, slot)), value @ weight.T
                 if one is not None:
-                    y = (y + value @ one.A.double().T @ one.B.double().T) * (1 if one.scale is None else one.scale.double())
+                    y = (y + value @ one.A.double().T @ one.B.double().T) * (
+                        1 if one.scale is None else one.scale.double()
+                    )
                 return y + bias
 
             stacked = zip(SLOTS[:3], w["qkv.weight"].split(width), w["qkv.bias"].split(width), strict=True)
             q, k, v = (dense(part, *one).view(len(part), heads, -1).transpose(0, 1) for one in stacked)
-            context = (torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), -1) @ v).transpose(0, 1).reshape(len(part), width)
+            context = (
+                (torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), -1) @ v)
+                .transpose(0, 1)
+                .reshape(len(part), width)
+            )
             named = lambda name, w=w: (name, w[f"{name}.weight"], w[f"{name}.bias"])
-            norm = lambda value, name, w=w, width=width: F.layer_norm(value, (width,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
+            norm = lambda value, name, w=w, width=width: F.layer_norm(
+                value, (width,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-5
+            )
             part = norm(dense(context, *named("attention_output")) + part, "attention_norm")
-            parts.append(norm(dense(F.gelu(dense(part, *named("intermediate"))), *named("output")) + part, "output_norm"))
+            parts.append(
+                norm(
+                    dense(F.gelu(dense(part, *named("intermediate"))), *named("output")) + part, "output_norm"
+                )
+            )
         x = torch.cat(parts)
         states.append(x)
     return states
 
 
-LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6) | st.sampled_from([[1], [3, 200], [2] * 70, [512]])
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6) | st.sampled_from(
+    [[1], [3, 200], [2] * 70, [512]]
+)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -88,11 +130,19 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6) | st.sampled_from
     kinds=st.lists(st.tuples(st.integers(0, 20), st.booleans(), st.sets(st.sampled_from(SLOTS))), min_size=1, max_size=3),
     only_first=st.booleans(), threads=st.sampled_from([1, 2, 5]), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_blocks_are_the_formula_with_the_adapter_of_each_text(lanes, lengths, layers, head, inner, kinds, only_first, threads, seed):
+def test_blocks_are_the_formula_with_the_adapter_of_each_text(
+    lanes, lengths, layers, head, inner, kinds, only_first, threads, seed
+):
     g, lengths = torch.Generator().manual_seed(seed), sorted(lengths)
-    (heads, width), starts = (head[0], head[0] * head[1]), torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    (heads, width), starts = (
+        (head[0], head[0] * head[1]),
+        torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+    )
     blocks, x = frozen(layers, width, inner, g), torch.randn(sum(lengths), width, generator=g)
-    adapters = [adapter([(i, slot) for i in range(layers) for slot in slots] if r else [], width, inner, r, dora, g) for r, dora, slots in kinds]
+    adapters = [
+        adapter([(i, slot) for i in range(layers) for slot in slots] if r else [], width, inner, r, dora, g)
+        for r, dora, slots in kinds
+    ]
     owners = torch.randint(len(adapters), (len(lengths),), generator=g).tolist()
     jobs, made = AdapterBatch(adapters, owners, lengths).jobs(layers, only_first), in_c(blocks, heads)
     expected = by_torch(blocks, x.double(), lengths, owners, adapters, heads)
@@ -109,7 +159,12 @@ def test_blocks_are_the_formula_with_the_adapter_of_each_text(lanes, lengths, la
         torch.set_num_threads(count)
     text = len(lengths) - 1  # and whatever stands beside a text
     alone = AdapterBatch([adapters[owners[text]]], [0], [lengths[text]]).jobs(layers, only_first)
-    found = made.forward(x[starts[text] :].contiguous(), torch.tensor([0, lengths[text]], dtype=torch.int32), alone, only_first=only_first)
+    found = made.forward(
+        x[starts[text] :].contiguous(),
+        torch.tensor([0, lengths[text]], dtype=torch.int32),
+        alone,
+        only_first=only_first,
+    )
     assert torch.equal(found, whole[text:] if only_first else whole[starts[text] :])
     if layers > 1:
         below = made.forward(x, starts, AdapterBatch(adapters, owners, lengths).jobs(layers, False), last=1)
@@ -121,23 +176,49 @@ def test_blocks_are_the_formula_with_the_adapter_of_each_text(lanes, lengths, la
 def test_blocks_on_matrix_units():
     g = torch.Generator().manual_seed(0)
     blocks, lengths = frozen(3, 64, 112, g), [1, 7, 20, 40, 133]
-    x, starts = torch.randn(sum(lengths), 64, generator=g), torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    adapters = [ScaledAdapter({}), adapter([(i, slot) for i in range(3) for slot in SLOTS], 64, 112, 5, True, g)]
+    x = torch.randn(sum(lengths), 64, generator=g)
+    starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    adapters = [
+        ScaledAdapter({}),
+        adapter([(i, slot) for i in range(3) for slot in SLOTS], 64, 112, 5, True, g),
+    ]
     owners, made = [0, 1, 1, 0, 1], in_c(blocks, 2, Panels)
     expected = by_torch(blocks, x.double(), lengths, owners, adapters, 2)[-1]
     for only_first, wanted in ((False, expected), (True, expected[starts[:-1].long()])):
-        found = made.forward(x, starts, AdapterBatch(adapters, owners, lengths).jobs(3, only_first), only_first=only_first)
+        found = made.forward(
+            x, starts, AdapterBatch(adapters, owners, lengths).jobs(3, only_first), only_first=only_first
+        )
         assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()
 
 
 @needs_vectors
 @pytest.mark.parametrize(
-    "wrong", ["x", "empty", "long", "rows", "blocks", "first", "rank", "column", "address", "row", "many", "in", "out", "order", "type", "kind"]
+    "wrong",
+    [
+        "x",
+        "empty",
+        "long",
+        "rows",
+        "blocks",
+        "first",
+        "rank",
+        "column",
+        "address",
+        "row",
+        "many",
+        "in",
+        "out",
+        "order",
+        "type",
+        "kind",
+    ],
 )
 def test_no_call_outside_its_bounds(wrong):
     g = torch.Generator().manual_seed(0)
     made, x = in_c(frozen(2, 32, 64, g), 2), torch.randn(9 if wrong != "long" else 600, 32, generator=g)
-    starts = torch.tensor({"empty": [0, 0, 9], "long": [0, 600], "rows": [0, 4, 8]}.get(wrong, [0, 4, 9]), dtype=torch.int32)
+    starts = torch.tensor(
+        {"empty": [0, 0, 9], "long": [0, 600], "rows": [0, 4, 8]}.get(wrong, [0, 4, 9]), dtype=torch.int32
+    )
     one = adapter([(0, "key")], 32, 64, 3, False, g)
     jobs = AdapterBatch([one], [0, 0], [4, 5]).jobs(2, False)
     spoilt = {"rank": (5, 300), "column": (6, 5), "address": (2, 0), "row": (0, -1), "many": (1, 10)}
@@ -155,7 +236,12 @@ def test_no_call_outside_its_bounds(wrong):
         return
     with pytest.raises(ValueError, match=r"wanted|blocks|jobs|layer|texts"):
         made.forward(
-            x.double() if wrong == "x" else x, starts, jobs, 2 if wrong == "blocks" else 0, 1 if wrong == "first" else None, wrong == "first"
+            x.double() if wrong == "x" else x,
+            starts,
+            jobs,
+            2 if wrong == "blocks" else 0,
+            1 if wrong == "first" else None,
+            wrong == "first",
         )
 
 
@@ -176,8 +262,16 @@ def test_embeddings_are_sums_of_rows(types):
     if not types:
         del tables[1], places[1]
     weight, shift = torch.randn(48, generator=g), torch.randn(48, generator=g)
-    expected = F.layer_norm(sum(table.double()[at] for table, at in zip(tables, places, strict=True)), (48,), weight.double(), shift.double(), 1e-5)
-    np.testing.assert_allclose(bindings.embed(places, tables, weight, shift, 1e-5).numpy(), expected.numpy(), atol=1e-5)
+    expected = F.layer_norm(
+        sum(table.double()[at] for table, at in zip(tables, places, strict=True)),
+        (48,),
+        weight.double(),
+        shift.double(),
+        1e-5,
+    )
+    np.testing.assert_allclose(
+        bindings.embed(places, tables, weight, shift, 1e-5).numpy(), expected.numpy(), atol=1e-5
+    )
     for outside in (-1, 50):
         places[0][7] = outside
         with pytest.raises(ValueError, match="in a table of 50 rows"):
@@ -193,14 +287,20 @@ def bases(tmp_path_factory):
         if family not in made:
             root = tmp_path_factory.mktemp(family)
             base = make_tiny(family, root / family, num_attention_heads=2)
-            made[family] = base, [make_adapter(root / f"kind-{k}", base, kind, seed=k) for k, kind in enumerate(KINDS)]
+            made[family] = (
+                base,
+                [make_adapter(root / f"kind-{k}", base, kind, seed=k) for k, kind in enumerate(KINDS)],
+            )
         return made[family]
 
     return get
 
 
 @needs_vectors
-@pytest.mark.parametrize("precision", ["float32", pytest.param("high", marks=pytest.mark.skipif(not bindings.has_amx(), reason="no AMX"))])
+@pytest.mark.parametrize(
+    "precision",
+    ["float32", pytest.param("high", marks=pytest.mark.skipif(not bindings.has_amx(), reason="no AMX"))],
+)
 @pytest.mark.parametrize("family", FAST)
 def test_what_predicts_is_what_was_trained(family, precision, bases):
     """Merged and mixed, in one call, against the adapter beside the plain base, for every kind of adapter."""
@@ -229,17 +329,37 @@ def test_what_predicts_is_what_was_trained(family, precision, bases):
 @needs_vectors
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_one_call_is_the_way_operation_by_operation(pooling, tmp_path, monkeypatch):
-    """Long texts and adapters of a high rank go there; so does everything on other processors. States of lower blocks, too."""
-    files = find_base(str(make_tiny("bert", tmp_path / "base", num_attention_heads=2, num_hidden_layers=3, max_position_embeddings=600)))
+    """Long texts and adapters of a high rank go there; so does everything on other processors. States of
+    lower blocks, too."""
+    files = find_base(
+        str(
+            make_tiny(
+                "bert",
+                tmp_path / "base",
+                num_attention_heads=2,
+                num_hidden_layers=3,
+                max_position_embeddings=600,
+            )
+        )
+    )
     weights = read_weights(files.folder, read_spec(files.config), pooler=pooling == "first")
     model = PackedModel(weights, LoraConfig(r=4), 3, pooling)
     random_adapter(model, 1)
-    running, encoder, draw = model.for_inference("float32"), model.encoder.for_inference(), np.random.default_rng(0)
+    running = model.for_inference("float32")
+    encoder = model.encoder.for_inference()
+    draw = np.random.default_rng(0)
     calls = []
     real = Blocks.forward
-    monkeypatch.setattr(Blocks, "forward", lambda blocks, *rest, **more: calls.append(1) or real(blocks, *rest, **more))
+    monkeypatch.setattr(
+        Blocks, "forward", lambda blocks, *rest, **more: calls.append(1) or real(blocks, *rest, **more)
+    )
     for lengths, taken in (([3, 9, 30], 1), ([3, 590], 0)):
-        batch = pack([Encoded(draw.integers(5, 40, n).astype(np.int32), np.zeros(n, dtype=np.int8), n) for n in lengths])
+        batch = pack(
+            [
+                Encoded(draw.integers(5, 40, n).astype(np.int32), np.zeros(n, dtype=np.int8), n)
+                for n in lengths
+            ]
+        )
         with torch.inference_mode():
             calls.clear()
             found, below = running.forward(batch), encoder.prefix(batch, 2)

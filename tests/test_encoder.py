@@ -60,8 +60,13 @@ def compare(fast, slow, batch):
     cotangent = torch.randn(a.shape, generator=torch.Generator().manual_seed(7))
     mine, theirs = fast.trainable(), slow.trainable()
     assert list(mine) == list(theirs)
-    grads = [torch.autograd.grad((y * cotangent).sum(), list(leaves.values())) for y, leaves in ((a, mine), (b, theirs))]
-    floor = 1e-7 * torch.stack([g.norm() for g in grads[1]]).norm()  # rounding of a gradient that is zero, such as q's of one-token texts
+    grads = [
+        torch.autograd.grad((y * cotangent).sum(), list(leaves.values()))
+        for y, leaves in ((a, mine), (b, theirs))
+    ]
+    floor = (
+        1e-7 * torch.stack([g.norm() for g in grads[1]]).norm()
+    )  # rounding of a gradient that is zero, such as q's of one-token texts
     for name, ga, gb in zip(mine, *grads, strict=True):
         assert (ga - gb).norm() <= 1e-4 * gb.norm() + floor, name
         assert gb.norm() > 0 or batch.cu_seqlens.diff().max() == 1, name
@@ -70,9 +75,13 @@ def compare(fast, slow, batch):
 def test_targets_name_every_dense_layer(tiny_base):
     """The names below are all there are, so that "every target" is true."""
     for family, count in (("bert", 12), ("distilbert", 12)):
-        model = open_model(find_base(str(tiny_base(family))), LoraConfig(r=2, target_modules=("all-linear",)), 2)[0]
+        model = open_model(
+            find_base(str(tiny_base(family))), LoraConfig(r=2, target_modules=("all-linear",)), 2
+        )[0]
         assert len(model.target_modules) == count
-        assert all(any(name.endswith("." + short) for short in SHORT[family]) for name in model.target_modules)
+        assert all(
+            any(name.endswith("." + short) for short in SHORT[family]) for name in model.target_modules
+        )
 
 
 @pytest.mark.parametrize("family", FAST)
@@ -89,14 +98,20 @@ def test_each_target_alone(family, slot, tiny_base):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(family, variant, tiny_base):
     fast, slow = both_ways(tiny_base(family), LoraConfig(**({"r": 4} | VARIANTS[variant])))
-    assert (fast.target_modules, fast.modules_to_save, fast.max_length) == (slow.target_modules, slow.modules_to_save, slow.max_length)
+    assert (fast.target_modules, fast.modules_to_save, fast.max_length) == (
+        slow.target_modules,
+        slow.modules_to_save,
+        slow.max_length,
+    )
     compare(fast, slow, random_batch(LENGTHS))
 
 
 @pytest.mark.parametrize("family", FAST)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_mean_pooling(family, dora, tiny_base):
-    fast, slow = both_ways(tiny_base(family), LoraConfig(r=4, use_dora=dora, target_modules=("all-linear",)), pooling="mean")
+    fast, slow = both_ways(
+        tiny_base(family), LoraConfig(r=4, use_dora=dora, target_modules=("all-linear",)), pooling="mean"
+    )
     assert fast.modules_to_save == slow.modules_to_save == ["classifier"]
     compare(fast, slow, random_batch(LENGTHS))
 
@@ -118,10 +133,16 @@ def test_every_length_alone_and_regression(family, tiny_base):
 @pytest.mark.parametrize(
     ("family", "setting", "activation"),
     [("bert", "hidden_act", a) for a in ("gelu_new", "gelu_pytorch_tanh", "relu")]
-    + [("electra", "hidden_act", "gelu_new"), ("distilbert", "activation", "relu"), ("roberta", "hidden_act", "relu")],
+    + [
+        ("electra", "hidden_act", "gelu_new"),
+        ("distilbert", "activation", "relu"),
+        ("roberta", "hidden_act", "relu"),
+    ],
 )
 def test_activations(family, setting, activation, tmp_path):
-    fast, slow = both_ways(make_tiny(family, tmp_path, **{setting: activation}), LoraConfig(r=4, target_modules=("all-linear",)))
+    fast, slow = both_ways(
+        make_tiny(family, tmp_path, **{setting: activation}), LoraConfig(r=4, target_modules=("all-linear",))
+    )
     assert fast.base.spec.activation == activation
     compare(fast, slow, random_batch(LENGTHS))
 
@@ -161,13 +182,20 @@ def test_roberta_counts_positions_past_a_padding_token(tiny_base):
 @pytest.mark.parametrize("variant", ["all-linear", "dora"])
 def test_packed_is_one_text_at_a_time(pooling, variant, tiny_base):
     for family in ("bert", "roberta", "distilbert"):
-        model = open_model(find_base(str(tiny_base(family))), LoraConfig(**({"r": 4} | VARIANTS[variant])), 3, pooling=pooling)[0]
+        model = open_model(
+            find_base(str(tiny_base(family))),
+            LoraConfig(**({"r": 4} | VARIANTS[variant])),
+            3,
+            pooling=pooling,
+        )[0]
         random_adapter(model)
         batch = random_batch(LENGTHS)
         with torch.no_grad():
             together = model.forward(batch)
             for b, (start, stop) in enumerate(itertools.pairwise(batch.cu_seqlens.tolist())):
-                alone = Encoded(batch.ids[start:stop].numpy(), batch.type_ids[start:stop].numpy(), stop - start)
+                alone = Encoded(
+                    batch.ids[start:stop].numpy(), batch.type_ids[start:stop].numpy(), stop - start
+                )
                 torch.testing.assert_close(model.forward(pack([alone]))[0], together[b], rtol=2e-6, atol=2e-6)
 
 
@@ -222,7 +250,9 @@ def test_low_precision_stays_near_float32(dtype, tiny_base):
             assert logits.dtype == torch.float32
             assert 0 < (logits - exact).abs().max() <= 0.05 * exact.abs().max()
             logits.sum().backward()
-            assert all(t.dtype == torch.float32 and t.grad.dtype == torch.float32 for t in model.trainable().values())
+            assert all(
+                t.dtype == torch.float32 and t.grad.dtype == torch.float32 for t in model.trainable().values()
+            )
 
 
 @pytest.mark.parametrize("first_only", [False, True])
@@ -238,14 +268,19 @@ def test_cpu_attention_is_plain_attention(first_only, dtype):
     cotangent = torch.randn(results[0].shape, generator=generator, dtype=dtype)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
-    for mine, theirs in zip(*(torch.autograd.grad((y * cotangent).sum(), inputs) for y in results), strict=True):
+    for mine, theirs in zip(
+        *(torch.autograd.grad((y * cotangent).sum(), inputs) for y in results), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=10 * tolerance, atol=10 * tolerance)
 
 
 def test_cpu_attention_takes_a_strided_gradient():
     batch = random_batch([3, 3, 4])
     projected = torch.randn(10, 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    grads = [torch.autograd.grad(way(projected, None, batch.layout, 4).sum(), projected)[0] for way in (attend, attend_plain)]
+    grads = [
+        torch.autograd.grad(way(projected, None, batch.layout, 4).sum(), projected)[0]
+        for way in (attend, attend_plain)
+    ]
     torch.testing.assert_close(*grads)
 
 
@@ -255,12 +290,19 @@ def test_first_token_attention_needs_no_keys_and_values(kind):
     batch = random_batch(LENGTHS)
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-    x, queries, weight, bias = draw(batch.tokens, 32).requires_grad_(), draw(batch.size, 32).requires_grad_(), 0.2 * draw(64, 32), draw(64)
+    x = draw(batch.tokens, 32).requires_grad_()
+    queries = draw(batch.size, 32).requires_grad_()
+    weight = 0.2 * draw(64, 32)
+    bias = draw(64)
     leaves = [x, queries]
     loras = [None, None]
     if kind != "plain":
-        loras = [Lora(draw(4, 32), draw(32, 4), 0.3, draw(32).abs() if kind == "dora" else None) for _ in range(2)]
-        leaves += [t.requires_grad_() for lora in loras for t in (lora.A, lora.B, lora.magnitude) if t is not None]
+        loras = [
+            Lora(draw(4, 32), draw(32, 4), 0.3, draw(32).abs() if kind == "dora" else None) for _ in range(2)
+        ]
+        leaves += [
+            t.requires_grad_() for lora in loras for t in (lora.A, lora.B, lora.magnitude) if t is not None
+        ]
     adapted = [(32 * k, lora) for k, lora in enumerate(loras) if lora is not None]
     slow = attend_plain(lora_linear(x, weight, bias, adapted), queries, batch.layout, 4)
     folded = [
@@ -270,7 +312,9 @@ def test_first_token_attention_needs_no_keys_and_values(kind):
     fast = attend_first(x, queries, batch.layout, 4, weight, bias[32:], *folded)
     torch.testing.assert_close(fast, slow, rtol=1e-11, atol=1e-11)
     cotangent = draw(*slow.shape)
-    for mine, theirs in zip(*(torch.autograd.grad((y * cotangent).sum(), leaves) for y in (fast, slow)), strict=True):
+    for mine, theirs in zip(
+        *(torch.autograd.grad((y * cotangent).sum(), leaves) for y in (fast, slow)), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -293,18 +337,24 @@ def test_checkpointing_changes_no_gradient(dropout, tiny_base):
     batch = random_batch(LENGTHS)
     found = []
     for model.gradient_checkpointing in (False, True):
-        found.append(torch.autograd.grad(model.forward(batch, 5).square().sum(), list(model.trainable().values())))
+        found.append(
+            torch.autograd.grad(model.forward(batch, 5).square().sum(), list(model.trainable().values()))
+        )
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_training_never_touches_the_base(pooling, tiny_base):
-    """Optimizer steps with dropout and DoRA change every trainable tensor and not one bit of the base or its file."""
+    """Optimizer steps with dropout and DoRA change every trainable tensor and not one bit of the base or its
+    file."""
     folder = tiny_base("bert")
     file_hash = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     lora = LoraConfig(r=4, use_dora=True, lora_dropout=0.3, target_modules=("all-linear",))
     model = open_model(find_base(str(folder)), lora, 3, pooling=pooling)[0]
-    held = {**model.base.tensors, **{f"{i}{k}": v for i, block in enumerate(model.encoder.blocks) for k, v in block.items()}}
+    held = {
+        **model.base.tensors,
+        **{f"{i}{k}": v for i, block in enumerate(model.encoder.blocks) for k, v in block.items()},
+    }
     before = {name: t.clone() for name, t in held.items()}
     start = {name: t.detach().clone() for name, t in model.trainable().items()}
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-2)
@@ -336,11 +386,15 @@ def test_a_fresh_adapter_changes_nothing(tiny_base):
 def test_seed_fixes_the_start(tiny_base):
     files = find_base(str(tiny_base("bert-no-pooler")))
     state = torch.get_rng_state()
-    first, again, other = (open_model(files, LoraConfig(r=4), 3, seed=seed)[0].trainable() for seed in (1, 1, 2))
+    first, again, other = (
+        open_model(files, LoraConfig(r=4), 3, seed=seed)[0].trainable() for seed in (1, 1, 2)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     for name, tensor in first.items():
         assert torch.equal(tensor, again[name])
-        assert torch.equal(tensor, other[name]) == (not tensor.any()), name  # only zeros do not depend on the seed
+        assert torch.equal(tensor, other[name]) == (not tensor.any()), (
+            name
+        )  # only zeros do not depend on the seed
     adapter, head = parameter_counts(first)
     assert (adapter, head) == (4 * 2 * 4 * 32, 32 * 32 + 32 + 3 * 32 + 3)
 
@@ -366,7 +420,9 @@ def test_dropout_follows_the_seed(tiny_base):
 def test_a_text_longer_than_the_position_table_is_refused(tiny_base):
     for family in ("bert", "roberta"):
         for model in both_ways(tiny_base(family), LoraConfig(r=4)):
-            with pytest.raises(UsageError, match=r"^a text of 49 tokens, the base model takes 48; lower --max-length$"):
+            with pytest.raises(
+                UsageError, match=r"^a text of 49 tokens, the base model takes 48; lower --max-length$"
+            ):
                 model.forward(random_batch([3, 49]))
 
 
@@ -374,7 +430,8 @@ def test_models_share_one_base(tiny_base):
     """Two classifiers on the same weights do not see each other."""
     files = find_base(str(tiny_base("bert")))
     base = read_weights(files.folder, read_spec(files.config), pooler=True)
-    one, two = PackedModel(base, LoraConfig(r=4), 2, seed=1), PackedModel(base, LoraConfig(r=2, layers="last:1"), 5, seed=2)
+    one = PackedModel(base, LoraConfig(r=4), 2, seed=1)
+    two = PackedModel(base, LoraConfig(r=2, layers="last:1"), 5, seed=2)
     batch = random_batch(LENGTHS)
     before = one.forward(batch)
     random_adapter(two)

@@ -1,4 +1,5 @@
-"""Mixed batches: every row as its adapter alone gives it, one base product per layer, few adapters in memory, none lost in use."""
+"""Mixed batches: every row as its adapter alone gives it, one base product per layer, few adapters in memory,
+none lost in use."""
 
 import json
 import threading
@@ -75,12 +76,22 @@ KINDS = (
 def make_adapter(folder: Path, base: Path, kind: Kind, seed: int) -> Path:
     """An adapter folder with random numbers in every tensor, its golden example included."""
     files = find_base(str(base))
-    lora = kind.lora if "distil" not in base.name or kind.lora.target_modules in (None, ("all-linear",)) else None
-    model, _ = open_model(files, lora or LoraConfig(r=kind.lora.r), kind.labels, pooling=kind.pooling, seed=seed)
+    lora = (
+        kind.lora
+        if "distil" not in base.name or kind.lora.target_modules in (None, ("all-linear",))
+        else None
+    )
+    model, _ = open_model(
+        files, lora or LoraConfig(r=kind.lora.r), kind.labels, pooling=kind.pooling, seed=seed
+    )
     random_adapter(model, seed)
     folder.mkdir(parents=True)
     settings = lora or LoraConfig(r=kind.lora.r)
-    write_weights(folder, peft_config(settings, model.target_modules, model.modules_to_save, kind.pooling, None, None), model.trainable())
+    write_weights(
+        folder,
+        peft_config(settings, model.target_modules, model.modules_to_save, kind.pooling, None, None),
+        model.trainable(),
+    )
     meta = AdapterMeta(
         labels=tuple(f"label {k}" for k in range(kind.labels)) if kind.task != REGRESSION else ("value",),
         problem_type=kind.task, pairs=kind.pairs, pooling=kind.pooling, max_length=40, truncation="head", textlora_version="0",
@@ -100,7 +111,9 @@ def adapters(tiny_base, tmp_path_factory):
         if family not in made:
             root = tmp_path_factory.mktemp(family)
             base = tiny_base(family)
-            made[family] = [make_adapter(root / f"kind-{k}", base, kind, seed=k) for k, kind in enumerate(KINDS)]
+            made[family] = [
+                make_adapter(root / f"kind-{k}", base, kind, seed=k) for k, kind in enumerate(KINDS)
+            ]
         return made[family]
 
     return get
@@ -119,7 +132,13 @@ def random_texts(count: int, seed: int) -> list[str]:
 
 
 def assert_as_alone(
-    engine: AdapterEngine, base: Path, texts: list[str], names: list[str], pairs: list[str | None], folders: list[Path], tolerance: float = 3e-5
+    engine: AdapterEngine,
+    base: Path,
+    texts: list[str],
+    names: list[str],
+    pairs: list[str | None],
+    folders: list[Path],
+    tolerance: float = 3e-5,
 ) -> None:
     """`tolerance` of 1e-5 is for real weights: tiny random ones, and LoRA of their size, magnify rounding."""
     found = engine.predict(texts, names, pairs)
@@ -129,11 +148,16 @@ def assert_as_alone(
         if not rows:
             continue
         classifier = TextClassifier.load(folder, base=str(base), device="cpu")
-        alone = classifier.predictions(classifier.plain_logits([texts[i] for i in rows], [pairs[i] for i in rows]))
+        alone = classifier.predictions(
+            classifier.plain_logits([texts[i] for i in rows], [pairs[i] for i in rows])
+        )
         for i, want in zip(rows, alone, strict=True):
             want_logits, got = np.array(want.logits), np.array(found[i].logits)
             assert got.shape == want_logits.shape
-            assert (np.abs(got - want_logits) <= tolerance * np.maximum(1, np.abs(want_logits))).all(), (folder.name, np.abs(got - want_logits).max())
+            assert (np.abs(got - want_logits) <= tolerance * np.maximum(1, np.abs(want_logits))).all(), (
+                folder.name,
+                np.abs(got - want_logits).max(),
+            )
             if want.labels:
                 assert (found[i].label, found[i].labels) == (want.label, want.labels)
 
@@ -159,7 +183,14 @@ def test_a_mixed_batch_is_each_adapter_alone(family, mixture, adapters, tiny_bas
     picked = drawn(mixture, count, len(KINDS))
     texts, seconds = random_texts(count, 2), random_texts(count, 3)
     pairs = [seconds[i] if KINDS[k].pairs else None for i, k in enumerate(picked)]
-    assert_as_alone(engine_of(folders, tiny_base(family)), tiny_base(family), texts, [folders[k].name for k in picked], pairs, folders)
+    assert_as_alone(
+        engine_of(folders, tiny_base(family)),
+        tiny_base(family),
+        texts,
+        [folders[k].name for k in picked],
+        pairs,
+        folders,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +205,9 @@ def real_adapters(minilm, tmp_path_factory):
         Kind(LoraConfig(r=8), 4, pairs=True),
     )
     root = tmp_path_factory.mktemp("real")
-    return kinds, [make_adapter(root / f"real-{k}", minilm.folder, kind, seed=k) for k, kind in enumerate(kinds)]
+    return kinds, [
+        make_adapter(root / f"real-{k}", minilm.folder, kind, seed=k) for k, kind in enumerate(kinds)
+    ]
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
@@ -182,7 +215,15 @@ def test_200_texts_on_a_real_base_are_each_adapter_alone(mixture, real_adapters,
     kinds, folders = real_adapters
     picked, texts, seconds = drawn(mixture, 200, len(kinds)), random_texts(200, 6), random_texts(200, 7)
     pairs = [seconds[i] if kinds[k].pairs else None for i, k in enumerate(picked)]
-    assert_as_alone(engine_of(folders, minilm.folder), minilm.folder, texts, [folders[k].name for k in picked], pairs, folders, 1e-5)
+    assert_as_alone(
+        engine_of(folders, minilm.folder),
+        minilm.folder,
+        texts,
+        [folders[k].name for k in picked],
+        pairs,
+        folders,
+        1e-5,
+    )
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -191,9 +232,13 @@ def test_any_draw_of_rows(data, adapters, tiny_base):
     folders = adapters("bert")
     single = [k for k, kind in enumerate(KINDS) if not kind.pairs]
     picked = data.draw(st.lists(st.sampled_from(single), min_size=1, max_size=24))
-    texts = data.draw(st.lists(st.sampled_from(random_texts(6, 9)), min_size=len(picked), max_size=len(picked)))
+    texts = data.draw(
+        st.lists(st.sampled_from(random_texts(6, 9)), min_size=len(picked), max_size=len(picked))
+    )
     engine = engine_of(folders, tiny_base("bert"))
-    assert_as_alone(engine, tiny_base("bert"), texts, [folders[k].name for k in picked], [None] * len(picked), folders)
+    assert_as_alone(
+        engine, tiny_base("bert"), texts, [folders[k].name for k in picked], [None] * len(picked), folders
+    )
 
 
 def test_several_adapters_on_one_text_share_what_is_below_them(adapters, tiny_base, monkeypatch):
@@ -205,16 +250,23 @@ def test_several_adapters_on_one_text_share_what_is_below_them(adapters, tiny_ba
     expected = engine.predict(texts, folders[0].name) + engine.predict(texts, folders[1].name)
     seen = []
     real = textlora.model.encoder.attend
-    monkeypatch.setattr(textlora.model.encoder, "attend", lambda projected, *rest: seen.append(projected.shape[0]) or real(projected, *rest))
+    monkeypatch.setattr(
+        textlora.model.encoder,
+        "attend",
+        lambda projected, *rest: seen.append(projected.shape[0]) or real(projected, *rest),
+    )
     found = engine.predict(texts * 2, names)
-    tokens = sum(len(one.ids) for one in engine.bank._tokenizers[next(iter(engine.bank._tokenizers))].encode(texts))
+    tokens = sum(
+        len(one.ids) for one in engine.bank._tokenizers[next(iter(engine.bank._tokenizers))].encode(texts)
+    )
     assert tokens <= sum(seen) < tokens + STEP  # rows that fill up a step belong to nobody
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a.logits, b.logits, rtol=1e-5, atol=1e-6)
 
 
 def test_one_base_product_per_layer_and_batch(adapters, tiny_base, monkeypatch):
-    """However many adapters: q, k and v in one product, then the three dense layers; in the last block q alone."""
+    """However many adapters: q, k and v in one product, then the three dense layers; in the last block q
+    alone."""
     folders = [adapters("bert")[k] for k in (0, 1, 2, 4)]
     engine = engine_of(folders, tiny_base("bert"))
     texts = random_texts(16, 5)
@@ -222,7 +274,9 @@ def test_one_base_product_per_layer_and_batch(adapters, tiny_base, monkeypatch):
     products, pools = [], []
     dense, pool = textlora.model.adapter_batch.dense, PackedModel.pool
     monkeypatch.setattr(
-        textlora.model.adapter_batch, "dense", lambda x, weight, *rest, **more: products.append(weight.shape) or dense(x, weight, *rest, **more)
+        textlora.model.adapter_batch,
+        "dense",
+        lambda x, weight, *rest, **more: products.append(weight.shape) or dense(x, weight, *rest, **more),
     )
     monkeypatch.setattr(PackedModel, "pool", lambda model, x: pools.append(len(x)) or pool(model, x))
     engine.predict(texts, [folders[i % 4].name for i in range(16)])
@@ -243,11 +297,17 @@ def test_plain_rows_of_the_base_in_a_mixed_batch(family, adapters, tiny_base):
     for text, name, prediction in zip(texts, names, found, strict=True):
         if name is None:
             with torch.inference_mode():
-                expected = net(torch.tensor([tokenizer.encode([text])[0].ids.tolist()])).last_hidden_state[0, 0].numpy()
+                expected = (
+                    net(torch.tensor([tokenizer.encode([text])[0].ids.tolist()]))
+                    .last_hidden_state[0, 0]
+                    .numpy()
+                )
             np.testing.assert_allclose(prediction.logits, expected, atol=1e-5)
             assert (prediction.label, prediction.labels, prediction.scores) == ("", (), {})
         else:
-            np.testing.assert_allclose(prediction.logits, engine.predict([text], name)[0].logits, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(
+                prediction.logits, engine.predict([text], name)[0].logits, rtol=1e-5, atol=1e-5
+            )
     assert len(engine.predict(["one text"], [None])[0].logits) == 32
     with pytest.raises(UsageError, match="empty"):
         engine.predict([" "], [None])
@@ -266,7 +326,9 @@ def test_few_are_resident_and_the_oldest_goes(adapters, tiny_base):
     assert folders[1].name not in engine.bank._resident
     assert folders[0].name in engine.bank._resident
     assert engine.bank.state()["resident_bytes"] <= both
-    assert len(engine.predict(["good"] * 4, [folder.name for folder in folders])) == 4  # in use together, above the budget
+    assert (
+        len(engine.predict(["good"] * 4, [folder.name for folder in folders])) == 4
+    )  # in use together, above the budget
     assert engine.bank.state()["resident_bytes"] <= both
 
 
@@ -374,12 +436,22 @@ def test_an_adapter_read_again_is_not_computed_again(adapters, tiny_base, tmp_pa
 
     folder = tmp_path / "copy"
     shutil.copytree(adapters("bert")[0], folder)
-    golden = [{"text": "good", "text_pair": None, "logits": list(TextClassifier.load(folder, base=str(tiny_base("bert"))).predict("good")[0].logits)}]
+    golden = [
+        {
+            "text": "good",
+            "text_pair": None,
+            "logits": list(
+                TextClassifier.load(folder, base=str(tiny_base("bert"))).predict("good")[0].logits
+            ),
+        }
+    ]
     write_side_file(folder, replace(read_meta(folder), golden=golden))
     engine = engine_of([folder], tiny_base("bert"))
     engine.bank.resident_bytes = 0
     real, proofs = TextClassifier.verify, []
-    monkeypatch.setattr(TextClassifier, "verify", lambda self, name="": proofs.append(name) or real(self, name))
+    monkeypatch.setattr(
+        TextClassifier, "verify", lambda self, name="": proofs.append(name) or real(self, name)
+    )
     for _ in range(3):
         engine.predict(["good"], "copy")
     assert proofs == ["copy"]
@@ -411,7 +483,11 @@ def test_answers_stand_beside_errors(adapters, tiny_base, tmp_path):
     shutil.copytree(adapters("bert")[2], folder)
     (folder / "adapter_model.safetensors").write_bytes(b"damaged")
     engine = engine_of([adapters("bert")[0], adapters("bert")[7], folder], tiny_base("bert"))
-    found = engine.answers(["good", " ", "bad", "good", "dull", "good"], ["kind-0", "kind-0", "damaged", "none", "kind-7", "kind-0"], [None] * 6)
+    found = engine.answers(
+        ["good", " ", "bad", "good", "dull", "good"],
+        ["kind-0", "kind-0", "damaged", "none", "kind-7", "kind-0"],
+        [None] * 6,
+    )
     kinds = [type(one) if isinstance(one, TextloraError) else None for one in found]
     assert kinds == [None, UsageError, AdapterError, UnknownAdapterError, UsageError, None]
     for logits in (found[5].prediction.logits, engine.predict(["good"], "kind-0")[0].logits):

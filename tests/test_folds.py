@@ -1,4 +1,5 @@
-"""Folds of a cross-validation, and trainings in them: every row held out once by a model that has not seen it, and what is decided on that."""
+"""Folds of a cross-validation, and trainings in them: every row held out once by a model that has not seen
+it, and what is decided on that."""
 
 import json
 from dataclasses import replace
@@ -32,7 +33,11 @@ def one_hot(classes: list[int]) -> np.ndarray:
 def test_classes_are_spread_evenly():
     classes = [0] * 30 + [1] * 9 + [2] * 3
     folds = make_folds(one_hot(classes), range(42), seed=1)
-    assert [np.bincount(folds[np.array(classes) == c], minlength=3).tolist() for c in range(3)] == [[10] * 3, [3] * 3, [1] * 3]
+    assert [np.bincount(folds[np.array(classes) == c], minlength=3).tolist() for c in range(3)] == [
+        [10] * 3,
+        [3] * 3,
+        [1] * 3,
+    ]
     assert np.array_equal(folds, make_folds(one_hot(classes), range(42), seed=1))
     assert not np.array_equal(folds, make_folds(one_hot(classes), range(42), seed=2))
 
@@ -112,7 +117,9 @@ def test_the_last_training_is_one_on_all_rows(tiny_base, tmp_path):
     trainer = Trainer(alone)
     for _ in trainer.records():
         pass
-    assert all(torch.equal(tensor, trainer.parameters[name]) for name, tensor in trainings.trainer.parameters.items())
+    assert all(
+        torch.equal(tensor, trainer.parameters[name]) for name, tensor in trainings.trainer.parameters.items()
+    )
     chosen = trainings.evaluations()[trainings.chosen()]
     assert trainings.trainer.kept_score == chosen.metrics["accuracy"]
     tokens = trainings.fold_tokens + trainings.trainer.tokens
@@ -133,19 +140,33 @@ def test_states_below_the_adapted_blocks_change_nothing(tiny_base, tmp_path):
             pass
         weights.append((trainings.evaluations()[-1].logits, trainings.trainer.parameters))
     assert np.allclose(weights[0][0], weights[1][0], atol=1e-6)
-    assert all(torch.allclose(weights[0][1][name], tensor, atol=1e-6) for name, tensor in weights[1][1].items())
+    assert all(
+        torch.allclose(weights[0][1][name], tensor, atol=1e-6) for name, tensor in weights[1][1].items()
+    )
 
 
 def test_a_run_by_cross_validation(tiny_base, tmp_path):
     config = folded(tmp_path, tiny_base("bert"), learning_rate=0.02, epochs=4.0)
     result = run_training(config)
     log, folder = log_of(Path(config.output)), read_adapter(config.output)
-    assert (result["rows"], result["folds"], result["held_out"], result["left_out"]) == ({"train": 40, "test": 16}, 3, 40, [])
+    assert (result["rows"], result["folds"], result["held_out"], result["left_out"]) == (
+        {"train": 40, "test": 16},
+        3,
+        40,
+        [],
+    )
     last = [r for r in log if r["kind"] == "evaluation" and "fold" not in r]
     kept = [r for r in last if r["kept"]][-1]
-    assert (result["best_step"], result["best_metric"]["value"]) == (kept["step"], kept["metrics"]["accuracy"])
+    assert (result["best_step"], result["best_metric"]["value"]) == (
+        kept["step"],
+        kept["metrics"]["accuracy"],
+    )
     final = next(r for r in log if r["kind"] == "final" and r["split"] == "validation")
-    assert (final["rows"], final["folds"], final["metrics"]["accuracy"]) == (40, 3, kept["metrics"]["accuracy"])
+    assert (final["rows"], final["folds"], final["metrics"]["accuracy"]) == (
+        40,
+        3,
+        kept["metrics"]["accuracy"],
+    )
     assert folder.meta.temperature == 1
     assert folder.meta.fitted_temperature == result["temperature"] != 1
     assert result["cross_validation_seconds"] > 0
@@ -159,13 +180,20 @@ def test_the_saved_head_has_the_temperature_in_it(tiny_base, tmp_path):
     texts = [text for text, _ in single_rows(12, 5)]
     logits, predictions = classifier.logits(texts).astype(np.float64), classifier.predict(texts)
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    assert np.allclose(shares, [[p.scores[label] for label in classifier.meta.labels] for p in predictions], atol=1e-6)
+    assert np.allclose(
+        shares, [[p.scores[label] for label in classifier.meta.labels] for p in predictions], atol=1e-6
+    )
     trainings = Trainings(prepare(config))
     for _ in trainings.records():
         pass
     trainings.prepared.model.load_trainable(trainings.trainer.best)
     held = trainings.held()
-    temperature = fit_temperature(held.logits, trainings.prepared.sets["train"].labels[held.rows], classifier.meta.problem_type, out_of_fold=True)
+    temperature = fit_temperature(
+        held.logits,
+        trainings.prepared.sets["train"].labels[held.rows],
+        classifier.meta.problem_type,
+        out_of_fold=True,
+    )
     assert temperature == pytest.approx(classifier.meta.fitted_temperature)
     trained = encoded_logits(trainings.prepared.model, trainings.prepared.tokenizer.encode(texts))
     assert np.allclose(trained, temperature * logits, atol=1e-5)
@@ -182,13 +210,23 @@ def test_going_on_from_an_adapter_takes_the_temperature_out_again(tiny_base, tmp
     folder = read_adapter(config.output)
     head = [name for name in folder.tensors if ".classifier." in name]
     for name in head:
-        assert torch.allclose(prepared.model.trainable()[name], folder.tensors[name] * folder.meta.fitted_temperature)
+        assert torch.allclose(
+            prepared.model.trainable()[name], folder.tensors[name] * folder.meta.fitted_temperature
+        )
 
 
 def test_less_certain_scores_move_to_the_class_frequencies(tiny_base, tmp_path):
-    """Uneven classes and few steps: the saved logits are the trained ones over T and what the frequencies say; going on takes both out again."""
+    """Uneven classes and few steps: the saved logits are the trained ones over T and what the frequencies
+    say; going on takes both out again."""
     rows = [(f"{text} {i}", "pos" if i % 4 else "neg") for i, (text, _) in enumerate(single_rows(60, seed=6))]
-    config = folded(tmp_path / "a", tiny_base("bert"), train=str(write_csv(tmp_path / "uneven.csv", rows)), test=None, learning_rate=0.03, epochs=6.0)
+    config = folded(
+        tmp_path / "a",
+        tiny_base("bert"),
+        train=str(write_csv(tmp_path / "uneven.csv", rows)),
+        test=None,
+        learning_rate=0.03,
+        epochs=6.0,
+    )
     run_training(config)
     meta, texts = read_adapter(config.output).meta, [text for text, _ in single_rows(12, 5)]
     assert meta.fitted_temperature > 1
@@ -211,12 +249,26 @@ def test_less_certain_scores_move_to_the_class_frequencies(tiny_base, tmp_path):
 def test_every_row_is_accounted_for(tiny_base, tmp_path):
     rows = single_rows(40)
     path = write_csv(tmp_path / "rows.csv", [*rows, rows[0], rows[1]])
-    prepared = prepare(settings(tmp_path / "a", tiny_base("bert"), train=str(path), validation=None, limit_train=20, limit_eval=4))
+    prepared = prepare(
+        settings(
+            tmp_path / "a", tiny_base("bert"), train=str(path), validation=None, limit_train=20, limit_eval=4
+        )
+    )
     counts = {split: len(data.rows) for split, data in prepared.sets.items()}
-    assert sum(count for count, split, _ in prepared.left_out if split in ("training", "validation")) + counts["train"] + counts["validation"] == 42
-    assert all(f"{count} {split} row" in " ".join(prepared.split_lines) for count, split, _ in prepared.left_out)
+    assert (
+        sum(count for count, split, _ in prepared.left_out if split in ("training", "validation"))
+        + counts["train"]
+        + counts["validation"]
+        == 42
+    )
+    assert all(
+        f"{count} {split} row" in " ".join(prepared.split_lines) for count, split, _ in prepared.left_out
+    )
     prepared = prepare(settings(tmp_path / "b", tiny_base("bert"), limit_eval=4))
-    assert prepared.left_out == [(12, "validation", "beyond --limit-eval"), (12, "test", "beyond --limit-eval")]
+    assert prepared.left_out == [
+        (12, "validation", "beyond --limit-eval"),
+        (12, "test", "beyond --limit-eval"),
+    ]
 
 
 # --- pooling ---
@@ -264,7 +316,13 @@ def test_a_pooling_path_out_of_the_folder_is_not_followed(tiny_base, tmp_path):
 def test_task_files_are_folded_as_they_are_named(tiny_base, tmp_path):
     """A share that is asked for takes the place of cross-validation."""
     files = task_files(tmp_path, "single")
-    config = settings(tmp_path / "run", tiny_base("bert"), train=files["train"], validation=None, validation_share=0.25)
+    config = settings(
+        tmp_path / "run", tiny_base("bert"), train=files["train"], validation=None, validation_share=0.25
+    )
     prepared = prepare(config)
     assert prepared.folds is None
-    assert {split: len(data.rows) for split, data in prepared.sets.items()} == {"train": 30, "validation": 10, "test": 16}
+    assert {split: len(data.rows) for split, data in prepared.sets.items()} == {
+        "train": 30,
+        "validation": 10,
+        "test": 16,
+    }

@@ -1,4 +1,5 @@
-"""Folders of every release still give the answers that were written down with them, and so will those of this one."""
+"""Folders of every release still give the answers that were written down with them, and so will those of this
+one."""
 
 import dataclasses
 import json
@@ -30,11 +31,16 @@ CASES = [
 def test_answers_of_a_release(release, name, answers):
     folder, base = release / "adapters" / name, release / "bases" / answers["base"]
     classifier = TextClassifier.load(folder, base=str(base), device="cpu")
-    records = [classifier.record(prediction, with_logits=True) for prediction in classifier.predict(answers["texts"], answers["pairs"])]
+    records = [
+        classifier.record(prediction, with_logits=True)
+        for prediction in classifier.predict(answers["texts"], answers["pairs"])
+    ]
     assert [record.keys() for record in records] == [record.keys() for record in answers["records"]]
     for now, then in zip(records, answers["records"], strict=True):
         assert [(now.get("label"), now.get("labels"))] == [(then.get("label"), then.get("labels"))]
-        assert all(abs(a - b) <= 1e-5 * max(1, abs(b)) for a, b in zip(now["logits"], then["logits"], strict=True))
+        assert all(
+            abs(a - b) <= 1e-5 * max(1, abs(b)) for a, b in zip(now["logits"], then["logits"], strict=True)
+        )
         assert now.get("value") == pytest.approx(then.get("value"), abs=1e-5)
         assert now.get("scores") == pytest.approx(then.get("scores"), abs=1e-5)
     facts = inspect_folder(folder, str(base))
@@ -46,13 +52,17 @@ def test_transformers_and_peft_agree(release, name, answers):
     """The stored logits are those of plain transformers + peft, so they are right and not only the same."""
     folder, base = release / "adapters" / name, release / "bases" / answers["base"]
     classifier = TextClassifier.load(folder, base=str(base), device="cpu")
-    reference = ReferenceModel.from_adapter(folder, base, len(classifier.meta.labels), pooling=classifier.meta.pooling)
+    reference = ReferenceModel.from_adapter(
+        folder, base, len(classifier.meta.labels), pooling=classifier.meta.pooling
+    )
     theirs = encoded_logits(reference, classifier.tokenizer.encode(answers["texts"], answers["pairs"]))
     assert np.allclose(theirs, [record["logits"] for record in answers["records"]], atol=1e-5)
 
 
 def test_this_release_has_a_folder():
-    assert version("textlora") in [release.name for release in RELEASES], "python tests/golden/make.py makes it"
+    assert version("textlora") in [release.name for release in RELEASES], (
+        "python tests/golden/make.py makes it"
+    )
 
 
 def test_golden_folders_are_small():
@@ -75,13 +85,20 @@ def test_stored_answers_tell_texts_apart():
 
 
 def keys(content: dict, under: str = "") -> set[str]:
-    """Dotted names of the keys that textlora chooses; those of `files`, `rows` and `scores` are file, split and metric names."""
+    """Dotted names of the keys that textlora chooses; those of `files`, `rows` and `scores` are file, split
+    and metric names."""
     found = set()
     for key, value in content.items():
         found.add(under + key)
         if isinstance(value, list) and value and isinstance(value[0], dict):
             value = value[0]
-        if isinstance(value, dict) and key not in ("files", "rows", "scores", "rank_pattern", "alpha_pattern"):
+        if isinstance(value, dict) and key not in (
+            "files",
+            "rows",
+            "scores",
+            "rank_pattern",
+            "alpha_pattern",
+        ):
             found |= keys(value, f"{under}{key}.")
     return found
 
@@ -90,13 +107,18 @@ def test_the_page_on_the_format_names_every_key(tiny_base, tmp_path_factory):
     page = (GOLDEN.parent.parent / "docs" / "adapter-format.md").read_text(encoding="utf-8")
     named = {word for piece in re.findall(r"`([^`]+)`", page) for word in re.split(r"[\s:]+", piece)}
     folders = [path for release in RELEASES for path in (release / "adapters").iterdir()]
-    folders += [trained(tiny_base, tmp_path_factory).folder, trained(tiny_base, tmp_path_factory, task="multi").folder]
+    folders += [
+        trained(tiny_base, tmp_path_factory).folder,
+        trained(tiny_base, tmp_path_factory, task="multi").folder,
+    ]
     written = set()
     for folder in folders:
         side = keys(json.loads((folder / "textlora.json").read_text(encoding="utf-8")))
         written |= {key.removeprefix("training.settings.") for key in side}
         written |= keys(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
-        written |= {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")}
+        written |= {
+            path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
+        }
     assert sorted(written - named) == []
     assert sorted({*_REFUSED, *FOLDER_FILES} - named) == []
     assert {item.name for item in dataclasses.fields(AdapterMeta)} <= written

@@ -1,5 +1,5 @@
-"""What a CUDA device does differently: attention in one call, recorded steps, bfloat16. `pytest -m gpu` runs it there; what a CPU can do too runs on
-both, and test_recorded.py has the rest by stand-ins."""
+"""What a CUDA device does differently: attention in one call, recorded steps, bfloat16. `pytest -m gpu` runs
+it there; what a CPU can do too runs on both, and test_recorded.py has the rest by stand-ins."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,13 @@ LENGTHS = [1, 1, 2, 3, 3, 7, 16, 17, 40, 300]
 
 def batch_of(lengths):
     generator = np.random.default_rng(0)
-    return pack([Encoded(generator.integers(5, 90, n).astype(np.int32), np.zeros(n, dtype=np.int8), n) for n in lengths], device="cuda")
+    return pack(
+        [
+            Encoded(generator.integers(5, 90, n).astype(np.int32), np.zeros(n, dtype=np.int8), n)
+            for n in lengths
+        ],
+        device="cuda",
+    )
 
 
 def losses_of(config):
@@ -41,13 +47,26 @@ def test_attention_in_one_call_is_plain_attention(width, first_only):
     layout = batch_of(LENGTHS).layout
     generator = torch.Generator("cuda").manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, device="cuda").bfloat16().requires_grad_()
-    inputs = [draw(sum(LENGTHS), (2 if first_only else 3) * width), *([draw(len(LENGTHS), width)] if first_only else [])]
+    inputs = [
+        draw(sum(LENGTHS), (2 if first_only else 3) * width),
+        *([draw(len(LENGTHS), width)] if first_only else []),
+    ]
     wide = [x.detach().float().requires_grad_() for x in inputs]
     assert in_one_call(inputs[0])
     assert not in_one_call(wide[0])
-    fast, slow = (way(x[0], x[1] if first_only else None, layout, 4) for way, x in ((attend, inputs), (attend_plain, wide)))
+    fast, slow = (
+        way(x[0], x[1] if first_only else None, layout, 4)
+        for way, x in ((attend, inputs), (attend_plain, wide))
+    )
     cotangent = torch.randn(slow.shape, generator=generator, device="cuda").bfloat16()
-    pairs = [(fast, slow), *zip(torch.autograd.grad(fast, inputs, cotangent), torch.autograd.grad(slow, wide, cotangent.float()), strict=True)]
+    pairs = [
+        (fast, slow),
+        *zip(
+            torch.autograd.grad(fast, inputs, cotangent),
+            torch.autograd.grad(slow, wide, cotangent.float()),
+            strict=True,
+        ),
+    ]
     for mine, theirs in pairs:
         assert (mine.float() - theirs).norm() < 1e-2 * theirs.norm()
 
@@ -56,8 +75,18 @@ def test_attention_in_one_call_is_plain_attention(width, first_only):
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_trained_in_bfloat16_and_read_on_a_cpu(tiny_base, tmp_path, task, pooling, device):
-    """bfloat16 training learns, and the folder gives the same logits on both devices in float32, nearly so in bfloat16."""
-    config = settings(tmp_path, tiny_base("bert"), task, device=device, precision="bfloat16", pooling=pooling, epochs=6.0, lora_dropout=0.1)
+    """bfloat16 training learns, and the folder gives the same logits on both devices in float32, nearly so in
+    bfloat16."""
+    config = settings(
+        tmp_path,
+        tiny_base("bert"),
+        task,
+        device=device,
+        precision="bfloat16",
+        pooling=pooling,
+        epochs=6.0,
+        lora_dropout=0.1,
+    )
     run_training(config)
     losses = losses_of(config)
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -83,19 +112,29 @@ def test_mixed_batch_in_bfloat16_is_each_adapter_alone(tiny_base, tmp_path_facto
         alone = TextClassifier.load(one.folder, device="cpu").predict(texts)
         for k in range(len(texts)):
             if names[k] == name:
-                np.testing.assert_allclose(found[k].logits, alone[k].logits, rtol=0, atol=tolerance * max(1, max(map(abs, alone[k].logits))))
+                np.testing.assert_allclose(
+                    found[k].logits,
+                    alone[k].logits,
+                    rtol=0,
+                    atol=tolerance * max(1, max(map(abs, alone[k].logits))),
+                )
 
 
 @on_a_gpu
 @pytest.mark.parametrize("part", ["all", "biases", "lora", "frozen below"])
 def test_recorded_steps_are_steps(tiny_base, tmp_path, part):
-    """The same losses as without recordings, for LoRA, the base itself, and hidden states that were computed before."""
+    """The same losses as without recordings, for LoRA, the base itself, and hidden states that were computed
+    before."""
     changes = {"layers": "last:1"} if part == "frozen below" else {}
     losses = []
     for on in (True, False):
-        prepared = prepare(settings(tmp_path / str(on), tiny_base("bert"), device="cuda", epochs=6.0, **changes))
+        prepared = prepare(
+            settings(tmp_path / str(on), tiny_base("bert"), device="cuda", epochs=6.0, **changes)
+        )
         if part in ("all", "biases"):
-            prepared = replace(prepared, model=FullFinetuningModel(prepared.model.base, part, 2, device="cuda"))
+            prepared = replace(
+                prepared, model=FullFinetuningModel(prepared.model.base, part, 2, device="cuda")
+            )
         trainer = Trainer(prepared, build_prefix(prepared))
         assert bool(trainer.prefix) == (part == "frozen below")
         if not on:
@@ -108,7 +147,12 @@ def test_recorded_steps_are_steps(tiny_base, tmp_path, part):
 @on_a_gpu
 def test_gradient_checkpointing_on_a_gpu(tiny_base, tmp_path):
     """The same losses with blocks computed again."""
-    runs = [settings(tmp_path / str(on), tiny_base("bert"), device="cuda", lora_dropout=0.1, gradient_checkpointing=on) for on in (False, True)]
+    runs = [
+        settings(
+            tmp_path / str(on), tiny_base("bert"), device="cuda", lora_dropout=0.1, gradient_checkpointing=on
+        )
+        for on in (False, True)
+    ]
     for config in runs:
         run_training(config)
     np.testing.assert_allclose(*map(losses_of, runs), rtol=0, atol=2e-2)

@@ -39,7 +39,9 @@ def test_results_come_in_order_and_the_calling_thread_helps(three):
 
 @pytest.mark.parametrize("items", [[], [7]])
 def test_one_item_has_all_cores(three, items):
-    assert three.map(lambda item: (item, torch.get_num_threads(), threading.get_ident()), items) == [(i, 3, threading.get_ident()) for i in items]
+    assert three.map(lambda item: (item, torch.get_num_threads(), threading.get_ident()), items) == [
+        (i, 3, threading.get_ident()) for i in items
+    ]
 
 
 @pytest.mark.parametrize("helper", [True, False])
@@ -77,7 +79,8 @@ def until(condition, again):
 
 @pytest.mark.skipif(bindings.library() is None, reason="nothing was compiled")
 def test_a_call_has_the_cores_that_no_other_call_uses():
-    """Threads that share three cores: a call alone is done by three threads; when a second one begins each keeps one, and helpers leave."""
+    """Threads that share three cores: a call alone is done by three threads; when a second one begins each
+    keeps one, and helpers leave."""
     library, done, numbers = bindings.library(), [], {"first": set(), "second": set()}
     alone, begun, finished = threading.Event(), threading.Event(), threading.Event()
 
@@ -124,7 +127,8 @@ def test_a_call_has_the_cores_that_no_other_call_uses():
 @pytest.mark.skipif(bindings.library() is None, reason="nothing was compiled")
 @pytest.mark.parametrize("hands", [1, 2, 3])
 def test_who_has_no_work_helps(three, hands):
-    """Each chunk of a call is done once, by threads whose numbers are below what the call has room for; each number is one thread."""
+    """Each chunk of a call is done once, by threads whose numbers are below what the call has room for; each
+    number is one thread."""
     done, stages = [], []
 
     @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
@@ -164,5 +168,9 @@ def test_one_worker_on_the_processor_has_all_cores_for_what_is_mapped():
     with torch_threads(3):
         with side_by_side("cpu", parallel=False) as workers:
             assert torch.get_num_threads() == 1
-            assert workers.map(lambda item: (item, torch.get_num_threads()), range(3)) == [(0, 3), (1, 3), (2, 3)]
+            assert workers.map(lambda item: (item, torch.get_num_threads()), range(3)) == [
+                (0, 3),
+                (1, 3),
+                (2, 3),
+            ]
         assert torch.get_num_threads() == 3

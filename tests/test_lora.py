@@ -14,12 +14,16 @@ from textlora.model.targets import DEFAULT_TARGETS, resolve_layers, resolve_targ
 
 
 def draw(*shape, seed=0, grad=True):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_(grad)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).requires_grad_(grad)
 
 
 def make(parts, inner=6, out=12, dora=(), dropout=0.0):
     """(x, W, b, loras): `parts` are (first row, rows, r, s); `dora` says which parts have a magnitude."""
-    x, weight, bias = draw(7, inner, seed=1), draw(out, inner, seed=2, grad=False), draw(out, seed=3, grad=False)
+    x = draw(7, inner, seed=1)
+    weight = draw(out, inner, seed=2, grad=False)
+    bias = draw(out, seed=3, grad=False)
     loras = []
     for k, (start, rows, r, scaling) in enumerate(parts):
         lora = Lora(draw(r, inner, seed=10 + k), draw(rows, r, seed=20 + k), scaling, dropout=dropout)
@@ -46,7 +50,10 @@ def test_fused_gradient_check(layout):
     x, weight, bias, loras = make(LAYOUTS[layout])
 
     def fused(x, *pairs):
-        changed = [(start, replace(lora, A=pairs[2 * k], B=pairs[2 * k + 1])) for k, (start, lora) in enumerate(loras)]
+        changed = [
+            (start, replace(lora, A=pairs[2 * k], B=pairs[2 * k + 1]))
+            for k, (start, lora) in enumerate(loras)
+        ]
         return lora_linear(x, weight, bias, changed)
 
     assert torch.autograd.gradcheck(fused, leaves(x, loras))
@@ -59,7 +66,9 @@ def test_fused_is_the_formula(layout, dora):
     results = [lora_linear(x, weight, bias, loras), reference_linear(x, weight, bias, loras)]
     cotangent = draw(7, 12, seed=9, grad=False)
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
-    for mine, theirs in zip(*(torch.autograd.grad((y * cotangent).sum(), leaves(x, loras)) for y in results), strict=True):
+    for mine, theirs in zip(
+        *(torch.autograd.grad((y * cotangent).sum(), leaves(x, loras)) for y in results), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
@@ -70,7 +79,12 @@ def test_formula_by_hand():
     lengths = (weight + 0.7 * lora.B @ lora.A).square().sum(1).sqrt()
     plain = replace(lora, magnitude=None)
     torch.testing.assert_close(reference_linear(x, weight, bias, [(0, plain)]), raw + bias)
-    torch.testing.assert_close(reference_linear(x, weight, bias, [(0, lora)]), lora.magnitude / lengths * raw + bias, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        reference_linear(x, weight, bias, [(0, lora)]),
+        lora.magnitude / lengths * raw + bias,
+        rtol=1e-6,
+        atol=1e-6,
+    )
     assert torch.equal(lora_linear(x, weight, bias, []), F.linear(x, weight, bias))
 
 
@@ -91,7 +105,8 @@ def test_no_gradient_for_x_where_none_is_asked():
 
 @pytest.mark.parametrize("dora", [(), (0,)], ids=["lora", "mixed"])
 def test_dropout_is_on_loras_input_only(dora):
-    """Replay the generator: each slice has its own mask on its input, scaled by 1 / (1 - p), W's path has none; gradients too."""
+    """Replay the generator: each slice has its own mask on its input, scaled by 1 / (1 - p), W's path has
+    none; gradients too."""
     x, weight, bias, loras = make(LAYOUTS["query-value"], dora=dora, dropout=0.4)
     replay = torch.Generator().manual_seed(3)
     masks = [(torch.rand(x.shape, generator=replay) >= 0.4).double() / 0.6 for _ in loras]
@@ -104,12 +119,16 @@ def test_dropout_is_on_loras_input_only(dora):
         if lora.magnitude is not None:
             rows = slice(start, start + lora.B.shape[0])
             scale = torch.ones(12, dtype=torch.float64)
-            scale = scale.index_put((torch.arange(start, rows.stop),), lora.magnitude / weight_norm(weight[rows], lora))
+            scale = scale.index_put(
+                (torch.arange(start, rows.stop),), lora.magnitude / weight_norm(weight[rows], lora)
+            )
             expected = expected * scale
     expected = expected + bias
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     cotangent = draw(7, 12, seed=9, grad=False)
-    for mine, theirs in zip(*(torch.autograd.grad((r * cotangent).sum(), leaves(x, loras)) for r in (y, expected)), strict=True):
+    for mine, theirs in zip(
+        *(torch.autograd.grad((r * cotangent).sum(), leaves(x, loras)) for r in (y, expected)), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
@@ -121,16 +140,28 @@ def test_dropout_keeps_the_mean():
     assert torch.allclose(y[y != 0], torch.tensor(1 / 0.75))
     assert abs((y == 0).float().mean() - 0.25) < 0.01
     assert abs(y.mean() - 1) < 0.01
-    assert torch.equal(lora_linear(ones, torch.zeros(16, 16), torch.zeros(16), [(0, lora)]), ones)  # no generator: no dropout
+    assert torch.equal(
+        lora_linear(ones, torch.zeros(16, 16), torch.zeros(16), [(0, lora)]), ones
+    )  # no generator: no dropout
 
 
 def test_low_precision_input_gives_float32_gradients():
     x, weight, bias, loras = make(LAYOUTS["query-value"])
-    half = [(s, replace(lora, A=lora.A.detach().float().requires_grad_(), B=lora.B.detach().float().requires_grad_())) for s, lora in loras]
+    half = [
+        (
+            s,
+            replace(
+                lora, A=lora.A.detach().float().requires_grad_(), B=lora.B.detach().float().requires_grad_()
+            ),
+        )
+        for s, lora in loras
+    ]
     y = lora_linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), half)
     assert y.dtype == torch.bfloat16
     exact = torch.autograd.grad(lora_linear(x, weight, bias, loras).sum(), leaves(x, loras)[1:])
-    for (name, mine), theirs in zip(enumerate(torch.autograd.grad(y.sum(), leaves(x, half)[1:])), exact, strict=True):
+    for (name, mine), theirs in zip(
+        enumerate(torch.autograd.grad(y.sum(), leaves(x, half)[1:])), exact, strict=True
+    ):
         assert mine.dtype == torch.float32
         assert (mine - theirs).norm() < 0.03 * theirs.norm(), name
 
@@ -139,7 +170,9 @@ def test_low_precision_input_gives_float32_gradients():
 def test_merging_gives_the_same_layer(dora):
     x, weight, bias, loras = make(LAYOUTS["whole"], dora=dora)
     merged = weight + delta(weight, loras[0][1])
-    torch.testing.assert_close(F.linear(x, merged, bias), reference_linear(x, weight, bias, loras), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        F.linear(x, merged, bias), reference_linear(x, weight, bias, loras), rtol=1e-6, atol=1e-6
+    )
     if dora:
         torch.testing.assert_close(merged.norm(dim=1), loras[0][1].magnitude.detach(), rtol=1e-6, atol=1e-6)
 
@@ -163,7 +196,12 @@ def test_scaling():
 MODULES = [
     (i, f"bert.encoder.layer.{i}.{name}", shape)
     for i in range(12)
-    for name, shape in (("attention.self.query", (8, 8)), ("attention.self.value", (8, 8)), ("output.dense", (8, 32)), ("extra", (4, 32)))
+    for name, shape in (
+        ("attention.self.query", (8, 8)),
+        ("attention.self.value", (8, 8)),
+        ("output.dense", (8, 32)),
+        ("extra", (4, 32)),
+    )
 ]
 
 
@@ -197,7 +235,9 @@ def test_targets():
     pick = lambda **settings: resolve_targets(LoraConfig(r=2, **settings), MODULES, 12)
     assert pick() == [name for _, name, _ in MODULES if name.endswith(("query", "value"))]
     assert pick(target_modules=("all-linear",)) == [name for _, name, _ in MODULES]
-    assert pick(target_modules=("dense",), layers="1") == ["bert.encoder.layer.1.output.dense"]  # block 1, not 10 or 11
+    assert pick(target_modules=("dense",), layers="1") == [
+        "bert.encoder.layer.1.output.dense"
+    ]  # block 1, not 10 or 11
     assert pick(target_modules=("value", "self.query"), layers="last:1") == [
         "bert.encoder.layer.11.attention.self.query", "bert.encoder.layer.11.attention.self.value",
     ]  # fmt: skip
@@ -208,11 +248,23 @@ def test_targets():
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
-        ({"target_modules": ("query", "qeury")}, ["--target-modules qeury: matches no dense layer", "there are: attention.self.query"]),
+        (
+            {"target_modules": ("query", "qeury")},
+            ["--target-modules qeury: matches no dense layer", "there are: attention.self.query"],
+        ),
         ({"target_modules": ("uery",)}, ["--target-modules uery: matches no dense layer"]),
-        ({"target_modules": ("bert.encoder.layer.3.extra",), "layers": "4"}, ["--layers 4 leaves no layer to adapt"]),
-        ({"r": 9}, ["--r 9: larger than bert.encoder.layer.0.attention.self.query, which is 8 x 8; use at most 8"]),
-        ({"r": 5, "target_modules": ("all-linear",)}, ["--r 5: larger than bert.encoder.layer.0.extra, which is 4 x 32; use at most 4"]),
+        (
+            {"target_modules": ("bert.encoder.layer.3.extra",), "layers": "4"},
+            ["--layers 4 leaves no layer to adapt"],
+        ),
+        (
+            {"r": 9},
+            ["--r 9: larger than bert.encoder.layer.0.attention.self.query, which is 8 x 8; use at most 8"],
+        ),
+        (
+            {"r": 5, "target_modules": ("all-linear",)},
+            ["--r 5: larger than bert.encoder.layer.0.extra, which is 4 x 32; use at most 4"],
+        ),
     ],
 )
 def test_targets_refused(settings, parts):

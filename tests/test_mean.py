@@ -1,4 +1,5 @@
-"""Mean pooling: means of texts in C, and every way to a prediction against transformers + peft and a mean in float64."""
+"""Mean pooling: means of texts in C, and every way to a prediction against transformers + peft and a mean in
+float64."""
 
 from dataclasses import replace
 
@@ -17,11 +18,17 @@ from textlora.model.encoder import PackedEncoder
 from textlora.model.reference_model import ReferenceModel
 from textlora.server.worker import Worker
 
-needs_vectors = pytest.mark.skipif(not bindings.lanes(), reason="nothing was compiled, or this processor has no such vectors")
+needs_vectors = pytest.mark.skipif(
+    not bindings.lanes(), reason="nothing was compiled, or this processor has no such vectors"
+)
 KINDS = (
     Kind(LoraConfig(r=4), 3, pooling="mean"),
     Kind(LoraConfig(r=7, target_modules=("all-linear",)), 77, pooling="mean"),
-    Kind(LoraConfig(r=3, use_dora=True, target_modules=("query", "key", "attention.output.dense")), 2, pooling="mean"),
+    Kind(
+        LoraConfig(r=3, use_dora=True, target_modules=("query", "key", "attention.output.dense")),
+        2,
+        pooling="mean",
+    ),
     Kind(LoraConfig(r=16, use_rslora=True, layers="last:1"), 4, pooling="mean"),
     Kind(LoraConfig(r=4), 3),
 )
@@ -56,7 +63,9 @@ def test_texts_that_are_not_all_rows(starts):
     with pytest.raises(ValueError, match="texts in no order"):
         bindings.mean(torch.zeros(5, 16), torch.tensor(starts, dtype=torch.int32))
     with pytest.raises(ValueError, match="texts in no order"):
-        bindings.mean_back(torch.zeros(max(0, len(starts) - 1), 16), torch.tensor(starts, dtype=torch.int32), 5)
+        bindings.mean_back(
+            torch.zeros(max(0, len(starts) - 1), 16), torch.tensor(starts, dtype=torch.int32), 5
+        )
 
 
 @needs_vectors
@@ -72,7 +81,8 @@ def test_other_types_do_not_reach_the_functions():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A base whose blocks are one call, an adapter of each kind on it, and logits of `TEXTS` by each in float64."""
+    """A base whose blocks are one call, an adapter of each kind on it, and logits of `TEXTS` by each in
+    float64."""
     root = tmp_path_factory.mktemp("mean")
     base = make_tiny("bert", root / "base", num_attention_heads=2, num_hidden_layers=3)
     folders = [make_adapter(root / f"kind-{k}", base, kind, seed=k) for k, kind in enumerate(KINDS)]
@@ -84,12 +94,19 @@ def oracle(folder, base, kind):
     reference._net.double()
     encoded = TextClassifier.load(folder, base=str(base), device="cpu").tokenizer.encode(TEXTS)
     with torch.inference_mode():
-        return np.concatenate([reference._net(**reference._run(pack([one]), (0, 1, 0, len(one.ids)))).logits.numpy() for one in encoded])
+        return np.concatenate(
+            [
+                reference._net(**reference._run(pack([one]), (0, 1, 0, len(one.ids)))).logits.numpy()
+                for one in encoded
+            ]
+        )
 
 
 def close(found, expected, tolerance=3e-5):
     assert found.shape == expected.shape
-    assert (np.abs(found - expected) <= tolerance * np.maximum(1, np.abs(expected))).all(), np.abs(found - expected).max()
+    assert (np.abs(found - expected) <= tolerance * np.maximum(1, np.abs(expected))).all(), np.abs(
+        found - expected
+    ).max()
 
 
 @pytest.mark.parametrize("k", range(len(KINDS)))
@@ -106,7 +123,8 @@ def test_predictions_of_one_adapter(made, k):
 
 @pytest.mark.parametrize("k", range(len(KINDS)))
 def test_predictions_in_8_bits(made, k):
-    """Batches are filled up to whole steps there, with rows that belong to no text: a text alone, with most of its rows such, has what it has in a batch."""
+    """Batches are filled up to whole steps there, with rows that belong to no text: a text alone, with most
+    of its rows such, has what it has in a batch."""
     base, folders, expected = made
     classifier = TextClassifier.load(folders[k], base=str(base), device="cpu", precision="int8")
     together = classifier.logits(TEXTS)
@@ -118,7 +136,8 @@ def test_predictions_in_8_bits(made, k):
 
 
 def test_mixed_batches(made):
-    """Adapters of different ranks, DoRA and heads on texts of all lengths, one of first tokens among them; in the server's process, too."""
+    """Adapters of different ranks, DoRA and heads on texts of all lengths, one of first tokens among them; in
+    the server's process, too."""
     base, folders, expected = made
     engine = engine_of(folders, base)
     owners = [(3 * i) % len(folders) for i in range(len(TEXTS))]
@@ -129,7 +148,9 @@ def test_mixed_batches(made):
     for i, k in enumerate(owners):
         close(np.array(found[i].logits), expected[k][i])
         close(np.array(answers[1][i][4]), expected[k][i])
-    shared = engine.predict([TEXTS[0]] * len(folders), [folder.name for folder in folders])  # one text, whose lower blocks adapters share
+    shared = engine.predict(
+        [TEXTS[0]] * len(folders), [folder.name for folder in folders]
+    )  # one text, whose lower blocks adapters share
     for k, one in enumerate(shared):
         close(np.array(one.logits), expected[k][0])
 

@@ -42,7 +42,9 @@ def test_rows_are_complete():
         assert list(row.rates) == sorted(row.rates)
         assert (row.size is None) == (not row.sizes)
     assert set(DEFAULT_METHODS) <= set(METHODS)
-    assert {"tfidf", "probe", "head", "bitfit", "full", "lora-qv", "lora-all", "dora", "ia3"} <= set(DEFAULT_METHODS)
+    assert {"tfidf", "probe", "head", "bitfit", "full", "lora-qv", "lora-all", "dora", "ia3"} <= set(
+        DEFAULT_METHODS
+    )
 
 
 def test_settings_of_lora_rows_are_those_of_train():
@@ -62,7 +64,12 @@ def test_unknown_names_list_what_there_is():
 
 def test_the_table_imports_nothing_heavy():
     code = "import sys, textlora.compare.methods, textlora.cli.compare; print([m for m in ('torch', 'numpy', 'sklearn', 'matplotlib', 'rich') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,23 +106,39 @@ def test_counts_of_whole_models(prepared):
     biases = sum(t.numel() for name, t in base.items() if name.endswith("bias"))
     assert bench.run(METHODS["full"], run_of("full"))["trainable_parameters"] == everything
     assert bench.run(METHODS["bitfit"], run_of("bitfit"))["trainable_parameters"] == biases
-    assert bench.run(METHODS["few-shot"], run_of("few-shot"))["trainable_parameters"] == everything - 32 * 32 - 32  # no pooler
+    assert (
+        bench.run(METHODS["few-shot"], run_of("few-shot"))["trainable_parameters"]
+        == everything - 32 * 32 - 32
+    )  # no pooler
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_runs_are_equal(prepared, method):
     run = run_of(method, "seeds")
     first, again = (Bench(prepared).run(METHODS[method], run) for _ in range(2))
-    timed = ("train_seconds", "train_cpu_seconds", "total_seconds", "peak_memory_bytes", "memory_before_bytes")
-    assert {k: v for k, v in first.items() if k not in timed} == {k: v for k, v in again.items() if k not in timed}
+    timed = (
+        "train_seconds",
+        "train_cpu_seconds",
+        "total_seconds",
+        "peak_memory_bytes",
+        "memory_before_bytes",
+    )
+    assert {k: v for k, v in first.items() if k not in timed} == {
+        k: v for k, v in again.items() if k not in timed
+    }
     right = prepared.sets["test"].labels == first["test_predictions"]
     assert first["test"]["accuracy"] == pytest.approx(right.mean())
 
 
-@pytest.mark.parametrize(("method", "rate"), [("tfidf", None), ("probe", None), ("full", 3e-3), ("lora-all", 2e-2), ("few-shot", 1e-3)])
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [("tfidf", None), ("probe", None), ("full", 3e-3), ("lora-all", 2e-2), ("few-shot", 1e-3)],
+)
 def test_methods_learn_an_easy_task(prepared, method, rate):
     size = {"r": 4} if METHODS[method].size else {}
-    record = Bench(replace(prepared, pooling="mean")).run(METHODS[method], Run("seeds", method, size, rate, 42, 40, 10.0))
+    record = Bench(replace(prepared, pooling="mean")).run(
+        METHODS[method], Run("seeds", method, size, rate, 42, 40, 10.0)
+    )
     assert record["test"]["accuracy"] >= 0.8
     assert record["pooling"] == (None if method == "tfidf" else "mean")
 
@@ -128,7 +151,9 @@ def test_states_below_frozen_blocks_are_computed_once_and_change_nothing(prepare
     monkeypatch.setattr(module, "build_prefix", lambda asked: calls.append(1) or real(asked))
     row = METHODS["lora-last2"]
     shallow = type(row)(**{**row.__dict__, "settings": {**row.settings, "layers": "last:1"}})
-    runs = [run_of("lora-last2", seed=seed, epochs=2.0) for seed in (1, 2)] + [run_of("lora-last2", rows=16, epochs=2.0)]
+    runs = [run_of("lora-last2", seed=seed, epochs=2.0) for seed in (1, 2)] + [
+        run_of("lora-last2", rows=16, epochs=2.0)
+    ]
     cached = [bench.run(shallow, run)["validation"] for run in runs]
     assert len(calls) == 1
     monkeypatch.setattr(module, "build_prefix", lambda asked: {})
@@ -160,14 +185,19 @@ def crossed(tiny_base, tmp_path_factory) -> Prepared:
 def test_a_probe_is_chosen_on_rows_it_has_not_seen(crossed):
     """Against a loop over folds and strengths; scaling is learned from the rows that are trained on."""
     random, labels, folds = np.random.default_rng(0), crossed.sets["train"].labels, crossed.folds
-    features = {split: random.normal(size=(len(data.rows), 5)) + data.labels[:, None] for split, data in crossed.sets.items()}
+    features = {
+        split: random.normal(size=(len(data.rows), 5)) + data.labels[:, None]
+        for split, data in crossed.sets.items()
+    }
     scores = {}
     for strength in STRENGTHS:
         right = []
         for fold in (0, 1, 2):
             x, new = features["train"][folds != fold], features["train"][folds == fold]
             mean, spread = x.mean(0), x.std(0) + 1e-6
-            model = LogisticRegression(C=strength, max_iter=1000).fit((x - mean) / spread, labels[folds != fold])
+            model = LogisticRegression(C=strength, max_iter=1000).fit(
+                (x - mean) / spread, labels[folds != fold]
+            )
             right += (model.predict((new - mean) / spread) == labels[folds == fold]).tolist()
         scores[strength] = np.mean(right)
     fitted = fit("probe", crossed, features)
@@ -189,7 +219,8 @@ def test_what_a_search_decides_is_enough_for_a_seed(crossed, method):
     of = lambda stage: Run(stage, method, size, None if row.fitted else 3e-3, 42, 40, 2.0)
     found = bench.run(row, of("rates"))
     assert found["test"] is None
-    whole, after = bench.run(row, of("seeds")), bench.run(row, of("seeds"), found["decided"] if not row.fitted else None)
+    whole = bench.run(row, of("seeds"))
+    after = bench.run(row, of("seeds"), found["decided"] if not row.fitted else None)
     for record in (whole, after):
         assert record["validation"] == pytest.approx(found["validation"])
         assert record["test_predictions"] == whole["test_predictions"]
@@ -198,10 +229,15 @@ def test_what_a_search_decides_is_enough_for_a_seed(crossed, method):
 
 
 def test_pooling_of_methods_of_peft(crossed):
-    """IA3 takes the mean; what prepends has the base's own head where the pooling was not asked for, and is refused where it was."""
+    """IA3 takes the mean; what prepends has the base's own head where the pooling was not asked for, and is
+    refused where it was."""
     mean = replace(crossed, pooling="mean", folds=None)
     record = Bench(mean).run(METHODS["ia3"], run_of("ia3"))
-    assert (record["pooling"], record["head_parameters"], record["trainable_parameters"]) == ("mean", HEAD, 2 * (3 * 32 + 48))
+    assert (record["pooling"], record["head_parameters"], record["trainable_parameters"]) == (
+        "mean",
+        HEAD,
+        2 * (3 * 32 + 48),
+    )
     auto = replace(mean, config=replace(mean.config, pooling="auto"))
     assert Bench(auto).run(METHODS["prompt"], run_of("prompt"))["pooling"] == "first"
     asked = replace(mean, config=replace(mean.config, pooling="mean"))
@@ -231,4 +267,11 @@ def test_ia3_scales_what_the_mean_is_taken_of(crossed):
 
 
 def test_order_of_usefulness():
-    assert by_usefulness(["dora", "prompt", "full", "ia3", "defaults", "tfidf"]) == ["tfidf", "defaults", "full", "dora", "prompt", "ia3"]
+    assert by_usefulness(["dora", "prompt", "full", "ia3", "defaults", "tfidf"]) == [
+        "tfidf",
+        "defaults",
+        "full",
+        "dora",
+        "prompt",
+        "ia3",
+    ]

@@ -14,7 +14,17 @@ from sklearn import metrics as sk
 
 from textlora.core.errors import UsageError
 from textlora.metrics.ranking import average_precision, roc_auc, spearman
-from textlora.metrics.scores import DEFAULT_METRIC, METRICS, calibration_bins, cannot_tell, confusion, details, evaluate, intervals, per_class
+from textlora.metrics.scores import (
+    DEFAULT_METRIC,
+    METRICS,
+    calibration_bins,
+    cannot_tell,
+    confusion,
+    details,
+    evaluate,
+    intervals,
+    per_class,
+)
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -46,8 +56,13 @@ def regression(rows, seed=0):
 def test_single_label_metrics_are_scikit_learns(classes, temperature):
     labels, logits = single(300, classes)
     probs = softmax(logits / temperature, axis=1)
-    found, picked = evaluate(SINGLE, labels, logits, names(classes), temperature=temperature), logits.argmax(axis=1)
-    area = sk.roc_auc_score(labels, probs[:, 1]) if classes == 2 else sk.roc_auc_score(labels, probs, multi_class="ovr")
+    found = evaluate(SINGLE, labels, logits, names(classes), temperature=temperature)
+    picked = logits.argmax(axis=1)
+    area = (
+        sk.roc_auc_score(labels, probs[:, 1])
+        if classes == 2
+        else sk.roc_auc_score(labels, probs, multi_class="ovr")
+    )
     assert found.pop("ece") > 0
     assert found == pytest.approx(
         {
@@ -74,7 +89,9 @@ def test_multi_label_metrics_are_scikit_learns():
             "macro_f1": sk.f1_score(labels, picked, average="macro", zero_division=0),
             "exact_match": sk.accuracy_score(labels, picked),
             "hamming_loss": sk.hamming_loss(labels, picked),
-            "macro_average_precision": sk.average_precision_score(labels[:, :4], probs[:, :4], average="macro"),
+            "macro_average_precision": sk.average_precision_score(
+                labels[:, :4], probs[:, :4], average="macro"
+            ),
             "log_loss": np.mean([sk.log_loss(labels[:, c], probs[:, c], labels=[0, 1]) for c in range(6)]),
         },
         abs=1e-12,
@@ -98,14 +115,21 @@ def test_regression_metrics_are_scipys():
 
 
 def test_ece_by_hand():
-    # Confidences 0.9 (right) and 0.9 (wrong) share bin (13/15, 14/15]: gap |0.9 - 0.5|; 0.6 (right) is alone: gap 0.4.
+    # Confidences 0.9 (right) and 0.9 (wrong) share bin (13/15, 14/15]: gap |0.9 - 0.5|; 0.6 (right) is alone:
+    # gap 0.4.
     logits = np.log(np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]]))
-    assert evaluate(SINGLE, np.array([0, 1, 1]), logits, names(2))["ece"] == pytest.approx((2 * 0.4 + 0.4) / 3)
+    assert evaluate(SINGLE, np.array([0, 1, 1]), logits, names(2))["ece"] == pytest.approx(
+        (2 * 0.4 + 0.4) / 3
+    )
 
 
 @given(
     st.integers(2, 25).flatmap(
-        lambda n: st.tuples(arrays(np.bool_, n), arrays(np.float64, n, elements=st.integers(-3, 3)), arrays(np.int64, n, elements=st.integers(0, 3)))
+        lambda n: st.tuples(
+            arrays(np.bool_, n),
+            arrays(np.float64, n, elements=st.integers(-3, 3)),
+            arrays(np.int64, n, elements=st.integers(0, 3)),
+        )
     )
 )
 @settings(deadline=None)
@@ -140,7 +164,11 @@ def test_any_single_label_rows_give_values_in_range_or_none(seed, rows, classes)
 
 def test_what_cannot_be_computed_is_none():
     labels, logits = single(20, 3)
-    for problem_type, y, z in ((SINGLE, labels[:0], logits[:0]), (SINGLE, labels, logits * np.nan), (MULTI, logits > 0, logits * np.inf)):
+    for problem_type, y, z in (
+        (SINGLE, labels[:0], logits[:0]),
+        (SINGLE, labels, logits * np.nan),
+        (MULTI, logits > 0, logits * np.inf),
+    ):
         found = evaluate(problem_type, y, z, names(3))
         assert set(found.values()) == {None}
         assert json.loads(json.dumps(found)) == found
@@ -159,18 +187,28 @@ def test_wilson_interval_is_scipys():
     labels, logits = single(137, 3)
     right = int((logits.argmax(axis=1) == labels).sum())
     expected = stats.binomtest(right, 137).proportion_ci(method="wilson")
-    assert intervals(SINGLE, labels, logits, metrics=["accuracy"])["accuracy"] == pytest.approx((expected.low, expected.high))
+    assert intervals(SINGLE, labels, logits, metrics=["accuracy"])["accuracy"] == pytest.approx(
+        (expected.low, expected.high)
+    )
     truth, scores = multi(90, 2)
     right = int(((scores >= 0) == truth).all(axis=1).sum())
     expected = stats.binomtest(right, 90).proportion_ci(method="wilson")
-    assert intervals(MULTI, truth, scores, metrics=["exact_match"])["exact_match"] == pytest.approx((expected.low, expected.high))
+    assert intervals(MULTI, truth, scores, metrics=["exact_match"])["exact_match"] == pytest.approx(
+        (expected.low, expected.high)
+    )
     perfect = intervals(SINGLE, np.arange(2), np.eye(2), metrics=["accuracy"])["accuracy"]
     assert perfect == pytest.approx(stats.binomtest(2, 2).proportion_ci(method="wilson")[:])
     assert perfect[1] == 1.0
 
 
 @pytest.mark.parametrize(
-    ("problem_type", "rows"), [(SINGLE, single(400, 2)), (SINGLE, single(400, 5)), (MULTI, multi(400, 4)), (REGRESSION, regression(400))]
+    ("problem_type", "rows"),
+    [
+        (SINGLE, single(400, 2)),
+        (SINGLE, single(400, 5)),
+        (MULTI, multi(400, 4)),
+        (REGRESSION, regression(400)),
+    ],
 )
 def test_intervals_hold_the_estimate_for_every_metric_but_ece(problem_type, rows):
     estimate = evaluate(problem_type, *rows, names(rows[1].shape[1]))
@@ -199,7 +237,9 @@ def test_intervals_cover_the_truth_about_95_times_in_100():
     hits = dict.fromkeys(wanted, 0)
     for start in range(0, 100_000, 500):
         part = slice(start, start + 500)
-        for name, (low, high) in intervals(SINGLE, everything[0][part], everything[1][part], metrics=wanted, resamples=200).items():
+        for name, (low, high) in intervals(
+            SINGLE, everything[0][part], everything[1][part], metrics=wanted, resamples=200
+        ).items():
             hits[name] += low <= truth[name] <= high
     assert all(180 <= count <= 199 for count in hits.values()), hits
 
@@ -227,7 +267,9 @@ def test_few_regression_rows_leave_everything_open():
     assert found["pearson"][0] < 0.3
     assert found["mse"][1] > 5 * found["mse"][0]
     assert found["r2"][0] < 0.999
-    assert not {"mse", "mae", "r2"} & set(intervals(REGRESSION, labels, labels[:, None]))  # an error of exactly 0 tells no spread
+    assert not {"mse", "mae", "r2"} & set(
+        intervals(REGRESSION, labels, labels[:, None])
+    )  # an error of exactly 0 tells no spread
     assert set(intervals(REGRESSION, labels[:1], labels[:1, None] + 1)) == set()
 
 
@@ -263,7 +305,9 @@ def test_intervals_of_few_rows_cover_the_truth(kind):
                 assert low < high, name
                 held.setdefault(name, []).append(low <= truth[name] <= high)
         # with 40 samples, a coverage of 95 % falls below 80 % less than once in a thousand times
-        assert all(np.mean(found) >= 0.8 for found in held.values()), {name: np.mean(found) for name, found in held.items()}
+        assert all(np.mean(found) >= 0.8 for found in held.values()), {
+            name: np.mean(found) for name, found in held.items()
+        }
         assert set(held) >= set(truth) - {"ece", "auc", "mcc"}
 
 
@@ -272,7 +316,10 @@ def test_intervals_depend_on_the_seed_only():
     whole = intervals(SINGLE, *rows, resamples=150)
     assert whole == intervals(SINGLE, *rows, resamples=150)
     assert whole["macro_f1"] != intervals(SINGLE, *rows, resamples=150, seed=1)["macro_f1"]
-    assert intervals(SINGLE, *rows, resamples=150, metrics=["auc", "mcc"]) == {"mcc": whole["mcc"], "auc": whole["auc"]}
+    assert intervals(SINGLE, *rows, resamples=150, metrics=["auc", "mcc"]) == {
+        "mcc": whole["mcc"],
+        "auc": whole["auc"],
+    }
 
 
 def test_large_intervals_are_quick():
@@ -286,12 +333,27 @@ def test_large_intervals_are_quick():
     ("call", "words"),
     [
         (lambda: evaluate("other", np.zeros(1), np.zeros((1, 2)), names(2)), "unknown problem type 'other'"),
-        (lambda: evaluate(SINGLE, np.array([0, 2]), np.zeros((2, 2)), names(2)), "label 2 of row 1 is not among the 2 labels"),
-        (lambda: evaluate(SINGLE, np.array([0]), np.zeros((2, 2)), names(2)), r"labels of shape \(1,\) do not fit logits of shape \(2, 2\)"),
-        (lambda: evaluate(MULTI, np.zeros(2), np.zeros((2, 2)), names(2)), r"multi_label_classification labels of shape \(2,\)"),
+        (
+            lambda: evaluate(SINGLE, np.array([0, 2]), np.zeros((2, 2)), names(2)),
+            "label 2 of row 1 is not among the 2 labels",
+        ),
+        (
+            lambda: evaluate(SINGLE, np.array([0]), np.zeros((2, 2)), names(2)),
+            r"labels of shape \(1,\) do not fit logits of shape \(2, 2\)",
+        ),
+        (
+            lambda: evaluate(MULTI, np.zeros(2), np.zeros((2, 2)), names(2)),
+            r"multi_label_classification labels of shape \(2,\)",
+        ),
         (lambda: evaluate(REGRESSION, np.zeros(2), np.zeros((2, 2)), []), "regression labels"),
-        (lambda: evaluate(SINGLE, np.array([0]), np.zeros((1, 2)), names(3)), "3 label names for logits of 2 labels"),
-        (lambda: intervals(SINGLE, *single(5, 2), metrics=["mse"]), "'mse' is not a metric of single_label_classification; use one of accuracy"),
+        (
+            lambda: evaluate(SINGLE, np.array([0]), np.zeros((1, 2)), names(3)),
+            "3 label names for logits of 2 labels",
+        ),
+        (
+            lambda: intervals(SINGLE, *single(5, 2), metrics=["mse"]),
+            "'mse' is not a metric of single_label_classification; use one of accuracy",
+        ),
     ],
 )
 def test_refusals(call, words):
@@ -302,14 +364,26 @@ def test_refusals(call, words):
 def test_the_table_of_metrics_is_complete():
     assert DEFAULT_METRIC == {SINGLE: "accuracy", MULTI: "micro_f1", REGRESSION: "spearman"}
     assert all(problem_type in METRICS[name].problem_types for problem_type, name in DEFAULT_METRIC.items())
-    assert {n for n, info in METRICS.items() if not info.higher_is_better} == {"hamming_loss", "log_loss", "ece", "mse", "mae"}
+    assert {n for n, info in METRICS.items() if not info.higher_is_better} == {
+        "hamming_loss",
+        "log_loss",
+        "ece",
+        "mse",
+        "mae",
+    }
 
 
 def test_confusion_and_per_class_by_hand():
     labels, picked = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 0])
     assert confusion(labels, picked, 4).tolist() == [[2, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert per_class(labels, picked, ["a", "b", "c", "d"]) == [
-        {"label": "a", "support": 3, "precision": 0.5, "recall": pytest.approx(2 / 3), "f1": pytest.approx(4 / 7)},
+        {
+            "label": "a",
+            "support": 3,
+            "precision": 0.5,
+            "recall": pytest.approx(2 / 3),
+            "f1": pytest.approx(4 / 7),
+        },
         {"label": "b", "support": 2, "precision": 0.5, "recall": 0.5, "f1": 0.5},
         {"label": "c", "support": 1, "precision": None, "recall": 0.0, "f1": 0.0},
         {"label": "d", "support": 0, "precision": None, "recall": None, "f1": None},
@@ -322,7 +396,13 @@ def test_calibration_bins_by_hand():
     bins = calibration_bins(np.array([0.0, 0.5, 0.51, 0.7, 1.0]), np.array([0, 1, 0, 1, 1]), bins=2)
     assert bins == [
         {"low": 0.0, "high": 0.5, "count": 2, "confidence": 0.25, "accuracy": 0.5},
-        {"low": 0.5, "high": 1.0, "count": 3, "confidence": pytest.approx(2.21 / 3), "accuracy": pytest.approx(2 / 3)},
+        {
+            "low": 0.5,
+            "high": 1.0,
+            "count": 3,
+            "confidence": pytest.approx(2.21 / 3),
+            "accuracy": pytest.approx(2 / 3),
+        },
     ]
     assert calibration_bins(np.array([0.9]), np.array([1]), bins=2)[0]["accuracy"] is None
 
@@ -337,21 +417,34 @@ def test_the_bins_add_up_to_the_ece(seed):
 
 
 def test_single_label_details():
-    labels, logits = np.array([0, 0, 1, 1]), np.log(np.array([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8], [0.95, 0.05]]))
-    found = details(SINGLE, labels, logits, ["no", "yes"], ["a", "b", "c", "x" * 400], ["r1", "r2", "r3", "r4"])
+    labels = np.array([0, 0, 1, 1])
+    logits = np.log(np.array([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8], [0.95, 0.05]]))
+    found = details(
+        SINGLE, labels, logits, ["no", "yes"], ["a", "b", "c", "x" * 400], ["r1", "r2", "r3", "r4"]
+    )
     assert found["confusion"] == [[1, 1], [1, 1]]
     assert found["scatter"] == []
     assert found["mistakes"] == [
-        {"text": "x" * 299 + "…", "where": "r4", "label": "yes", "predicted": "no", "score": pytest.approx(0.95)},
+        {
+            "text": "x" * 299 + "…",
+            "where": "r4",
+            "label": "yes",
+            "predicted": "no",
+            "score": pytest.approx(0.95),
+        },
         {"text": "b", "where": "r2", "label": "no", "predicted": "yes", "score": pytest.approx(0.7)},
     ]
     assert json.loads(json.dumps(found)) == found
-    assert len(details(SINGLE, labels, logits, ["no", "yes"], ["t"] * 4, ["w"] * 4, mistakes=1)["mistakes"]) == 1
+    assert (
+        len(details(SINGLE, labels, logits, ["no", "yes"], ["t"] * 4, ["w"] * 4, mistakes=1)["mistakes"]) == 1
+    )
 
 
 def test_multi_label_details():
     labels = np.array([[1, 0], [0, 1], [1, 1]], dtype=np.float32)
-    logits = np.log(np.array([[9.0, 1 / 9], [4.0, 9.0], [9.0, 1 / 19]]))  # odds: probabilities 0.9 0.1, 0.8 0.9, 0.9 0.05
+    logits = np.log(
+        np.array([[9.0, 1 / 9], [4.0, 9.0], [9.0, 1 / 19]])
+    )  # odds: probabilities 0.9 0.1, 0.8 0.9, 0.9 0.05
     found = details(MULTI, labels, logits, ["a", "b"], ["t0", "t1", "t2"], ["w0", "w1", "w2"])
     assert found["confusion"] is None
     assert found["mistakes"] == [
@@ -367,7 +460,15 @@ def test_regression_details():
     values = labels.copy()
     values[17] += 5
     values[3] -= 8
-    found = details(REGRESSION, labels, values[:, None], [], [f"t{i}" for i in range(600)], [f"w{i}" for i in range(600)], mistakes=2)
+    found = details(
+        REGRESSION,
+        labels,
+        values[:, None],
+        [],
+        [f"t{i}" for i in range(600)],
+        [f"w{i}" for i in range(600)],
+        mistakes=2,
+    )
     assert found["mistakes"] == [
         {"text": "t3", "where": "w3", "label": 3.0, "predicted": -5.0, "score": 8.0},
         {"text": "t17", "where": "w17", "label": 17.0, "predicted": 22.0, "score": 5.0},

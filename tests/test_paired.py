@@ -50,15 +50,25 @@ def decisions(problem_type, seed, rows=90):
 
 def as_logits(problem_type, made):
     made = np.asarray(made)
-    return np.eye(3)[made] if problem_type == SINGLE else made * 2.0 - 1 if problem_type == MULTI else made[:, None]
+    return (
+        np.eye(3)[made]
+        if problem_type == SINGLE
+        else made * 2.0 - 1
+        if problem_type == MULTI
+        else made[:, None]
+    )
 
 
-@pytest.mark.parametrize(("problem_type", "metric"), [(kind, metric) for kind, names in DECIDED.items() for metric in names])
+@pytest.mark.parametrize(
+    ("problem_type", "metric"), [(kind, metric) for kind, names in DECIDED.items() for metric in names]
+)
 def test_scores_are_those_of_evaluate_on_the_rows_and_on_every_resample(problem_type, metric):
     labels, one = decisions(problem_type, 1)
     two = np.roll(one, 7, axis=0)
     names = ["a", "b", "c"] if problem_type != REGRESSION else ["value"]
-    found = paired_scores(problem_type, metric, labels.tolist(), {"m": {0: one.tolist(), 1: two.tolist()}}, resamples=5, seed=3)
+    found = paired_scores(
+        problem_type, metric, labels.tolist(), {"m": {0: one.tolist(), 1: two.tolist()}}, resamples=5, seed=3
+    )
 
     def score(rows, made):
         return evaluate(problem_type, labels[rows], as_logits(problem_type, made[rows]), names)[metric]
@@ -74,9 +84,13 @@ def test_interval_is_scipys_paired_bootstrap_and_p_that_of_a_paired_t_test():
     labels = random.integers(0, 2, 400)
     good = np.where(random.random(400) < 0.85, labels, 1 - labels)
     poor = np.where(random.random(400) < 0.79, labels, 1 - labels)
-    found = paired_scores(SINGLE, "accuracy", labels, {"good": {0: good}, "poor": {0: poor}}).difference("good", "poor")
+    found = paired_scores(SINGLE, "accuracy", labels, {"good": {0: good}, "poor": {0: poor}}).difference(
+        "good", "poor"
+    )
     gaps = (good == labels).astype(float) - (poor == labels)
-    wanted = stats.bootstrap((gaps,), np.mean, n_resamples=20000, method="percentile", rng=np.random.default_rng(1))
+    wanted = stats.bootstrap(
+        (gaps,), np.mean, n_resamples=20000, method="percentile", rng=np.random.default_rng(1)
+    )
     assert found.value == pytest.approx(gaps.mean())
     assert (found.low, found.high) == pytest.approx(tuple(wanted.confidence_interval), abs=0.004)
     assert found.p == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue, abs=0.01)
@@ -102,7 +116,11 @@ def test_luck_of_the_seeds_is_the_paired_t_interval_where_rows_have_none():
 def test_luck_of_unlike_seeds_is_welchs_and_of_one_seed_none():
     labels = np.linspace(0, 3, 40)
     mine, theirs = {1: 0.50, 2: 0.62, 3: 0.55, 4: 0.59}, {5: 0.41, 6: 0.58, 7: 0.47}
-    both = {"mine": shifted(mine, labels), "theirs": shifted(theirs, labels), "single": shifted({1: 0.7}, labels)}
+    both = {
+        "mine": shifted(mine, labels),
+        "theirs": shifted(theirs, labels),
+        "single": shifted({1: 0.7}, labels),
+    }
     scores = paired_scores(REGRESSION, "mae", labels, both, resamples=20000)
     found = scores.difference("mine", "theirs")
     wanted = stats.ttest_ind(list(mine.values()), list(theirs.values()), equal_var=False)
@@ -115,7 +133,12 @@ def test_luck_of_unlike_seeds_is_welchs_and_of_one_seed_none():
 
 def test_a_method_against_itself_and_its_mirror_image():
     labels, made = decisions(SINGLE, 5)
-    scores = paired_scores(SINGLE, "macro_f1", labels, {"a": {0: made, 1: labels}, "b": {0: made, 1: labels}, "c": {0: made, 1: made}})
+    scores = paired_scores(
+        SINGLE,
+        "macro_f1",
+        labels,
+        {"a": {0: made, 1: labels}, "b": {0: made, 1: labels}, "c": {0: made, 1: made}},
+    )
     same, one, other = scores.difference("a", "b"), scores.difference("a", "c"), scores.difference("c", "a")
     assert (same.value, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
     assert one.value == -other.value > 0
@@ -124,18 +147,27 @@ def test_a_method_against_itself_and_its_mirror_image():
 
 def test_a_score_without_a_value_has_no_difference():
     labels, made = decisions(REGRESSION, 1)
-    scores = paired_scores(REGRESSION, "spearman", labels, {"a": {0: made}, "constant": {0: np.zeros(len(labels))}}, resamples=20)
+    scores = paired_scores(
+        REGRESSION, "spearman", labels, {"a": {0: made}, "constant": {0: np.zeros(len(labels))}}, resamples=20
+    )
     assert scores.difference("a", "constant") is None
 
 
 def test_equal_methods_with_lucky_seeds_are_rarely_told_apart():
-    """The rows alone would find a difference in about every third pair; with the seeds' part it stays below one in twenty."""
+    """The rows alone would find a difference in about every third pair; with the seeds' part it stays below
+    one in twenty."""
     random = np.random.default_rng(7)
     rows, pairs = 300, 150
     alone = found = 0
     for i in range(pairs):
         ease, labels = random.normal(1.6, 2, rows), np.zeros(rows, dtype=int)
-        made = {m: {s: (ease + random.normal(0, 0.3) + random.logistic(size=rows) / 2 < 0).astype(int) for s in range(3)} for m in ("a", "b")}
+        made = {
+            m: {
+                s: (ease + random.normal(0, 0.3) + random.logistic(size=rows) / 2 < 0).astype(int)
+                for s in range(3)
+            }
+            for m in ("a", "b")
+        }
         scores = paired_scores(SINGLE, "accuracy", labels, made, resamples=300, seed=i)
         gaps = scores.draws["a"] - scores.draws["b"]
         alone += min((gaps <= 0).mean(), (gaps >= 0).mean()) < 0.025

@@ -1,4 +1,5 @@
-"""The playground in a real browser: choose, type, read the bars, load one more; by keyboard, at two widths, with a key."""
+"""The playground in a real browser: choose, type, read the bars, load one more; by keyboard, at two widths,
+with a key."""
 
 import shutil
 
@@ -9,7 +10,9 @@ from test_server import TEXT, alone, listen, shelf, start  # noqa: F401
 
 from textlora.server.keys import read_keys
 
-pytestmark = pytest.mark.skipif(browser.PATH is None, reason="needs a Chromium on the path, which pip cannot install; .ci/run fetches one")
+pytestmark = pytest.mark.skipif(
+    browser.PATH is None, reason="needs a Chromium on the path, which pip cannot install; .ci/run fetches one"
+)
 
 CARD = "document.querySelector('#results section[data-adapter=\"{}\"]')"
 
@@ -34,13 +37,20 @@ def assert_bars(found: dict[str, tuple[str, float]], want: dict[str, float]) -> 
 def test_choose_two_adapters_type_read_the_bars_load_one_more(width, listen, shelf, alone, tmp_path):  # noqa: F811
     root = tmp_path / "allowed"
     shutil.copytree(shelf / "value", root / "later")
-    url, _ = listen(adapter=(f"single={shelf / 'single'}", f"multi={shelf / 'multi'}", f"pair={shelf / 'pair'}"), load_from=(str(root),))
+    url, _ = listen(
+        adapter=(f"single={shelf / 'single'}", f"multi={shelf / 'multi'}", f"pair={shelf / 'pair'}"),
+        load_from=(str(root),),
+    )
     with Browser(width) as page:
         page.open(url)
         page.wait("document.querySelectorAll('#list input').length === 3")
-        page.js("for (const box of document.querySelectorAll('#list input')) if (box.checked !== (box.value !== 'pair')) box.click()")
+        page.js(
+            "for (const box of document.querySelectorAll('#list input')) if (box.checked !== (box.value !== 'pair')) box.click()"
+        )
         page.type("text", TEXT)
-        page.wait("document.querySelectorAll('#results section').length === 2 && !document.querySelector('.waiting')")
+        page.wait(
+            "document.querySelectorAll('#results section').length === 2 && !document.querySelector('.waiting')"
+        )
         for name in ("single", "multi"):
             want = alone(name)
             assert_bars(bars(page, name), want.scores)
@@ -52,7 +62,9 @@ def test_choose_two_adapters_type_read_the_bars_load_one_more(width, listen, she
         page.type("load-path", "later")
         page.js("document.querySelector('#load-form button').click()")
         page.wait(f"{CARD.format('one-more')} !== null")
-        assert float(page.js(f"{CARD.format('one-more')}.querySelector('.decision').textContent")) == pytest.approx(alone("value").score, rel=1e-4)
+        assert float(
+            page.js(f"{CARD.format('one-more')}.querySelector('.decision').textContent")
+        ) == pytest.approx(alone("value").score, rel=1e-4)
         page.js("document.querySelector('[aria-label=\"Unload one-more\"]').click()")
         page.wait("document.querySelectorAll('#list input').length === 3")
         page.js("document.querySelector('#list input[value=pair]').click()")
@@ -71,7 +83,9 @@ def test_by_keyboard_and_with_a_key(listen, alone, tmp_path):  # noqa: F811
     with Browser(1200) as page:
         page.open(url)
         page.wait("!document.getElementById('error').hidden")
-        assert page.js("document.getElementById('error').textContent") == "Give an API key to see your adapters."
+        assert (
+            page.js("document.getElementById('error').textContent") == "Give an API key to see your adapters."
+        )
         page.type("key", "small-key-1")
         page.press("Tab", 9)
         page.wait("document.querySelectorAll('#list input').length === 3")

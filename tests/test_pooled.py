@@ -1,4 +1,5 @@
-"""Mean-pooled adapters merged: sentence-transformers and the pipeline give `predict`'s scores, and no class answers with a head it made up."""
+"""Mean-pooled adapters merged: sentence-transformers and the pipeline give `predict`'s scores, and no class
+answers with a head it made up."""
 
 import json
 import subprocess
@@ -14,7 +15,13 @@ import torch
 from conftest import FAST, SLOW, random_adapter
 from safetensors.torch import load_file, save_file
 from test_merge import LABELS, TEXTS, close, make_adapter, merged, near  # noqa: F401  a fixture too
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, CamembertForSequenceClassification, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    CamembertForSequenceClassification,
+    pipeline,
+)
 
 from textlora import TextClassifier
 from textlora.adapters.folder import read_adapter, write_side_file
@@ -39,16 +46,27 @@ TASKS = [
 @pytest.fixture(autouse=True)
 def modules(monkeypatch, tmp_path_factory) -> None:
     """Copies of modelling files go where they disturb nobody."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+    )
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 def by_pipeline(folder: Path, classifier: TextClassifier, pairs: list[str] | None = None) -> np.ndarray:
     """Scores (N, C) as anybody gets them from a merged folder."""
     mean = classifier.meta.pooling == "mean"
-    ask = pipeline("text-classification", model=str(folder), trust_remote_code=mean, truncation=True, top_k=None)
-    answers = ask(TEXTS if pairs is None else [{"text": a, "text_pair": b} for a, b in zip(TEXTS, pairs, strict=True)])
-    return np.array([[{a["label"]: a["score"] for a in answer}[label] for label in classifier.meta.labels] for answer in answers])
+    ask = pipeline(
+        "text-classification", model=str(folder), trust_remote_code=mean, truncation=True, top_k=None
+    )
+    answers = ask(
+        TEXTS if pairs is None else [{"text": a, "text_pair": b} for a, b in zip(TEXTS, pairs, strict=True)]
+    )
+    return np.array(
+        [
+            [{a["label"]: a["score"] for a in answer}[label] for label in classifier.meta.labels]
+            for answer in answers
+        ]
+    )
 
 
 def by_encode(folder: Path, kind: str, pairs: list[str] | None = None) -> np.ndarray:
@@ -57,7 +75,9 @@ def by_encode(folder: Path, kind: str, pairs: list[str] | None = None) -> np.nda
 
     given = TEXTS if pairs is None else list(zip(TEXTS, pairs, strict=True))
     logits = SentenceTransformer(str(folder), device="cpu").encode(given, convert_to_tensor=True)
-    return {SINGLE_LABEL: lambda x: x.softmax(1), MULTI_LABEL: torch.sigmoid, REGRESSION: lambda x: x}[kind](logits.float()).numpy()
+    return {SINGLE_LABEL: lambda x: x.softmax(1), MULTI_LABEL: torch.sigmoid, REGRESSION: lambda x: x}[kind](
+        logits.float()
+    ).numpy()
 
 
 def by_predict(classifier: TextClassifier, pairs: list[str] | None = None) -> np.ndarray:
@@ -85,11 +105,14 @@ def test_every_reader_gives_predicts_scores(family, tiny_base, tmp_path, near): 
 
 @pytest.mark.parametrize("family", FAST + SLOW)
 def test_no_class_makes_up_a_tensor(family, tiny_base, tmp_path, near):  # noqa: F811
-    """Pipeline class and bare encoder take every tensor from the files (but a pooler that the base has none of); the family's own class refuses."""
+    """Pipeline class and bare encoder take every tensor from the files (but a pooler that the base has none
+    of); the family's own class refuses."""
     base, output = tiny_base(family), tmp_path / "m"
     classifier = make_adapter(tmp_path / "a", base, pooling="mean")
     merged(classifier, base, tmp_path / "a", output)
-    net, info = AutoModelForSequenceClassification.from_pretrained(output, trust_remote_code=True, output_loading_info=True)
+    net, info = AutoModelForSequenceClassification.from_pretrained(
+        output, trust_remote_code=True, output_loading_info=True
+    )
     assert type(net).__name__.startswith("MeanPooled")
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     encoder, info = AutoModel.from_pretrained(output, output_loading_info=True)
@@ -101,7 +124,11 @@ def test_no_class_makes_up_a_tensor(family, tiny_base, tmp_path, near):  # noqa:
     for name, tensor in old.items():
         if name not in info["missing_keys"]:
             lora = loras.get(prefix + name.removesuffix(".weight"))
-            expected = tensor if lora is None or not name.endswith(".weight") else tensor + delta(tensor.double(), lora)
+            expected = (
+                tensor
+                if lora is None or not name.endswith(".weight")
+                else tensor + delta(tensor.double(), lora)
+            )
             torch.testing.assert_close(written[name], expected.float(), rtol=1e-6, atol=1e-7)
     for options in ({}, {"trust_remote_code": False}):
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
@@ -118,9 +145,17 @@ def test_no_class_makes_up_a_tensor(family, tiny_base, tmp_path, near):  # noqa:
 def test_tasks(kind, labels, pairs, family, tiny_base, tmp_path, near):  # noqa: F811
     base, output = tiny_base(family), tmp_path / "m"
     thresholds = (0.5, 0.25, 0.75) if kind == MULTI_LABEL else None
-    classifier = make_adapter(tmp_path / "a", base, pooling="mean", labels=labels, kind=kind, pairs=pairs, thresholds=thresholds)
+    classifier = make_adapter(
+        tmp_path / "a", base, pooling="mean", labels=labels, kind=kind, pairs=pairs, thresholds=thresholds
+    )
     seconds = TEXTS[::-1] if pairs else None
-    merged(classifier, base, tmp_path / "a", output, rows=list(zip(TEXTS, seconds or [None] * len(TEXTS), strict=True)))
+    merged(
+        classifier,
+        base,
+        tmp_path / "a",
+        output,
+        rows=list(zip(TEXTS, seconds or [None] * len(TEXTS), strict=True)),
+    )
     expected = by_predict(classifier, seconds)
     assert np.abs(by_pipeline(output, classifier, seconds) - expected).max() <= 1e-5
     assert np.abs(by_encode(output, kind, seconds) - expected).max() <= 1e-5
@@ -136,16 +171,29 @@ def test_the_files_of_sentence_transformers(tiny_base, tmp_path, near):  # noqa:
         ("2_Dense", "sentence_transformers.models.Dense"),
     ]
     assert read("sentence_bert_config.json")["max_seq_length"] == 20
-    assert [key for key, value in read("1_Pooling/config.json").items() if value is True] == ["pooling_mode_mean_tokens"]
+    assert [key for key, value in read("1_Pooling/config.json").items() if value is True] == [
+        "pooling_mode_mean_tokens"
+    ]
     dense = read("2_Dense/config.json")
-    assert (dense["in_features"], dense["out_features"], dense["activation_function"]) == (32, 3, "torch.nn.modules.linear.Identity")
-    whole, alone = load_file(output / "model.safetensors"), load_file(output / "2_Dense" / "model.safetensors")
+    assert (dense["in_features"], dense["out_features"], dense["activation_function"]) == (
+        32,
+        3,
+        "torch.nn.modules.linear.Identity",
+    )
+    whole = load_file(output / "model.safetensors")
+    alone = load_file(output / "2_Dense" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in whole.items() if name in ("classifier.weight", "classifier.bias")} == {
         "classifier.weight": (0,), "classifier.bias": (0,),
     }  # fmt: skip
-    assert all(torch.equal(alone[f"linear.{part}"], whole[f"classifier.mean.{part}"]) for part in ("weight", "bias"))
+    assert all(
+        torch.equal(alone[f"linear.{part}"], whole[f"classifier.mean.{part}"]) for part in ("weight", "bias")
+    )
     for path in output.rglob("*"):
-        assert path.stat().st_mode & 0o777 == (output.stat().st_mode & 0o777 if path.is_dir() else (output / "config.json").stat().st_mode & 0o777)
+        assert path.stat().st_mode & 0o777 == (
+            output.stat().st_mode & 0o777
+            if path.is_dir()
+            else (output / "config.json").stat().st_mode & 0o777
+        )
 
 
 @pytest.mark.parametrize("truncation", ["head", "tail"])
@@ -162,9 +210,13 @@ def test_head_tail_rows_are_left_out_and_said(tiny_base, tmp_path, near):  # noq
     base, output = tiny_base("bert"), tmp_path / "m"
     classifier = make_adapter(tmp_path / "a", base, pooling="mean", truncation="head-tail", max_length=20)
     result = merged(classifier, base, tmp_path / "a", output)
-    longer = sum(e.full > 20 for e in classifier.tokenizer.encode([row["text"] for row in classifier.meta.golden]))
+    longer = sum(
+        e.full > 20 for e in classifier.tokenizer.encode([row["text"] for row in classifier.meta.golden])
+    )
     assert (result["rows"], result["left_out"]) == (8 - longer, longer)
-    assert "head-tail truncation, which neither library has" in (output / "README.md").read_text(encoding="utf-8")
+    assert "head-tail truncation, which neither library has" in (output / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -185,7 +237,8 @@ def test_half_precision(dtype, family, tiny_base, tmp_path, near):  # noqa: F811
 @pytest.mark.parametrize("kind", [SINGLE_LABEL, MULTI_LABEL])
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2"])
 def test_a_temperature_goes_into_the_head(family, kind, pooling, tiny_base, tmp_path, near):  # noqa: F811
-    """Of a folder of an older textlora, whose readers divide by it: merged scores are predict's, and so are those extracted again."""
+    """Of a folder of an older textlora, whose readers divide by it: merged scores are predict's, and so are
+    those extracted again."""
     base = tiny_base(family)
     make_adapter(tmp_path / "a", base, pooling=pooling, kind=kind)
     plain = by_predict(TextClassifier.load(tmp_path / "a", base=str(base)))
@@ -271,7 +324,16 @@ def test_the_command_in_a_fresh_process(tiny_base, tmp_path, cli, monkeypatch):
     classifier = make_adapter(tmp_path / "a", base, pooling="mean")
     code, out, err = cli("merge", tmp_path / "a", "--model", base, "--output", output, "--device", "cpu")
     assert (code, err) == (0, "")
-    assert float(next(line for line in out.splitlines() if line.startswith("largest score difference from predict: ")).rpartition(" ")[2]) <= 1e-5
+    assert (
+        float(
+            next(
+                line
+                for line in out.splitlines()
+                if line.startswith("largest score difference from predict: ")
+            ).rpartition(" ")[2]
+        )
+        <= 1e-5
+    )
     record, cache = said[0]
     assert "textlora" not in record["imported"]
     assert "sentence_transformers" in record["imported"]
@@ -311,25 +373,40 @@ def test_a_folder_that_answers_otherwise_is_refused(damage, tiny_base, tmp_path,
             change("model.safetensors", lambda tensors: tensors.update(whole))
         elif damage == "code":
             path = next(folder.glob("*.py"))
-            path.write_text(path.read_text(encoding="utf-8").replace("states * mask", "states"), encoding="utf-8")
+            path.write_text(
+                path.read_text(encoding="utf-8").replace("states * mask", "states"), encoding="utf-8"
+            )
         else:
             name = "1_Pooling/config.json" if damage == "pooling" else "sentence_bert_config.json"
-            changes = {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True} if damage == "pooling" else {"max_seq_length": 8}
-            (folder / name).write_text(json.dumps(json.loads((folder / name).read_text(encoding="utf-8")) | changes), encoding="utf-8")
+            changes = (
+                {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}
+                if damage == "pooling"
+                else {"max_seq_length": 8}
+            )
+            (folder / name).write_text(
+                json.dumps(json.loads((folder / name).read_text(encoding="utf-8")) | changes),
+                encoding="utf-8",
+            )
         return real(folder, rows, kind)
 
     monkeypatch.setattr(merge, "ask_fresh", spoil)
-    if damage == "code":  # one text at a time has no padding to leave out: that is what the batches of a pipeline are for
+    if (
+        damage == "code"
+    ):  # one text at a time has no padding to leave out: that is what the batches of a pipeline are for
         assert cli("merge", tmp_path / "a", "--model", base, "--output", tmp_path / "m")[0] == 0
         return
-    said = cli.fails("merge", tmp_path / "a", "--model", base, "--output", tmp_path / "m", code=1, output=tmp_path)
+    said = cli.fails(
+        "merge", tmp_path / "a", "--model", base, "--output", tmp_path / "m", code=1, output=tmp_path
+    )
     assert ("without trust_remote_code" if damage == "guard" else "more than rounding explains") in said
 
 
 def test_scores_beyond_the_tolerance_are_refused(tiny_base, tmp_path, near, monkeypatch):  # noqa: F811
     base, real = tiny_base("bert"), merge.ask_fresh
     classifier = make_adapter(tmp_path / "a", base)
-    monkeypatch.setattr(merge, "ask_fresh", lambda *given: replace(found := real(*given), scores=found.scores + 1.5e-5))
+    monkeypatch.setattr(
+        merge, "ask_fresh", lambda *given: replace(found := real(*given), scores=found.scores + 1.5e-5)
+    )
     with pytest.raises(VerificationError, match=r"scores up to 1\.[4-7]e-05 away from predict's"):
         merged(classifier, base, tmp_path / "a", tmp_path / "m")
     assert not (tmp_path / "m").exists()

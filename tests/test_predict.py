@@ -1,4 +1,5 @@
-"""`textlora predict`: what goes in comes out in the same form and order, with the answer added; what cannot be read is said."""
+"""`textlora predict`: what goes in comes out in the same form and order, with the answer added; what cannot
+be read is said."""
 
 import csv
 import io
@@ -44,7 +45,9 @@ def pairs(tiny_base, tmp_path_factory) -> Trained:
 TEXTS = [text for text, _ in single_rows(11, seed=8)]
 
 
-def answers(run: Trained, texts: list[str] = TEXTS, others: list[str] | None = None) -> list[tuple[str, dict[str, float], list[float]]]:
+def answers(
+    run: Trained, texts: list[str] = TEXTS, others: list[str] | None = None
+) -> list[tuple[str, dict[str, float], list[float]]]:
     """(label, scores, logits) computed here from the logits of each text alone."""
     classifier = TextClassifier.load(run.folder, base=run.config.model)
     found = []
@@ -52,7 +55,13 @@ def answers(run: Trained, texts: list[str] = TEXTS, others: list[str] | None = N
         logits = classifier.logits([text], None if others is None else [others[i]])[0].astype(np.float64)
         p = np.exp(logits / classifier.meta.temperature)
         p /= p.sum()
-        found.append((classifier.meta.labels[int(p.argmax())], dict(zip(classifier.meta.labels, p.tolist(), strict=True)), logits.tolist()))
+        found.append(
+            (
+                classifier.meta.labels[int(p.argmax())],
+                dict(zip(classifier.meta.labels, p.tolist(), strict=True)),
+                logits.tolist(),
+            )
+        )
     return found
 
 
@@ -67,7 +76,9 @@ def near(row: dict[str, Any], scores: dict[str, float]) -> bool:
 
 
 def test_csv_to_standard_output(cli, single, tmp_path):
-    path = write_csv(tmp_path / "in.csv", [(i, text, 'x,\n"y"') for i, text in enumerate(TEXTS)], ("id", "review", "note"))
+    path = write_csv(
+        tmp_path / "in.csv", [(i, text, 'x,\n"y"') for i, text in enumerate(TEXTS)], ("id", "review", "note")
+    )
     out, err = predict(cli, single, path)
     assert err == ""
     rows = list(csv.DictReader(io.StringIO(out)))
@@ -86,7 +97,9 @@ def test_a_column_named_label_is_kept(cli, single, tmp_path):
     out, _ = predict(cli, single, path)
     rows = list(csv.DictReader(io.StringIO(out)))
     assert list(rows[0]) == ["text", "label", "label_predicted", "score", "score_neg", "score_pos"]
-    assert [(row["label"], row["label_predicted"]) for row in rows] == [("mine", label) for label, _, _ in answers(single)]
+    assert [(row["label"], row["label_predicted"]) for row in rows] == [
+        ("mine", label) for label, _, _ in answers(single)
+    ]
 
 
 @pytest.mark.parametrize("name", ["in.csv", "in.tsv", "in.jsonl", "in.parquet", "semicolon.csv"])
@@ -99,7 +112,9 @@ def test_every_format_gives_the_same_answers_in_its_own_form(cli, single, tmp_pa
         pq.write_table(pa.Table.from_pylist(rows), path)
     else:
         mark = {"in.tsv": "\t", "semicolon.csv": ";"}.get(name, ",")
-        path.write_text(f"n{mark}text\n" + "".join(f"{row['n']}{mark}{row['text']}\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            f"n{mark}text\n" + "".join(f"{row['n']}{mark}{row['text']}\n" for row in rows), encoding="utf-8"
+        )
     out, err = predict(cli, single, path, "--output", output)
     assert (out, err) == ("", "")
     if name.endswith("jsonl"):
@@ -113,7 +128,9 @@ def test_every_format_gives_the_same_answers_in_its_own_form(cli, single, tmp_pa
             found = list(csv.DictReader(file, delimiter=mark))
     expected = answers(single)
     assert [list(row) for row in found] == [["n", "text", "label", "score", "score_neg", "score_pos"]] * 11
-    assert [(int(row["n"]), row["text"], row["label"]) for row in found] == [(i, TEXTS[i], expected[i][0]) for i in range(11)]
+    assert [(int(row["n"]), row["text"], row["label"]) for row in found] == [
+        (i, TEXTS[i], expected[i][0]) for i in range(11)
+    ]
     assert all(near(row, scores) for row, (_, scores, _) in zip(found, expected, strict=True))
 
 
@@ -121,7 +138,9 @@ def test_output_extension_decides_the_form(cli, single, tmp_path):
     path = write_csv(tmp_path / "in.csv", [(text,) for text in TEXTS], ("text",))
     predict(cli, single, path, "--output", tmp_path / "out.jsonl")
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [(row["text"], row["label"]) for row in found] == [(text, label) for text, (label, _, _) in zip(TEXTS, answers(single), strict=True)]
+    assert [(row["text"], row["label"]) for row in found] == [
+        (text, label) for text, (label, _, _) in zip(TEXTS, answers(single), strict=True)
+    ]
     assert cli.fails("predict", single.folder, "--data", path, "--output", tmp_path / "out.xlsx").startswith(
         "unknown kind of file: out.xlsx; known are "
     )
@@ -148,7 +167,9 @@ def test_json_and_logits(cli, single, tmp_path):
 
 def test_bad_rows_are_said_and_left_out(cli, single, tmp_path):
     path = tmp_path / "in.csv"
-    path.write_bytes(b'id,text\n1,good fun film\n2,too,many\n3,\n4,  \n5,caf\xe9\n6,dull film\n7\n8,"a "b" c"\n9,great plot\n')
+    path.write_bytes(
+        b'id,text\n1,good fun film\n2,too,many\n3,\n4,  \n5,caf\xe9\n6,dull film\n7\n8,"a "b" c"\n9,great plot\n'
+    )
     output = tmp_path / "out.csv"
     out, err = predict(cli, single, path, "--output", output)
     assert out == ""
@@ -160,7 +181,9 @@ def test_bad_rows_are_said_and_left_out(cli, single, tmp_path):
     with open(output, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     expected = answers(single, ["good fun film", "dull film", "great plot"])
-    assert [(row["id"], row["label"]) for row in rows] == [(i, label) for i, (label, _, _) in zip("169", expected, strict=True)]
+    assert [(row["id"], row["label"]) for row in rows] == [
+        (i, label) for i, (label, _, _) in zip("169", expected, strict=True)
+    ]
     output.unlink()
     predict(cli, single, path, "--output", output, "--strict", code=2)
     assert len(output.read_text(encoding="utf-8").splitlines()) == 4
@@ -192,7 +215,9 @@ def test_header_only_gives_a_header_only(cli, single, tmp_path):
 
 def test_order_is_kept_across_windows(cli, single, tmp_path, monkeypatch):
     monkeypatch.setattr(textlora.inference.predict, "WINDOW", 7)
-    texts = [" ".join(["good", "dull", "film", "very"][i % 4] for _ in range(1 + i * 5 % 23)) for i in range(40)]
+    texts = [
+        " ".join(["good", "dull", "film", "very"][i % 4] for _ in range(1 + i * 5 % 23)) for i in range(40)
+    ]
     rows = [(i, "" if i % 9 == 4 else text) for i, text in enumerate(texts)]
     path = write_csv(tmp_path / "in.csv", rows, ("id", "text"))
     out, err = predict(cli, single, path)
@@ -208,10 +233,26 @@ def test_order_is_kept_across_windows(cli, single, tmp_path, monkeypatch):
 def test_lines_from_standard_input_one_json_object_each(single):
     """The real command in a pipe."""
     code = "import textlora.cli; textlora.cli.main()"
-    arguments = [sys.executable, "-c", code, "predict", str(single.folder), "--data", "-", "--json", "--threads", "1"]
-    done = subprocess.run(arguments, input="good fun film\n\ndull boring plot\n", capture_output=True, text=True, check=False)
+    arguments = [
+        sys.executable,
+        "-c",
+        code,
+        "predict",
+        str(single.folder),
+        "--data",
+        "-",
+        "--json",
+        "--threads",
+        "1",
+    ]
+    done = subprocess.run(
+        arguments, input="good fun film\n\ndull boring plot\n", capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
-    assert done.stderr == "textlora: standard input line 2: column 'text': empty text; row skipped\ntextlora: 1 row skipped\n"
+    assert (
+        done.stderr
+        == "textlora: standard input line 2: column 'text': empty text; row skipped\ntextlora: 1 row skipped\n"
+    )
     expected = answers(single, ["good fun film", "dull boring plot"])
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["label"] for row in found] == [label for label, _, _ in expected]
@@ -240,7 +281,10 @@ def test_several_labels(cli, multi, tmp_path):
     assert names == ("long", "praise", "warm")
     assert len(thresholds) == 3
     scores = 1 / (1 + np.exp(-classifier.logits(TEXTS).astype(np.float64) / classifier.meta.temperature))
-    chosen = [[name for name, score, limit in zip(names, row, thresholds, strict=True) if score >= limit] for row in scores]
+    chosen = [
+        [name for name, score, limit in zip(names, row, thresholds, strict=True) if score >= limit]
+        for row in scores
+    ]
     out, _ = predict(cli, multi, path)
     rows = list(csv.DictReader(io.StringIO(out)))
     assert list(rows[0]) == ["text", "labels", "score", "score_long", "score_praise", "score_warm"]
@@ -256,7 +300,9 @@ def test_thresholds_and_temperature_are_obeyed(multi, single):
     classifier = TextClassifier.load(multi.folder, base=multi.config.model)
     plain = with_meta(classifier, temperature=1.0, thresholds=None)
     scores = np.array([list(p.scores.values()) for p in plain.predict(TEXTS)])
-    assert [p.labels for p in plain.predict(TEXTS)] == [tuple(n for n, s in zip(plain.meta.labels, row, strict=True) if s >= 0.5) for row in scores]
+    assert [p.labels for p in plain.predict(TEXTS)] == [
+        tuple(n for n, s in zip(plain.meta.labels, row, strict=True) if s >= 0.5) for row in scores
+    ]
     limits = tuple(map(float, np.median(scores, axis=0)))
     picked = with_meta(classifier, temperature=1.0, thresholds=limits).predict(TEXTS)
     for k, name in enumerate(classifier.meta.labels):
@@ -298,7 +344,9 @@ def test_text_pairs(cli, pairs, tmp_path):
 
 def test_single_texts_for_a_pair_task_and_the_other_way_round(cli, pairs, single, tmp_path):
     alone = write_csv(tmp_path / "alone.csv", single_rows(3))
-    both = write_csv(tmp_path / "both.csv", [("a film", "a plot", "pos")], ("sentence1", "sentence2", "label"))
+    both = write_csv(
+        tmp_path / "both.csv", [("a film", "a plot", "pos")], ("sentence1", "sentence2", "label")
+    )
     for command in ("predict", "evaluate"):
         assert cli.fails(command, pairs.folder, "--data", alone) == (
             "this adapter was trained on text pairs and got single texts; give the second texts (--text-pair-column)"
@@ -313,8 +361,14 @@ def test_single_texts_for_a_pair_task_and_the_other_way_round(cli, pairs, single
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--text-column", "review"), "in.csv: no column 'review'; it has 'text', 'label'; name one of these"),
-        (("--encoding", "latin-99"), "unknown encoding 'latin-99'; use a name such as utf-8, cp1252, cp949 or utf-16"),
+        (
+            ("--text-column", "review"),
+            "in.csv: no column 'review'; it has 'text', 'label'; name one of these",
+        ),
+        (
+            ("--encoding", "latin-99"),
+            "unknown encoding 'latin-99'; use a name such as utf-8, cp1252, cp949 or utf-16",
+        ),
         (("--labels", "a,b"), "has its own labels; `textlora inspect --relabel old=new` renames them"),
         (("--device", "cuda:9"), "CUDA devices here; use --device cpu"),
         (("--model", "/nowhere"), "/nowhere: no such folder; give the folder of a base model, or a hub id"),
@@ -343,7 +397,11 @@ def test_an_output_that_is_there_is_kept_when_predicting_fails(cli, single, tmp_
 def test_predict_from_python_refuses_what_is_no_text(single):
     classifier = TextClassifier.load(single.folder, base=single.config.model)
     assert classifier.predict([]) == []
-    for texts, said in ((["good", ""], "text 2: empty"), (["good", " \n"], "text 2: empty"), ([3], "text 1: not a string")):
+    for texts, said in (
+        (["good", ""], "text 2: empty"),
+        (["good", " \n"], "text 2: empty"),
+        ([3], "text 1: not a string"),
+    ):
         with pytest.raises(UsageError, match=said):
             classifier.predict(texts)
     with pytest.raises(UsageError, match="2 texts and 1 pairs"):

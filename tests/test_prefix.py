@@ -26,7 +26,10 @@ def prepared_run(folder: Path, base: Path, **changes) -> Prepared:
     return prepare(settings(folder, base, **({"layers": "last:1"} | changes)))
 
 
-@pytest.mark.parametrize("changes", [{}, {"pooling": "mean"}, {"target_modules": ("all-linear",), "lora_dropout": 0.2}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"pooling": "mean"}, {"target_modules": ("all-linear",), "lora_dropout": 0.2}, {"use_dora": True}],
+)
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
 def test_losses_and_adapter_do_not_change(family, changes, tiny_base, tmp_path):
     records, tensors = [], []
@@ -49,7 +52,9 @@ def test_states_are_those_of_the_text(tiny_base, tmp_path):
     for split, held in states.items():
         for i, encoded in enumerate(run.sets[split].encoded):
             alone = run.model.encoder.prefix(pack([encoded]), 1)
-            np.testing.assert_allclose(held.states[held.bounds[i] : held.bounds[i + 1]], alone.numpy(), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                held.states[held.bounds[i] : held.bounds[i + 1]], alone.numpy(), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_nothing_is_kept_where_it_would_not_help(tiny_base, tmp_path, monkeypatch):
@@ -125,6 +130,15 @@ def longer(data):
 
 
 def test_checkpointing_is_refused_off_the_packed_path(tiny_base, tmp_path):
-    assert prepare(settings(tmp_path, tiny_base("bert"), gradient_checkpointing=True)).model.gradient_checkpointing
-    with pytest.raises(UsageError, match=r"^--gradient-checkpointing: only on the packed path; this base takes the reference path: "):
-        prepare(TrainConfig(**dataclasses.asdict(settings(tmp_path, tiny_base("albert"), gradient_checkpointing=True))))
+    assert prepare(
+        settings(tmp_path, tiny_base("bert"), gradient_checkpointing=True)
+    ).model.gradient_checkpointing
+    with pytest.raises(
+        UsageError,
+        match=r"^--gradient-checkpointing: only on the packed path; this base takes the reference path: ",
+    ):
+        prepare(
+            TrainConfig(
+                **dataclasses.asdict(settings(tmp_path, tiny_base("albert"), gradient_checkpointing=True))
+            )
+        )

@@ -1,4 +1,5 @@
-"""Products on weights laid out for the processor: against float64, at every number of rows, and through the encoder and the engine."""
+"""Products on weights laid out for the processor: against float64, at every number of rows, and through the
+encoder and the engine."""
 
 from types import SimpleNamespace
 
@@ -10,23 +11,40 @@ from test_engine import KINDS, adapters, engine_of, random_texts  # noqa: F401
 
 from textlora import TextClassifier
 from textlora.kernels.devices import bounded_memory
-from textlora.kernels.packed_linear import MOST, STEP, OneDnnWeight, TransposedWeight, activate, dense, filled_up, lays_out, prepare
+from textlora.kernels.packed_linear import (
+    MOST,
+    STEP,
+    OneDnnWeight,
+    TransposedWeight,
+    activate,
+    dense,
+    filled_up,
+    lays_out,
+    prepare,
+)
 from textlora.model import encoder
 
-needs_layout = pytest.mark.skipif(not lays_out(torch.zeros(1)), reason="weights are laid out on x86 processors with oneDNN only")
+needs_layout = pytest.mark.skipif(
+    not lays_out(torch.zeros(1)), reason="weights are laid out on x86 processors with oneDNN only"
+)
 kinds = pytest.mark.parametrize("kind", [pytest.param(OneDnnWeight, marks=needs_layout), TransposedWeight])
 
 
 @kinds
 @pytest.mark.parametrize("rows", [1, STEP - 1, STEP, 5 * STEP, MOST, MOST + 2 * STEP])
 @pytest.mark.parametrize(
-    ("activation", "with_residual"), [(None, False), (None, True), ("gelu", False), ("gelu", True), ("relu", False), ("gelu_new", False)]
+    ("activation", "with_residual"),
+    [(None, False), (None, True), ("gelu", False), ("gelu", True), ("relu", False), ("gelu_new", False)],
 )
 def test_product_is_the_formula(kind, rows, activation, with_residual):
     g = torch.Generator().manual_seed(rows)
-    x, weight, bias, residual = (torch.randn(shape, generator=g) for shape in ((rows, 48), (96, 48), (96,), (rows, 96)))
+    x, weight, bias, residual = (
+        torch.randn(shape, generator=g) for shape in ((rows, 48), (96, 48), (96,), (rows, 96))
+    )
     before = residual.clone()
-    expected = activate(x.double() @ weight.double().T + bias.double(), activation) + (residual.double() if with_residual else 0)
+    expected = activate(x.double() @ weight.double().T + bias.double(), activation) + (
+        residual.double() if with_residual else 0
+    )
     with torch.inference_mode():
         made = kind.of(weight)
         found = dense(x, made, bias, activation, residual if with_residual else None)
@@ -34,7 +52,9 @@ def test_product_is_the_formula(kind, rows, activation, with_residual):
         bare = dense(x, made, None, activation, residual if with_residual else None)
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=2e-5)
     np.testing.assert_allclose(part.numpy(), expected[:, 10:30].numpy(), atol=2e-5)
-    without = activate(x.double() @ weight.double().T, activation) + (residual.double() if with_residual else 0)
+    without = activate(x.double() @ weight.double().T, activation) + (
+        residual.double() if with_residual else 0
+    )
     np.testing.assert_allclose(bare.numpy(), without.numpy(), atol=2e-5)
     assert made.shape == weight.shape
     assert torch.equal(residual, before)
@@ -53,13 +73,20 @@ def test_rows_do_not_depend_on_what_fills_a_batch_up(kind):
 
 @needs_layout
 def test_kind_for_this_processor(monkeypatch):
-    for capability, kind in (("AVX512", OneDnnWeight), ("AVX2", TransposedWeight), ("DEFAULT", TransposedWeight)):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+    for capability, kind in (
+        ("AVX512", OneDnnWeight),
+        ("AVX2", TransposedWeight),
+        ("DEFAULT", TransposedWeight),
+    ):
+        monkeypatch.setattr(
+            torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability
+        )
         assert isinstance(prepare(torch.zeros(8, 8), "float32"), kind)
 
 
 def test_onednn_is_back_when_the_last_one_leaves():
-    """Two that come and go as threads do, neither inside the other; what fills its batches up asks for nothing."""
+    """Two that come and go as threads do, neither inside the other; what fills its batches up asks for
+    nothing."""
     plain = SimpleNamespace(device="cpu", dtype=torch.float32, in_steps=False)
     before = torch.backends.mkldnn.enabled
     first, second = bounded_memory(plain), bounded_memory(plain)
@@ -80,7 +107,8 @@ def test_filled_up():
 @kinds
 @pytest.mark.parametrize("family", FAST)
 def test_what_predicts_is_what_was_trained(family, kind, adapters, tiny_base, monkeypatch):  # noqa: F811
-    """Merged, laid out and filled up against the adapter beside the plain base, for every kind of adapter; the engine against both."""
+    """Merged, laid out and filled up against the adapter beside the plain base, for every kind of adapter;
+    the engine against both."""
     monkeypatch.setattr(encoder, "prepare", lambda weight, *_: kind.of(weight))
     folders, base = adapters(family), tiny_base(family)
     engine = engine_of(folders, base)

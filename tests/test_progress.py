@@ -22,7 +22,8 @@ def now(monkeypatch):
 
 
 class Terminal(io.StringIO):
-    """Stands for standard error; `seen` is what was written since it was last asked, without colours and other codes."""
+    """Stands for standard error; `seen` is what was written since it was last asked, without colours and
+    other codes."""
 
     def isatty(self):
         return True
@@ -45,15 +46,45 @@ def step(number):
 
 
 def evaluation(number):
-    return {"kind": "evaluation", "step": number, "epoch": 1.0, "loss": 0.25, "metrics": {"accuracy": 0.75}, "best": True, "kept": True}
+    return {
+        "kind": "evaluation",
+        "step": number,
+        "epoch": 1.0,
+        "loss": 0.25,
+        "metrics": {"accuracy": 0.75},
+        "best": True,
+        "kept": True,
+    }
 
 
-START = {"kind": "start", "steps": 10, "model": "tiny", "device": "cpu", "adapter_parameters": 9216, "head_parameters": 66, "labels": ["a", "b"]}
+START = {
+    "kind": "start",
+    "steps": 10,
+    "model": "tiny",
+    "device": "cpu",
+    "adapter_parameters": 9216,
+    "head_parameters": 66,
+    "labels": ["a", "b"],
+}
 TRAINING = [START, step(1), step(2), evaluation(2), step(10), evaluation(10)]
 RUN = {"method": "lora-qv", "size": {"r": 8}, "learning_rate": 1e-3, "seed": 7, "train_rows": 500}
-ENDED = {"kind": "end", **RUN, "metric": "accuracy", "validation": {"accuracy": 0.5}, "test": {"accuracy": None}, "total_seconds": 61.0}
+ENDED = {
+    "kind": "end",
+    **RUN,
+    "metric": "accuracy",
+    "validation": {"accuracy": 0.5},
+    "test": {"accuracy": None},
+    "total_seconds": 61.0,
+}
 STUDY = {"kind": "study", "searched": ["r", "epochs"], "trials": 4, "done": 1, "metric": "accuracy"}
-TRIAL = {"kind": "trial_end", "number": 1, "state": "complete", "reason": None, "value": 0.5, "best": {"number": 1}}
+TRIAL = {
+    "kind": "trial_end",
+    "number": 1,
+    "state": "complete",
+    "reason": None,
+    "value": 0.5,
+    "best": {"number": 1},
+}
 
 
 def test_time():
@@ -127,7 +158,9 @@ def test_lines_of_a_search_and_of_its_last_training(now, capsys):
         display.show({"kind": "trial", "number": 1})
         now.value += 20
         display.show(TRIAL | {"done": 2})
-        display.show(TRIAL | {"number": 2, "state": "failed", "reason": "the loss is nan", "value": None, "done": 3})
+        display.show(
+            TRIAL | {"number": 2, "state": "failed", "reason": "the loss is nan", "value": None, "done": 3}
+        )
         display.show(TRIAL | {"number": 3, "state": "pruned", "value": None, "done": 4})
         display.show({"kind": "best", "number": 1, "value": 0.5})
         display.show(evaluation(2))
@@ -167,7 +200,15 @@ def test_quiet_says_nothing_even_in_a_terminal(kind):
 
 
 def test_the_last_line_says_where_the_rows_cannot_tell():
-    record = {"kind": "final", "split": "test", "rows": 4, "metrics": {"accuracy": 1.0}, "intervals": {"accuracy": [0.5101, 1.0]}}
-    assert "4 rows cannot tell: the true accuracy may be anything between 0.51 and 1.00." in report_line(record)
+    record = {
+        "kind": "final",
+        "split": "test",
+        "rows": 4,
+        "metrics": {"accuracy": 1.0},
+        "intervals": {"accuracy": [0.5101, 1.0]},
+    }
+    assert "4 rows cannot tell: the true accuracy may be anything between 0.51 and 1.00." in report_line(
+        record
+    )
     assert "cannot tell" in report_line(record | {"metrics": {"mse": 0.0}, "intervals": {}})
     assert "\n" not in report_line(record | {"rows": 4000, "intervals": {"accuracy": [0.97, 1.0]}})

@@ -1,4 +1,5 @@
-"""Golden logits from a process of its own: the same values and errors, and what happens when it, or its parent, ends."""
+"""Golden logits from a process of its own: the same values and errors, and what happens when it, or its
+parent, ends."""
 
 import contextlib
 import os
@@ -44,7 +45,10 @@ def test_a_process_of_its_own_gives_the_same(fresh, tiny_base, tmp_path):
     for pooling in ("first", "mean"):
         folder = make_adapter(tmp_path / pooling, base, Kind(LoraConfig(r=4), 3, pooling=pooling), seed=1)
         classifier = TextClassifier.load(folder, base=str(base), device="cpu")
-        asked[pooling] = (folder, base, len(classifier.meta.labels), pooling, classifier.tokenizer.encode(TEXTS)), classifier
+        asked[pooling] = (
+            (folder, base, len(classifier.meta.labels), pooling, classifier.tokenizer.encode(TEXTS)),
+            classifier,
+        )
     with Prover() as prover:
         process = prover._process
         for given, classifier in asked.values():
@@ -78,7 +82,9 @@ def test_an_interpreter_that_cannot_be_started(fresh, tiny_base, tmp_path, monke
     classifier = TextClassifier.load(folder, base=str(base), device="cpu")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
     with Prover() as prover:
-        logits = prover.golden(folder, base, len(classifier.meta.labels), "first", classifier.tokenizer.encode(TEXTS))
+        logits = prover.golden(
+            folder, base, len(classifier.meta.labels), "first", classifier.tokenizer.encode(TEXTS)
+        )
     assert np.abs(logits - classifier.plain_logits(TEXTS)).max() < 1e-5
     assert prover.trouble.startswith("no process could be started")
 
@@ -88,7 +94,13 @@ def test_an_interpreter_that_cannot_be_started(fresh, tiny_base, tmp_path, monke
 def test_it_does_not_outlive_its_parent(way):
     script = "from textlora.training.prover import Prover; p = Prover().start(); print(p._process.pid, flush=True); input(); p.close(); print('closed', flush=True); input()"
     environment = os.environ | {"PYTHONPATH": str(Path(textlora.training.prover.__file__).parent.parent)}
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as parent:
         process = int(parent.stdout.readline())
         assert not gone(process, 0.2)
         if way == "killed":
@@ -104,4 +116,9 @@ def test_it_does_not_outlive_its_parent(way):
 def test_the_module_imports_nothing_heavy():
     script = "import sys, textlora.training.prover; print(*sorted(set(sys.modules) & {'numpy', 'torch', 'transformers', 'peft', 'safetensors'}))"
     environment = os.environ | {"PYTHONPATH": str(Path(textlora.training.prover.__file__).parent.parent)}
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment).stdout.strip() == ""
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+        ).stdout.strip()
+        == ""
+    )

@@ -1,4 +1,5 @@
-"""Batches filled up to a few shapes, for recording on a GPU: the same losses and gradients. The device itself is tried in test_gpu.py."""
+"""Batches filled up to a few shapes, for recording on a GPU: the same losses and gradients. The device itself
+is tried in test_gpu.py."""
 
 import contextlib
 
@@ -17,12 +18,15 @@ from textlora.training.trainer import Trainer
 
 
 def batch_of(lengths, labels=None):
-    return pack([Encoded(np.full(n, 7, dtype=np.int32), np.zeros(n, dtype=np.int8), n) for n in lengths], labels)
+    return pack(
+        [Encoded(np.full(n, 7, dtype=np.int32), np.zeros(n, dtype=np.int8), n) for n in lengths], labels
+    )
 
 
 @given(lengths=st.lists(st.integers(1, 512), min_size=1, max_size=70))
 def test_filled_batch_keeps_its_texts(lengths):
-    batch, filled = batch_of(lengths, np.ones(len(lengths), dtype=np.int64)), fill_up(batch_of(lengths, np.ones(len(lengths), dtype=np.int64)))
+    batch = batch_of(lengths, np.ones(len(lengths), dtype=np.int64))
+    filled = fill_up(batch_of(lengths, np.ones(len(lengths), dtype=np.int64)))
     tokens, texts, longest, without_hidden = filled.shape
     bounds = filled.batch.layout.cu_seqlens
     assert without_hidden
@@ -47,7 +51,10 @@ def one_call(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
     """What `varlen_attn` computes, text by text."""
     parts = []
     for b in range(len(cu_seq_q) - 1):
-        q, k, v = (t[cu[b] : cu[b + 1]].transpose(0, 1) for t, cu in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k)))
+        q, k, v = (
+            t[cu[b] : cu[b + 1]].transpose(0, 1)
+            for t, cu in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))
+        )
         assert q.shape[1] <= max_q
         assert k.shape[1] <= max_k
         parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1))
@@ -59,7 +66,13 @@ def one_call(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_filled_batch_gives_the_same_sums(tiny_base, tmp_path, monkeypatch, family, task, pooling):
     """With attention in one call, as on a GPU, against the batch as it is with the CPU's attention."""
-    config = settings(tmp_path, tiny_base(family), task, pooling=pooling, class_weights="balanced" if task != "regression" else None)
+    config = settings(
+        tmp_path,
+        tiny_base(family),
+        task,
+        pooling=pooling,
+        class_weights="balanced" if task != "regression" else None,
+    )
     prepared = prepare(config)
     trainer = Trainer(prepared)
     rows = list(range(11))
@@ -76,7 +89,8 @@ def test_filled_batch_gives_the_same_sums(tiny_base, tmp_path, monkeypatch, fami
 
 
 def test_recordings_add_what_they_are_given(tiny_base, tmp_path, monkeypatch):
-    """A stand-in for CUDA graphs: what is recorded does not run, a replay runs it on what lies where it was recorded."""
+    """A stand-in for CUDA graphs: what is recorded does not run, a replay runs it on what lies where it was
+    recorded."""
 
     class Graph:
         def replay(self):
@@ -99,10 +113,16 @@ def test_recordings_add_what_they_are_given(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(textlora.model.attention, "flash", lambda: one_call)
     for module in ("attention", "encoder"):
         monkeypatch.setattr(f"textlora.model.{module}.in_one_call", lambda x: True)
-    recordings = Recordings(trainer._sums, [torch.zeros(()), *(torch.zeros_like(t) for t in trainer.parameters.values())])
-    fresh = lambda: [fill_up(trainer._batch(rows, "cpu")) for rows in parts]  # a recording keeps and overwrites its own
+    recordings = Recordings(
+        trainer._sums, [torch.zeros(()), *(torch.zeros_like(t) for t in trainer.parameters.values())]
+    )
+    fresh = lambda: [
+        fill_up(trainer._batch(rows, "cpu")) for rows in parts
+    ]  # a recording keeps and overwrites its own
     filled = fresh()
-    assert len({one.shape for one in filled}) < len(parts) // 2  # some shapes come three times: run, recorded, replayed
+    assert (
+        len({one.shape for one in filled}) < len(parts) // 2
+    )  # some shapes come three times: run, recorded, replayed
     for one, want in zip(filled, expected, strict=True):
         recordings.clear()
         recordings.add(one)

@@ -17,13 +17,19 @@ from textlora.report.run_page import markdown_summary, render
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
-def make_records(problem_type=SINGLE, classes=2, rows=400, names=None, text="a plain sentence of row {}", steps=120):
+def make_records(
+    problem_type=SINGLE, classes=2, rows=400, names=None, text="a plain sentence of row {}", steps=120
+):
     """Records as a run writes them, with made-up but consistent values."""
     random = np.random.default_rng(classes)
     names = names or [f"label_{i}" for i in range(classes)]
     if problem_type == SINGLE:
         labels = random.integers(0, classes, rows)
-        logits = random.normal(size=(rows, classes)) + 2.2 * np.eye(classes)[labels] + 0.9 * np.eye(classes)[(labels + 1) % classes]
+        logits = (
+            random.normal(size=(rows, classes))
+            + 2.2 * np.eye(classes)[labels]
+            + 0.9 * np.eye(classes)[(labels + 1) % classes]
+        )
     elif problem_type == MULTI:
         labels = (random.random((rows, classes)) < 0.2).astype(float)
         logits = random.normal(size=(rows, classes)) + 3 * labels - 2
@@ -32,7 +38,12 @@ def make_records(problem_type=SINGLE, classes=2, rows=400, names=None, text="a p
         logits = (labels + random.normal(size=rows) * 0.6)[:, None]
     finals = []
     for split in ("validation", "test"):
-        final = {"kind": "final", "split": split, "rows": rows, "metrics": scores.evaluate(problem_type, labels, logits, names)}
+        final = {
+            "kind": "final",
+            "split": split,
+            "rows": rows,
+            "metrics": scores.evaluate(problem_type, labels, logits, names),
+        }
         final["intervals"] = scores.intervals(problem_type, labels, logits, resamples=50)
         texts = [text.format(i) for i in range(rows)]
         wheres = [f"{split}.csv row {i + 1}" for i in range(rows)]
@@ -58,7 +69,15 @@ def make_records(problem_type=SINGLE, classes=2, rows=400, names=None, text="a p
         warnings=["3 texts occur twice in train.csv (first: rows 5 and 19)"],
     )
     data = {"kind": "data", **data.as_dict()}
-    settings = {"learning_rate": 0.001, "batch_size": 16, "r": 8, "lora_alpha": 16.0, "max_length": 128, "seed": 12345, "use_dora": False}
+    settings = {
+        "learning_rate": 0.001,
+        "batch_size": 16,
+        "r": 8,
+        "lora_alpha": 16.0,
+        "max_length": 128,
+        "seed": 12345,
+        "use_dora": False,
+    }
     start = {
         "kind": "start",
         "model": "sentence-transformers/all-MiniLM-L6-v2",
@@ -78,9 +97,29 @@ def make_records(problem_type=SINGLE, classes=2, rows=400, names=None, text="a p
         if step % 20 == 0:
             score = finals[0]["metrics"] | {main: finals[0]["metrics"][main] - 0.2 * np.exp(-step / 30)}
             loss = 0.7 * np.exp(-step / 35) + 0.27 + step / 2000
-            records.append({"kind": "evaluation", "split": "validation", "step": step, "loss": loss, "metrics": score, "best": True, "kept": True})
-    end = {"kind": "end", "train_seconds": 83.125, "tokens": 84000, "tokens_per_second": 1010.5, "peak_memory_bytes": 1_250_000_000}
-    end |= {"epochs": 3.0, "best_step": 100, "best_metric": {"name": main, "value": finals[0]["metrics"][main]}}
+            records.append(
+                {
+                    "kind": "evaluation",
+                    "split": "validation",
+                    "step": step,
+                    "loss": loss,
+                    "metrics": score,
+                    "best": True,
+                    "kept": True,
+                }
+            )
+    end = {
+        "kind": "end",
+        "train_seconds": 83.125,
+        "tokens": 84000,
+        "tokens_per_second": 1010.5,
+        "peak_memory_bytes": 1_250_000_000,
+    }
+    end |= {
+        "epochs": 3.0,
+        "best_step": 100,
+        "best_metric": {"name": main, "value": finals[0]["metrics"][main]},
+    }
     return json.loads(json.dumps([*records, *finals, end]))
 
 
@@ -113,7 +152,14 @@ def _forms(value):
         return set()
     if isinstance(value, int | float):
         value = abs(value)  # signs are not part of _NUMBER
-        return {number(value), number(value, 1), whole(value), percent(value).split("\xa0")[0], setting(value), size(value).split(" ")[0]}
+        return {
+            number(value),
+            number(value, 1),
+            whole(value),
+            percent(value).split("\xa0")[0],
+            setting(value),
+            size(value).split(" ")[0],
+        }
     if isinstance(value, str):
         return set(_NUMBER.findall(value))
     return set().union(*map(_forms, value.values() if isinstance(value, dict) else value))
@@ -122,14 +168,20 @@ def _forms(value):
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
 
 
-@pytest.mark.parametrize(("problem_type", "classes"), [(SINGLE, 2), (SINGLE, 30), (MULTI, 5), (REGRESSION, 1)])
+@pytest.mark.parametrize(
+    ("problem_type", "classes"), [(SINGLE, 2), (SINGLE, 30), (MULTI, 5), (REGRESSION, 1)]
+)
 def test_every_number_on_the_page_is_in_the_records(problem_type, classes):
     records = make_records(problem_type, classes)
     final = next(r for r in records if r.get("split") == "test" and r["kind"] == "final")
     allowed = _forms(records) | _forms([len(records[0]["labels"])])
-    # Counted from the confusion matrix: its sums and shares; said by the page itself: 95 % intervals, 0.8 and 80 %, bins, names.
+    # Counted from the confusion matrix: its sums and shares; said by the page itself: 95 % intervals, 0.8 and
+    # 80 %, bins, names.
     matrix = final["details"]["confusion"] or []
-    counted = [sum(matrix[i][i] for i in range(len(matrix))), *[n / (sum(row) or 1) for row in matrix for n in row]]
+    counted = [
+        sum(matrix[i][i] for i in range(len(matrix))),
+        *[n / (sum(row) or 1) for row in matrix for n in row],
+    ]
     counted += [sum(row) / final["rows"] for row in matrix] + [max(1, 120 // 25)]
     allowed |= _forms(counted) | {"95", "0.8", "80", "15", "1", "0"}
     text = re.sub(r"\bF1\b", "F", " ".join(_Page(render(records, "run")).text))
@@ -154,7 +206,13 @@ def test_all_metrics_and_label_scores_are_on_the_page():
     for value in final["metrics"].values():
         assert number(value) in text
     for row in final["details"]["per_class"]:
-        assert {row["label"], whole(row["support"]), number(row["precision"]), number(row["recall"]), number(row["f1"])} <= set(text)
+        assert {
+            row["label"],
+            whole(row["support"]),
+            number(row["precision"]),
+            number(row["recall"]),
+            number(row["f1"]),
+        } <= set(text)
     for row in final["details"]["mistakes"]:
         assert {row["text"], row["where"]} <= set(text)
 
@@ -164,12 +222,31 @@ def test_many_labels_give_the_most_confused_pairs_and_a_heat_map():
     matrix[3, 7], matrix[7, 3], matrix[0, 1] = 6, 2, 4
     records = [
         {"kind": "start", "problem_type": SINGLE, "labels": [f"L{i}" for i in range(13)]},
-        {"kind": "final", "split": "test", "rows": 142, "metrics": {"accuracy": 130 / 142}, "details": {"confusion": matrix.tolist()}},
+        {
+            "kind": "final",
+            "split": "test",
+            "rows": 142,
+            "metrics": {"accuracy": 130 / 142},
+            "details": {"confusion": matrix.tolist()},
+        },
     ]
     page = render(records, "run")
     table = page[page.index("Most confused pairs") : page.index("All pairs")]
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", table)
-    assert cells == ["L3", "L7", "6", "37.50\xa0%", "L0", "L1", "4", "28.57\xa0%", "L7", "L3", "2", "16.67\xa0%"]
+    assert cells == [
+        "L3",
+        "L7",
+        "6",
+        "37.50\xa0%",
+        "L0",
+        "L1",
+        "4",
+        "28.57\xa0%",
+        "L7",
+        "L3",
+        "2",
+        "16.67\xa0%",
+    ]
     assert page.count('class="hit"') == 13
     assert page.count('class="miss"') == 3
     assert "<title>L3 predicted as L7: 6 of 16</title>" in page
@@ -208,7 +285,10 @@ def test_data_section_shows_classes_lengths_and_warnings():
     assert percent(data["shares"][ranked[0]]) in text
     assert data["warnings"][0] in text
     lengths = next(part for part in text if part.startswith("Tokens per training text"))
-    assert "4 to 163, mean 40.2, median 36.0; 95 % have at most 81.0. 1.25\xa0% of the rows were cut, and 0.41\xa0% of the" in lengths
+    assert (
+        "4 to 163, mean 40.2, median 36.0; 95 % have at most 81.0. 1.25\xa0% of the rows were cut, and 0.41\xa0% of the"
+        in lengths
+    )
     bars = [int(count.replace(",", "")) for count in re.findall(r"<title>\d+ to \d+: ([\d,]+)</title>", page)]
     assert bars == [count for count in data["lengths"]["counts"] if count]
 
@@ -274,7 +354,8 @@ def test_markdown_summary_holds_the_metrics():
 
 
 def test_page_and_summary_say_where_the_rows_cannot_tell():
-    told, about = "4 rows cannot tell: the true accuracy may be anything between 0.51 and 1.00.", "An interval is over other test rows"
+    told = "4 rows cannot tell: the true accuracy may be anything between 0.51 and 1.00."
+    about = "An interval is over other test rows"
     for rows, interval in ((4, [0.5101, 1.0]), (4000, [0.88, 0.9])):
         records = make_records(rows=rows)
         final = next(r for r in records if r.get("split") == "test" and r["kind"] == "final")
@@ -286,14 +367,29 @@ def test_page_and_summary_say_where_the_rows_cannot_tell():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.87, "0.8700"), (2e-05, "2e-05"), (0, "0.0000"), (None, "–"), (float("nan"), "–"), (12345.678, "12,345.6780"), (-0.5, "-0.5000")],
+    [
+        (0.87, "0.8700"),
+        (2e-05, "2e-05"),
+        (0, "0.0000"),
+        (None, "–"),
+        (float("nan"), "–"),
+        (12345.678, "12,345.6780"),
+        (-0.5, "-0.5000"),
+    ],
 )
 def test_number(value, text):
     assert number(value) == text
 
 
 def test_other_formats():
-    assert [whole(1234567), percent(0.12345), size(1_250_000_000), size(3_400_000), setting(["query", "value"]), setting(5e-05)] == [
+    assert [
+        whole(1234567),
+        percent(0.12345),
+        size(1_250_000_000),
+        size(3_400_000),
+        setting(["query", "value"]),
+        setting(5e-05),
+    ] == [
         "1,234,567",
         "12.35\xa0%",
         "1.25 GB",
@@ -318,7 +414,9 @@ def test_running_mean():
 
 def test_a_line_chart_puts_points_where_they_belong():
     line = figures.Line("one", "a", [(0, 0.0), (10, 1.0)])
-    xy = re.search(r'class="line a" d="M([\d.]+),([\d.]+)L([\d.]+),([\d.]+)"', figures.lines([line], "step", "loss")).groups()
+    xy = re.search(
+        r'class="line a" d="M([\d.]+),([\d.]+)L([\d.]+),([\d.]+)"', figures.lines([line], "step", "loss")
+    ).groups()
     x0, y0, x1, y1 = map(float, xy)
     # The y axis has a margin of 6 % of the range at both ends; SVG's y grows downwards.
     height = figures.HEIGHT - figures.TOP - figures.BOTTOM
@@ -336,6 +434,8 @@ def test_all_report_pages_have_one_frame_and_one_style_sheet():
         page = fill(template, title="a <b>", about="c & d")
         assert (page.startswith(head), page.endswith(end)) == (True, True)
     style = head[head.index("<style>") : head.index("</style>")]
-    light, dark, printed = (dict(re.findall(r"--([\w-]+): (#\w+);", rule)) for rule in re.findall(r":root \{[^}]*", style))
+    light, dark, printed = (
+        dict(re.findall(r"--([\w-]+): (#\w+);", rule)) for rule in re.findall(r":root \{[^}]*", style)
+    )
     assert light == light_colours()
     assert set(light) == set(dark) == set(printed)

@@ -53,8 +53,12 @@ def whole(tiny_base, tmp_path_factory) -> Whole:
 def folded(tiny_base, tmp_path_factory) -> Whole:
     """Three folds of 8 steps each, then 10 steps on all rows, an evaluation every 3 of them."""
     changes = {"validation": None, "epochs": 2.0, "eval_every": 3, "lora_dropout": 0.2, "learning_rate": 0.02}
-    found = uninterrupted(tmp_path_factory, settings(tmp_path_factory.mktemp("folded"), tiny_base("bert"), **changes))
-    assert [sum(r["kind"] == "step" and r.get("fold") == fold for r in found.log) for fold in (1, 2, 3, None)] == [8, 8, 8, 10]
+    found = uninterrupted(
+        tmp_path_factory, settings(tmp_path_factory.mktemp("folded"), tiny_base("bert"), **changes)
+    )
+    assert [
+        sum(r["kind"] == "step" and r.get("fold") == fold for r in found.log) for fold in (1, 2, 3, None)
+    ] == [8, 8, 8, 10]
     assert found.log[0]["all_steps"] == 34
     return found
 
@@ -165,7 +169,9 @@ def before_the_last_tidying(call: int) -> None:
     textlora.training.run.write_text = wrapped
 
 
-def go_on(config: TrainConfig, arm: Callable[[], None] = lambda: None, every: float = 0.0) -> Callable[[], int]:
+def go_on(
+    config: TrainConfig, arm: Callable[[], None] = lambda: None, every: float = 0.0
+) -> Callable[[], int]:
     def job() -> int:
         arm()
         run_training(config, resume=True, checkpoint_seconds=every)
@@ -177,8 +183,12 @@ def go_on(config: TrainConfig, arm: Callable[[], None] = lambda: None, every: fl
 def check_finished(config: TrainConfig, whole: Whole) -> None:
     output = Path(config.output)
     assert (output / WEIGHTS).read_bytes() == whole.weights
-    assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in Path(whole.config.output).iterdir())
-    assert sorted(p.name for p in (output / "run").iterdir()) == sorted(p.name for p in (Path(whole.config.output) / "run").iterdir())
+    assert sorted(p.name for p in output.iterdir()) == sorted(
+        p.name for p in Path(whole.config.output).iterdir()
+    )
+    assert sorted(p.name for p in (output / "run").iterdir()) == sorted(
+        p.name for p in (Path(whole.config.output) / "run").iterdir()
+    )
     assert stripped(log_of(output)) == stripped(whole.log)
 
 
@@ -233,7 +243,8 @@ def final_replaces(whole: Whole) -> int:
 
 
 def test_killed_at_every_file_of_the_final_save(whole, tmp_path):
-    """One run, killed just before or just after each file takes its name, goes on from where it was every time."""
+    """One run, killed just before or just after each file takes its name, goes on from where it was every
+    time."""
     config = replace(whole.config, output=str(tmp_path / "out"))
     code, _, err = forked(go_on(config, lambda: in_the_proof(1)))
     assert code == -signal.SIGKILL, err
@@ -253,7 +264,8 @@ def test_killed_at_every_file_of_the_final_save(whole, tmp_path):
 
 
 def test_twenty_kills_at_random_moments(whole, folded, tmp_path):
-    """In turns with and without cross-validation. kill -9 from outside, at any moment of preparing, training, evaluating, writing and saving; each run is resumed to its end."""
+    """In turns with and without cross-validation. kill -9 from outside, at any moment of preparing, training,
+    evaluating, writing and saving; each run is resumed to its end."""
     draw, kills, runs = random.Random(0), 0, 0
     while kills < 20:
         runs += 1
@@ -284,8 +296,16 @@ def test_stop_between_steps_and_go_on(whole, tmp_path):
     seen: list[dict[str, Any]] = []
     for stop_at in (3, 4, 9):
         with pytest.raises(Interrupted) as caught:
-            run_training(config, resume=True, on_record=seen.append, stop=lambda stop_at=stop_at: seen[-1].get("step") == stop_at)
-        assert str(caught.value) == f"stopped at step {stop_at} of 48; `textlora train --resume --output {config.output}` goes on"
+            run_training(
+                config,
+                resume=True,
+                on_record=seen.append,
+                stop=lambda stop_at=stop_at: seen[-1].get("step") == stop_at,
+            )
+        assert (
+            str(caught.value)
+            == f"stopped at step {stop_at} of 48; `textlora train --resume --output {config.output}` goes on"
+        )
         assert caught.value.exit_code == 130
         assert not (Path(config.output) / SIDE).exists()
     run_training(config, resume=True, on_record=seen.append)
@@ -296,7 +316,9 @@ def test_stop_between_steps_and_go_on(whole, tmp_path):
 
 def test_steps_after_the_last_checkpoint_are_logged_once(whole, tmp_path):
     config = replace(whole.config, output=str(tmp_path / "out"))
-    code, _, _ = forked(go_on(config, lambda: in_a_step(6), every=1e9))  # checkpoints at evaluations only: after step 4
+    code, _, _ = forked(
+        go_on(config, lambda: in_a_step(6), every=1e9)
+    )  # checkpoints at evaluations only: after step 4
     assert code == -signal.SIGKILL
     assert [r["step"] for r in log_of(Path(config.output)) if r["kind"] == "step"] == [1, 2, 3, 4, 5]
     seen: list[dict[str, Any]] = []
@@ -318,19 +340,40 @@ def test_resuming_a_finished_run_changes_nothing(whole, cli):
 def test_a_killed_run_leaves_no_lock(whole, tmp_path):
     config = replace(whole.config, output=str(tmp_path / "out"))
     assert forked(go_on(config, lambda: in_a_step(2)))[0] == -signal.SIGKILL
-    with folder_lock(tmp_path / "out" / "run"), pytest.raises(StorageError, match="is in use by another run"), folder_lock(tmp_path / "out" / "run"):
+    with (
+        folder_lock(tmp_path / "out" / "run"),
+        pytest.raises(StorageError, match="is in use by another run"),
+        folder_lock(tmp_path / "out" / "run"),
+    ):
         pass
 
 
 def test_ctrl_c_on_the_real_command(tiny_base, tmp_path, cli):
     config = settings(tmp_path, tiny_base("bert"), epochs=30.0, batch_size=4, lora_dropout=0.1)
-    flags = ["--train", config.train, "--validation", config.validation, "--model", config.model, "--device", "cpu", "--threads", "1"]
+    flags = [
+        "--train",
+        config.train,
+        "--validation",
+        config.validation,
+        "--model",
+        config.model,
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
     flags += ["--epochs", "30", "--batch-size", "4", "--lora-dropout", "0.1", "--quiet"]
     code = "import sys, textlora.cli; sys.argv[0] = 'textlora'; textlora.cli.main()"
     output = tmp_path / "stopped"
-    process = subprocess.Popen([sys.executable, "-c", code, "train", *flags, "--output", str(output)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "train", *flags, "--output", str(output)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log = output / "run" / "metrics.jsonl"
-    while process.poll() is None and not (log.is_file() and '"kind": "step"' in log.read_text(encoding="utf-8")):
+    while process.poll() is None and not (
+        log.is_file() and '"kind": "step"' in log.read_text(encoding="utf-8")
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=120)[1]

@@ -1,4 +1,5 @@
-"""The server as its clients meet it: every protocol, keys and tenants, limits, faults on disk; answers equal TextClassifier.predict."""
+"""The server as its clients meet it: every protocol, keys and tenants, limits, faults on disk; answers equal
+TextClassifier.predict."""
 
 import asyncio
 import contextlib
@@ -58,7 +59,8 @@ def shelf(tiny_base, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(tiny_base, shelf):
-    """`start(keys, **settings)` gives a client of a server with all adapters of the shelf; `client.service` is what it runs.
+    """`start(keys, **settings)` gives a client of a server with all adapters of the shelf; `client.service`
+    is what it runs.
 
     What computes is called in this process, through the same bytes as in another one.
     """
@@ -69,8 +71,12 @@ def start(tiny_base, shelf):
         if "adapter_dir" not in changes:
             given["adapter"] = tuple(f"{name}={shelf / name}" for name in NAMES)
         settings = ServeSettings(**given | changes)
-        worker = Worker(AdapterEngine(settings.model, device="cpu", resident_bytes=settings.adapter_memory_mb * 2**20))
-        service = Service(Registry(lambda call, given: plain(worker.handle(call, plain(given)))), worker.facts(), settings)
+        worker = Worker(
+            AdapterEngine(settings.model, device="cpu", resident_bytes=settings.adapter_memory_mb * 2**20)
+        )
+        service = Service(
+            Registry(lambda call, given: plain(worker.handle(call, plain(given)))), worker.facts(), settings
+        )
         folders = Folders(service)
         folders.open_all()
         client = TestClient(create_app(service, keys or KeyRing(), folders), raise_server_exceptions=False)
@@ -100,7 +106,9 @@ def alone(tiny_base, shelf):
 
 def assert_scores(found: list[dict], want: dict[str, float]) -> None:
     assert [row["label"] for row in found] == sorted(want, key=lambda label: -want[label])
-    np.testing.assert_allclose([row["score"] for row in found], sorted(want.values(), reverse=True), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        [row["score"] for row in found], sorted(want.values(), reverse=True), rtol=1e-5, atol=1e-6
+    )
 
 
 def error(answer, status: int, kind: str) -> str:
@@ -125,7 +133,9 @@ def test_predict_has_the_shapes_of_tei(start, alone):
     assert_scores(batch[1], alone("single", "dull").scores)
     assert_scores(post(["good", "bad"], model="pair").json(), alone("pair", "good", "bad").scores)
     assert_scores(post([["good", "bad"]], model="pair").json()[0], alone("pair", "good", "bad").scores)
-    assert "single texts: two strings in a list are one pair" in error(post(["good", "bad"]), 400, "Validation")
+    assert "single texts: two strings in a list are one pair" in error(
+        post(["good", "bad"]), 400, "Validation"
+    )
     assert "takes pairs" in error(post("good", model="pair"), 400, "Validation")
     raw = post(TEXT, raw_scores=True).json()
     assert_scores(raw, dict(zip(alone("single").scores, alone("single").logits, strict=True)))
@@ -145,11 +155,24 @@ def test_every_kind_of_task(start, alone):
     assert {row["label"] for row in multi if row["chosen"]} == set(alone("multi").labels)
     value = client.post("/adapters/value/predict", json={"inputs": TEXT}).json()
     assert_scores(value, {"value": alone("value").score})
-    assert len(client.post("/predict", json={"inputs": TEXT, "parameters": {"adapter_id": "many", "top_k": 3}}).json()) == 3
+    assert (
+        len(
+            client.post(
+                "/predict", json={"inputs": TEXT, "parameters": {"adapter_id": "many", "top_k": 3}}
+            ).json()
+        )
+        == 3
+    )
     logits = np.array(alone("multi").logits)
-    softmax = client.post("/predict", json={"inputs": TEXT, "model": "multi", "parameters": {"function_to_apply": "softmax"}}).json()
-    np.testing.assert_allclose(sorted(row["score"] for row in softmax), sorted(np.exp(logits) / np.exp(logits).sum()), rtol=1e-5)
-    none = client.post("/predict", json={"inputs": TEXT, "model": "multi", "parameters": {"function_to_apply": "none"}}).json()
+    softmax = client.post(
+        "/predict", json={"inputs": TEXT, "model": "multi", "parameters": {"function_to_apply": "softmax"}}
+    ).json()
+    np.testing.assert_allclose(
+        sorted(row["score"] for row in softmax), sorted(np.exp(logits) / np.exp(logits).sum()), rtol=1e-5
+    )
+    none = client.post(
+        "/predict", json={"inputs": TEXT, "model": "multi", "parameters": {"function_to_apply": "none"}}
+    ).json()
     np.testing.assert_allclose([row["score"] for row in none], sorted(logits, reverse=True), rtol=1e-5)
 
 
@@ -160,30 +183,46 @@ def test_several_adapters_on_one_text(start, alone):
     assert list(found) == names
     for name in names:
         assert_scores(found[name], alone(name).scores)
-    batch = client.post("/predict", json={"inputs": [[TEXT], ["dull"]], "parameters": {"adapter_id": ["single"]}}).json()
+    batch = client.post(
+        "/predict", json={"inputs": [[TEXT], ["dull"]], "parameters": {"adapter_id": ["single"]}}
+    ).json()
     assert_scores(batch[1]["single"], alone("single", "dull").scores)
     answer = client.post("/v1/classify", json={"input": [TEXT, "dull"], "model": names}).json()
-    assert [(row["index"], row["model"]) for row in answer["data"]] == [(i, name) for i in range(2) for name in names]
+    assert [(row["index"], row["model"]) for row in answer["data"]] == [
+        (i, name) for i in range(2) for name in names
+    ]
 
 
 def test_which_adapter(start):
     client = start()
     message = error(client.post("/predict", json={"inputs": TEXT}), 400, "Validation")
     assert message == "name an adapter as model; there are: many, multi, pair, single, value"
-    assert error(client.post("/predict", json={"inputs": TEXT, "model": "other"}), 404, "NotFound") == "no adapter 'other'"
+    assert (
+        error(client.post("/predict", json={"inputs": TEXT, "model": "other"}), 404, "NotFound")
+        == "no adapter 'other'"
+    )
     for name in ("../up", "\u00fc", "x" * 500, ""):
-        assert error(client.post("/predict", json={"inputs": TEXT, "model": name}), 404, "NotFound") == "no adapter of that name"
+        assert (
+            error(client.post("/predict", json={"inputs": TEXT, "model": name}), 404, "NotFound")
+            == "no adapter of that name"
+        )
     error(client.post("/adapters/single/predict", json={"inputs": TEXT, "model": "many"}), 400, "Validation")
     error(client.post("/predict", json={"inputs": TEXT, "model": ["many", "many"]}), 400, "Validation")
     error(client.post("/adapters/..%2Fsecret/predict", json={"inputs": TEXT}), 404, "NotFound")
-    assert client.post("/adapters/single/predict", json={"inputs": TEXT, "model": "single"}).status_code == 200
+    assert (
+        client.post("/adapters/single/predict", json={"inputs": TEXT, "model": "single"}).status_code == 200
+    )
 
 
 def test_a_text_longer_than_the_adapter_reads(start, alone):
     client = start()
     text = "good " * 100
-    assert_scores(client.post("/predict", json={"inputs": text, "model": "single"}).json(), alone("single", text).scores)
-    message = error(client.post("/predict", json={"inputs": text, "model": "single", "truncate": False}), 422, "Tokenizer")
+    assert_scores(
+        client.post("/predict", json={"inputs": text, "model": "single"}).json(), alone("single", text).scores
+    )
+    message = error(
+        client.post("/predict", json={"inputs": text, "model": "single", "truncate": False}), 422, "Tokenizer"
+    )
     assert message == "text 1 has 102 tokens; adapter 'single' reads 40"
 
 
@@ -193,11 +232,18 @@ def test_a_text_longer_than_the_adapter_reads(start, alone):
 def test_classify_has_the_shape_of_vllm(start, alone):
     client = start(default_adapter="single")
     for path in ("/classify", "/v1/classify"):
-        answer = client.post(path, json={"model": "single", "input": [TEXT, "dull"], "user": "u", "priority": 0}).json()
+        answer = client.post(
+            path, json={"model": "single", "input": [TEXT, "dull"], "user": "u", "priority": 0}
+        ).json()
         assert answer["object"] == "list"
         assert answer["id"].startswith("classify-")
         assert answer["model"] == "single"
-        assert answer["usage"] == {"prompt_tokens": 9, "total_tokens": 9, "completion_tokens": 0, "prompt_tokens_details": None}
+        assert answer["usage"] == {
+            "prompt_tokens": 9,
+            "total_tokens": 9,
+            "completion_tokens": 0,
+            "prompt_tokens_details": None,
+        }
         for row, text in zip(answer["data"], (TEXT, "dull"), strict=True):
             want = alone("single", text)
             assert (row["label"], row["num_classes"]) == (want.label, 2)
@@ -208,7 +254,9 @@ def test_classify_has_the_shape_of_vllm(start, alone):
     assert multi["labels"] == list(alone("multi").labels)
     for wrong in ([101, 102], [], {"a": 1}):
         error(client.post("/classify", json={"input": wrong}), 422, "Validation")
-    assert "takes pairs" in error(client.post("/classify", json={"input": TEXT, "model": "pair"}), 400, "Validation")
+    assert "takes pairs" in error(
+        client.post("/classify", json={"input": TEXT, "model": "pair"}), 400, "Validation"
+    )
 
 
 def test_models_are_listed_by_name(start, shelf):
@@ -249,7 +297,9 @@ def test_health_info_metrics(start):
 @pytest.fixture
 def keys(tmp_path) -> KeyRing:
     path = tmp_path / "keys.toml"
-    path.write_text('[boss]\nkey = "boss-key-1"\nmanage = true\n[small]\nkey = "small-key-1"\nadapters = ["s*", "value"]\n')
+    path.write_text(
+        '[boss]\nkey = "boss-key-1"\nmanage = true\n[small]\nkey = "small-key-1"\nadapters = ["s*", "value"]\n'
+    )
     return read_keys(str(path))
 
 
@@ -259,15 +309,31 @@ def bearer(token: str) -> dict[str, dict[str, str]]:
 
 def test_a_key_is_needed(start, keys):
     client = start(keys)
-    for sent in ({}, bearer("wrong-key-1"), bearer(""), {"headers": {"Authorization": "Basic Ym9zcw=="}}, bearer("boss-key-1x")):
+    for sent in (
+        {},
+        bearer("wrong-key-1"),
+        bearer(""),
+        {"headers": {"Authorization": "Basic Ym9zcw=="}},
+        bearer("boss-key-1x"),
+    ):
         for path in ("/v1/models", "/info", "/metrics"):
             answer = client.get(path, **sent)
             error(answer, 401, "Unauthorized")
             assert answer.headers["www-authenticate"] == "Bearer"
         error(client.post("/predict", json={"inputs": TEXT, "model": "single"}, **sent), 401, "Unauthorized")
-        error(client.post("/predict", content=b"x" * 100_000_000, **sent), 401, "Unauthorized")  # before the body is read
-    assert client.post("/predict", json={"inputs": TEXT, "model": "single"}, **bearer("boss-key-1")).status_code == 200
-    assert client.get("/health").status_code == client.get("/ready").status_code == client.get("/").status_code == 200
+        error(
+            client.post("/predict", content=b"x" * 100_000_000, **sent), 401, "Unauthorized"
+        )  # before the body is read
+    assert (
+        client.post("/predict", json={"inputs": TEXT, "model": "single"}, **bearer("boss-key-1")).status_code
+        == 200
+    )
+    assert (
+        client.get("/health").status_code
+        == client.get("/ready").status_code
+        == client.get("/").status_code
+        == 200
+    )
 
 
 def test_adapters_of_others_do_not_exist(start, keys):
@@ -275,13 +341,30 @@ def test_adapters_of_others_do_not_exist(start, keys):
     small = bearer("small-key-1")
     assert [card["id"] for card in client.get("/v1/models", **small).json()["data"]] == ["single", "value"]
     info = client.get("/info", **small).json()
-    assert (info["adapters"], info["default_adapter"], info["model_type"]["classifier"]["id2label"]) == (2, None, {})
+    assert (info["adapters"], info["default_adapter"], info["model_type"]["classifier"]["id2label"]) == (
+        2,
+        None,
+        {},
+    )
     error(client.get("/metrics", **small), 403, "Forbidden")
-    there = [client.post("/predict", json={"inputs": TEXT, "model": "multi"}, **small), client.get("/v1/models/multi", **small)]
-    missing = [client.post("/predict", json={"inputs": TEXT, "model": "nulti"}, **small), client.get("/v1/models/nulti", **small)]
+    there = [
+        client.post("/predict", json={"inputs": TEXT, "model": "multi"}, **small),
+        client.get("/v1/models/multi", **small),
+    ]
+    missing = [
+        client.post("/predict", json={"inputs": TEXT, "model": "nulti"}, **small),
+        client.get("/v1/models/nulti", **small),
+    ]
     for a, b in zip(there, missing, strict=True):
         assert error(a, 404, "NotFound").replace("multi", "nulti") == error(b, 404, "NotFound")
-    assert error(client.post("/predict", json={"inputs": TEXT, "model": ["single", "multi"]}, **small), 404, "NotFound") == "no adapter 'multi'"
+    assert (
+        error(
+            client.post("/predict", json={"inputs": TEXT, "model": ["single", "multi"]}, **small),
+            404,
+            "NotFound",
+        )
+        == "no adapter 'multi'"
+    )
     message = error(client.post("/predict", json={"inputs": TEXT}, **small), 400, "Validation")
     assert message == "name an adapter as model; there are: single, value"
     assert client.post("/predict", json={"inputs": TEXT, "model": "single"}, **small).status_code == 200
@@ -315,7 +398,10 @@ def test_limits(start):
     client = start(max_client_batch_size=4, max_text_chars=1000, max_body_bytes=5000)
     post = lambda inputs, **more: client.post("/predict", json={"inputs": inputs, "model": "single"} | more)
     assert post([["good"]] * 4).status_code == 200
-    assert error(post([["good"]] * 5), 413, "Validation") == "5 texts for 1 adapters; at most 4 rows in one request"
+    assert (
+        error(post([["good"]] * 5), 413, "Validation")
+        == "5 texts for 1 adapters; at most 4 rows in one request"
+    )
     error(post([["good"]] * 2, model=["single", "many", "multi"]), 413, "Validation")
     assert error(post("x" * 1001), 413, "Validation") == "text 1 has 1001 characters; at most 1000"
     assert error(post("x" * 5001), 413, "Validation") == "the body has more than 5000 bytes"
@@ -324,7 +410,11 @@ def test_limits(start):
         for _ in range(1000):
             yield b" " * 100
 
-    error(client.post("/predict", content=stream(), headers={"Content-Type": "application/json"}), 413, "Validation")
+    error(
+        client.post("/predict", content=stream(), headers={"Content-Type": "application/json"}),
+        413,
+        "Validation",
+    )
     assert client.get("/health").status_code == 200
 
 
@@ -355,11 +445,23 @@ def test_bodies_that_are_no_request(start):
         message = error(client.post("/predict", content=content, headers=json_type), status, "Validation")
         assert "Traceback" not in message
     for kind in ("text/plain", "application/jsonp", "application/x-www-form-urlencoded", ""):
-        said = error(client.post("/predict", content=b'{"inputs": "a"}', headers={"Content-Type": kind}), 422, "Validation")
+        said = error(
+            client.post("/predict", content=b'{"inputs": "a"}', headers={"Content-Type": kind}),
+            422,
+            "Validation",
+        )
         assert said == "the Content-Type is not application/json"
     for kind in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"):
-        assert client.post("/predict", content=b'{"inputs": "a"}', headers={"Content-Type": kind}).status_code == 200
-    assert client.post("/predict", content='{"inputs": "naïve 🎬 \\u0000 text"}'.encode(), headers=json_type).status_code == 200
+        assert (
+            client.post("/predict", content=b'{"inputs": "a"}', headers={"Content-Type": kind}).status_code
+            == 200
+        )
+    assert (
+        client.post(
+            "/predict", content='{"inputs": "naïve 🎬 \\u0000 text"}'.encode(), headers=json_type
+        ).status_code
+        == 200
+    )
     error(client.get("/predict"), 405, "Validation")
     error(client.get("/nothing/here"), 404, "NotFound")
 
@@ -369,7 +471,10 @@ def test_cors_is_off_unless_named(start):
     assert "access-control-allow-origin" not in start().get("/health", headers=origin).headers
     client = start(cors_origins=("https://a.example",))
     assert client.get("/health", headers=origin).headers["access-control-allow-origin"] == "https://a.example"
-    assert "access-control-allow-origin" not in client.get("/health", headers={"Origin": "https://b.example"}).headers
+    assert (
+        "access-control-allow-origin"
+        not in client.get("/health", headers={"Origin": "https://b.example"}).headers
+    )
 
 
 def test_logs_are_json_without_texts_or_keys(start, keys, capfd):
@@ -379,7 +484,9 @@ def test_logs_are_json_without_texts_or_keys(start, keys, capfd):
     answer = client.post("/predict", json={"inputs": "a secret sentence", "model": "single"}, **given)
     assert answer.headers["x-request-id"] == "abc-1"
     client.post(
-        "/predict", json={"inputs": "a secret sentence", "model": "secret"}, headers={"Authorization": "Bearer secret-key", "x-request-id": "a b"}
+        "/predict",
+        json={"inputs": "a secret sentence", "model": "secret"},
+        headers={"Authorization": "Bearer secret-key", "x-request-id": "a b"},
     )
     said = capfd.readouterr().err
     lines = [json.loads(line) for line in said.splitlines()]
@@ -425,7 +532,8 @@ def test_a_bug_shows_nothing_of_the_inside(start, monkeypatch, capfd):
 
 @pytest.fixture
 def held(monkeypatch):
-    """`held(client)` makes batches wait; `.set()` on what it gives lets them go, `.begun` says that one has started."""
+    """`held(client)` makes batches wait; `.set()` on what it gives lets them go, `.begun` says that one has
+    started."""
     gates = []
 
     def hold(client: TestClient) -> threading.Event:
@@ -489,7 +597,10 @@ def test_a_bad_row_fails_only_its_own_request(start, held, shelf, tmp_path, tiny
     with ThreadPoolExecutor(4) as pool:
         pool.submit(client.post, "/predict", json={"inputs": TEXT, "model": "single"})
         assert gate.begun.wait(10)
-        good, gone = (pool.submit(client.post, "/predict", json={"inputs": TEXT, "model": name}) for name in ("single", "many"))
+        good, gone = (
+            pool.submit(client.post, "/predict", json={"inputs": TEXT, "model": name})
+            for name in ("single", "many")
+        )
         while client.service.batcher.waiting < 2:
             time.sleep(0.002)
         client.service.bank.remove("many", 0)
@@ -512,13 +623,17 @@ def loading(tmp_path, shelf, *names: str) -> Path:
 def test_load_and_unload_as_vllm(start, shelf, tmp_path, alone):
     root = loading(tmp_path, shelf, "many", "single")
     client = start(adapter_dir=None, adapter=(), load_from=(str(root),))
-    load = lambda name, path, **more: client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path} | more)
+    load = lambda name, path, **more: client.post(
+        "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path} | more
+    )
     answer = load("one", str(root / "many"))
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'one' added successfully.")
     assert_scores(client.post("/predict", json={"inputs": TEXT, "model": "one"}).json(), alone("many").scores)
     assert error(load("one", "single"), 400, "Validation") == "adapter name 'one' is taken; remove it first"
     assert load("one", "single", load_inplace=True).status_code == 200
-    assert_scores(client.post("/predict", json={"inputs": TEXT, "model": "one"}).json(), alone("single").scores)
+    assert_scores(
+        client.post("/predict", json={"inputs": TEXT, "model": "one"}).json(), alone("single").scores
+    )
     gone = client.post("/v1/unload_lora_adapter", json={"lora_name": "one"})
     assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'one' removed successfully.")
     error(client.post("/v1/unload_lora_adapter", json={"lora_name": "one"}), 404, "NotFound")
@@ -528,7 +643,11 @@ def test_load_and_unload_as_vllm(start, shelf, tmp_path, alone):
 
 def test_loading_is_off_unless_asked_for(start, shelf):
     client = start()
-    error(client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": str(shelf / "many")}), 404, "NotFound")
+    error(
+        client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": str(shelf / "many")}),
+        404,
+        "NotFound",
+    )
     assert "/v1/load_lora_adapter" not in client.get("/openapi.json").json()["paths"]
 
 
@@ -556,25 +675,48 @@ def test_nothing_outside_the_allowed_folders_is_loaded(start, shelf, tmp_path):
         "x" * 5000,
         "/etc/passwd",
     )
-    messages = {error(client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path}), 404, "NotFound") for path in tries}
+    messages = {
+        error(
+            client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path}), 404, "NotFound"
+        )
+        for path in tries
+    }
     assert len(messages) == 1
-    broken = error(client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "broken"}), 400, "Validation")
+    broken = error(
+        client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "broken"}),
+        400,
+        "Validation",
+    )
     assert str(root) not in broken
     for name in ("../x", "a/b", "", "ü"):
-        error(client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "many"}), 400, "Validation")
+        error(
+            client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "many"}),
+            400,
+            "Validation",
+        )
     assert client.get("/v1/models").json()["data"] == []
 
 
 def test_only_managers_load_and_only_names_of_theirs(start, shelf, tmp_path):
     root = loading(tmp_path, shelf, "many")
     path = tmp_path / "keys.toml"
-    path.write_text('[user]\nkey = "user-key-1"\n[lead]\nkey = "lead-key-1"\nadapters = ["lead-*"]\nmanage = true\n')
+    path.write_text(
+        '[user]\nkey = "user-key-1"\n[lead]\nkey = "lead-key-1"\nadapters = ["lead-*"]\nmanage = true\n'
+    )
     client = start(read_keys(str(path)), load_from=(str(root),))
     body = {"lora_name": "lead-1", "lora_path": "many"}
     error(client.post("/v1/load_lora_adapter", json=body), 401, "Unauthorized")
     error(client.post("/v1/load_lora_adapter", json=body, **bearer("user-key-1")), 403, "Forbidden")
-    error(client.post("/v1/load_lora_adapter", json=body | {"lora_name": "other"}, **bearer("lead-key-1")), 403, "Forbidden")
-    error(client.post("/v1/unload_lora_adapter", json={"lora_name": "single"}, **bearer("lead-key-1")), 404, "NotFound")
+    error(
+        client.post("/v1/load_lora_adapter", json=body | {"lora_name": "other"}, **bearer("lead-key-1")),
+        403,
+        "Forbidden",
+    )
+    error(
+        client.post("/v1/unload_lora_adapter", json={"lora_name": "single"}, **bearer("lead-key-1")),
+        404,
+        "NotFound",
+    )
     assert client.post("/v1/load_lora_adapter", json=body, **bearer("lead-key-1")).status_code == 200
     assert client.get("/info", **bearer("lead-key-1")).json()["can_load"]
     assert not client.get("/info", **bearer("user-key-1")).json()["can_load"]
@@ -594,7 +736,10 @@ def test_a_watched_folder(start, shelf, tmp_path, alone):
     (watched / "two").mkdir()
     shutil.copy(shelf / "single" / "textlora.json", watched / "two")
     client.folders.look()
-    assert error(ask("two"), 424, "Backend") == "adapter 'two' cannot be used: its folder is damaged, incomplete or gone"
+    assert (
+        error(ask("two"), 424, "Backend")
+        == "adapter 'two' cannot be used: its folder is damaged, incomplete or gone"
+    )
     for file in (shelf / "single").iterdir():
         shutil.copy(file, watched / "two")
     client.folders.look()
@@ -642,8 +787,17 @@ def test_a_folder_that_breaks_while_it_is_served(start, shelf, tmp_path, alone):
 def test_settings_by_flag_environment_and_file(tmp_path):
     file = tmp_path / "serve.toml"
     file.write_text('port = 1\nhost = "a"\nmax-text-chars = 5\nadapter = ["x=y"]\n')
-    settings = read_settings({"port": 3, "adapter": ()}, str(file), {"TEXTLORA_PORT": "2", "TEXTLORA_HOST": "b", "TEXTLORA_LOAD_FROM": "p, q"})
-    assert (settings.port, settings.host, settings.max_text_chars, settings.load_from) == (3, "b", 5, ("p", "q"))
+    settings = read_settings(
+        {"port": 3, "adapter": ()},
+        str(file),
+        {"TEXTLORA_PORT": "2", "TEXTLORA_HOST": "b", "TEXTLORA_LOAD_FROM": "p, q"},
+    )
+    assert (settings.port, settings.host, settings.max_text_chars, settings.load_from) == (
+        3,
+        "b",
+        5,
+        ("p", "q"),
+    )
     assert settings.named_adapters() == {"x": Path("y")}
     with pytest.raises(UsageError, match=r"^TEXTLORA_PORT=x: not a whole number$"):
         read_settings({}, None, {"TEXTLORA_PORT": "x"})
@@ -699,14 +853,21 @@ def test_an_openai_client_lists_models(listen, keys):
         assert client.models.retrieve("many").id == "many"
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("nobody")
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong-key-1", max_retries=0) as client, pytest.raises(openai.AuthenticationError):
+    with (
+        openai.OpenAI(base_url=f"{url}/v1", api_key="wrong-key-1", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
         client.models.list()
 
 
 def test_the_inference_client_works_unchanged(listen, alone, keys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # offline mode refuses even loopback
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", False
+    )  # offline mode refuses even loopback
     url, _ = listen(keys, default_adapter="single")
-    expect = lambda name, found: assert_scores([{"label": row.label, "score": row.score} for row in found], alone(name).scores)
+    expect = lambda name, found: assert_scores(
+        [{"label": row.label, "score": row.score} for row in found], alone(name).scores
+    )
     client = InferenceClient(model=url, token="boss-key-1")
     expect("single", client.text_classification(TEXT))
     many = InferenceClient(model=f"{url}/adapters/many", token="boss-key-1")
@@ -730,7 +891,11 @@ def test_many_clients_get_their_own_answers(listen, alone):
     texts = ["good", "bad", "a dull story", "very very good", "slow", TEXT]
     asked = [(name, text) for text in texts for name in ("single", "many", "multi", "value")] * 3
     with httpx2.Client(base_url=url) as http, ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda one: http.post(f"/adapters/{one[0]}/predict", json={"inputs": one[1]}).json(), asked))
+        found = list(
+            pool.map(
+                lambda one: http.post(f"/adapters/{one[0]}/predict", json={"inputs": one[1]}).json(), asked
+            )
+        )
     for (name, text), scores in zip(asked, found, strict=True):
         assert_scores(scores, alone(name, text).scores)
     page = client.service.metrics.page().decode()
@@ -746,7 +911,10 @@ def _raw(url: str, content: bytes) -> socket.socket:
 
 
 def _post_bytes(body: bytes) -> bytes:
-    return b"POST /adapters/single/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    return (
+        b"POST /adapters/single/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+        % (len(body), body)
+    )
 
 
 def test_work_of_a_client_that_went_is_dropped(listen, held):
@@ -762,7 +930,9 @@ def test_work_of_a_client_that_went_is_dropped(listen, held):
     gate.set()
     assert first.recv(100).startswith(b"HTTP/1.1 200")
     first.close()
-    assert 'textlora_dropped_requests_total{reason="client_gone"} 1.0' in client.service.metrics.page().decode()
+    assert (
+        'textlora_dropped_requests_total{reason="client_gone"} 1.0' in client.service.metrics.page().decode()
+    )
 
 
 def test_a_client_that_stops_reading_or_sending_holds_up_nobody(listen):
@@ -829,13 +999,33 @@ def command(tiny_base, shelf, tmp_path):
     processes = []
 
     def run(*flags: str):
-        given = ["--model", str(tiny_base("bert")), "--adapter-dir", str(shelf), "--port", "0", "--device", "cpu", "--threads", "1", *flags]
+        given = [
+            "--model",
+            str(tiny_base("bert")),
+            "--adapter-dir",
+            str(shelf),
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+            *flags,
+        ]
         log = tmp_path / f"server-{len(processes)}.log"
         with open(log, "w") as stream:
-            process = subprocess.Popen([sys.executable, "-c", "from textlora.cli import main; main()", "serve", *given], stderr=stream, cwd=shelf)
+            process = subprocess.Popen(
+                [sys.executable, "-c", "from textlora.cli import main; main()", "serve", *given],
+                stderr=stream,
+                cwd=shelf,
+            )
         process.log = log
         processes.append(process)
-        begun = lambda: [line for line in log.read_text().splitlines(keepends=True) if '"listening"' in line and line.endswith("\n")]
+        begun = lambda: [
+            line
+            for line in log.read_text().splitlines(keepends=True)
+            if '"listening"' in line and line.endswith("\n")
+        ]
         wait_for(lambda: begun() or process.poll() is not None)
         assert begun(), log.read_text()
         return process, json.loads(begun()[0])["url"]
@@ -850,7 +1040,10 @@ def command(tiny_base, shelf, tmp_path):
     ("sign", "ends"),
     [
         (signal.SIGTERM, {0: '"stopped"'}),
-        (signal.SIGINT, {130: "textlora: interrupted", 0: '"stopped"'}),  # 0 where the tests are a job in the background, which ignores it
+        (
+            signal.SIGINT,
+            {130: "textlora: interrupted", 0: '"stopped"'},
+        ),  # 0 where the tests are a job in the background, which ignores it
     ],
 )
 def test_a_signal_lets_running_requests_end(command, alone, sign, ends):
@@ -883,7 +1076,9 @@ def test_what_computes_ends_with_its_server(command):
 def test_when_what_computes_is_killed_another_is_started(command, shelf, tmp_path, alone):
     root = loading(tmp_path, shelf, "many", "value")
     process, url = command("--load-from", str(root))
-    load = lambda name, path: httpx2.post(f"{url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+    load = lambda name, path: httpx2.post(
+        f"{url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path}
+    )
     assert load("loaded", "many").status_code == load("lost", "value").status_code == 200
     shutil.rmtree(root / "value")
     stop, asked = threading.Event(), []
@@ -916,7 +1111,9 @@ def test_when_what_computes_is_killed_another_is_started(command, shelf, tmp_pat
         if answer.status_code == 200:
             assert_scores(answer.json(), alone("many").scores)
     assert asked[-1].status_code == 200
-    assert [card["id"] for card in httpx2.get(f"{url}/v1/models").json()["data"]] == sorted([*NAMES, "loaded"])
+    assert [card["id"] for card in httpx2.get(f"{url}/v1/models").json()["data"]] == sorted(
+        [*NAMES, "loaded"]
+    )
     error(httpx2.post(f"{url}/adapters/lost/predict", json={"inputs": TEXT}), 404, "NotFound")
     assert load("more", "many").status_code == 200
     process.terminate()
@@ -935,15 +1132,25 @@ def test_when_no_other_can_be_started_the_server_says_so_and_ends(command, tiny_
 
 def test_a_base_that_cannot_be_read_is_one_line(tmp_path, capfd):
     assert run(["serve", "--port", "0", "--model", str(tmp_path / "none")]) == 2
-    assert capfd.readouterr().err == f"textlora: {tmp_path / 'none'}: no such folder; give the folder of a base model, or a hub id\n"
+    assert (
+        capfd.readouterr().err
+        == f"textlora: {tmp_path / 'none'}: no such folder; give the folder of a base model, or a hub id\n"
+    )
 
 
 def test_the_process_that_listens_needs_no_torch():
     code = "import sys, textlora.server.app, textlora.server.run, textlora.server.folders; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "False"
+    )
 
 
-@pytest.mark.parametrize("kind", sorted(kinds(TextloraError).values(), key=lambda kind: kind.code), ids=lambda kind: kind.code)
+@pytest.mark.parametrize(
+    "kind", sorted(kinds(TextloraError).values(), key=lambda kind: kind.code), ids=lambda kind: kind.code
+)
 def test_errors_cross_between_processes(kind):
     ours, theirs = (Link(end) for end in socket.socketpair())
     theirs.send(told(kind("what is wrong: \ud800 ü", "what to do")))
@@ -965,7 +1172,9 @@ def test_kill_leaves_nothing_behind(command, shelf, alone):
         answered = 0
         while not stop.is_set():
             try:
-                httpx2.post(f"{url}/adapters/single/predict", json={"inputs": TEXT}, timeout=5).raise_for_status()
+                httpx2.post(
+                    f"{url}/adapters/single/predict", json={"inputs": TEXT}, timeout=5
+                ).raise_for_status()
                 answered += 1
             except httpx2.TransportError:
                 break
@@ -986,7 +1195,10 @@ def test_a_port_that_is_taken_ends_with_2(tiny_base, capfd):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         assert run(["serve", "--port", str(port), "--model", str(tiny_base("bert"))]) == 2
-    assert capfd.readouterr().err == f"textlora: cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port\n"
+    assert (
+        capfd.readouterr().err
+        == f"textlora: cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port\n"
+    )
 
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])
@@ -998,15 +1210,30 @@ def test_no_request_of_the_openapi_page_gets_a_5xx_or_an_undocumented_answer(mod
     root = loading(tmp_path, shelf, "many")
     url, client = listen(default_adapter="single", load_from=(str(root),))
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    checked = [not_a_server_error, checks.status_code_conformance, checks.content_type_conformance, checks.response_schema_conformance]
+    checked = [
+        not_a_server_error,
+        checks.status_code_conformance,
+        checks.content_type_conformance,
+        checks.response_schema_conformance,
+    ]
     operations = [found.ok() for found in schema.get_all_operations()]
     assert {operation.path for operation in operations} == set(client.app.openapi()["paths"])
     for operation in operations:
         if mode == "negative" and operation.method == "get" and "{name}" not in operation.path:
             continue  # nothing in it to get wrong
-        fixed = {"path_parameters": {"name": "single"}} if "{name}" in operation.path and mode == "positive" else {}
+        fixed = (
+            {"path_parameters": {"name": "single"}}
+            if "{name}" in operation.path and mode == "positive"
+            else {}
+        )
 
-        @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+        @settings(
+            max_examples=25,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+        )
         @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode), **fixed))
         def ask(case):
             case.call_and_validate(checks=checked)

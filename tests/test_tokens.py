@@ -18,7 +18,9 @@ from textlora.data.tokenize import Encoded, TextTokenizer, even_batches, load_to
 
 FAMILIES = (*FAST, *SLOW, "minilm")
 pieces = st.one_of(
-    st.sampled_from(WORDS), st.sampled_from(["good!", "<pad>", "[SEP]", "ÉTÉ", "회의", "\t", "😀", "a-b", "xyzzy", "I'm"]), st.text(max_size=4)
+    st.sampled_from(WORDS),
+    st.sampled_from(["good!", "<pad>", "[SEP]", "ÉTÉ", "회의", "\t", "😀", "a-b", "xyzzy", "I'm"]),
+    st.text(max_size=4),
 )
 texts = st.lists(pieces, min_size=1, max_size=30).map(" ".join)
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -32,7 +34,11 @@ def both(tiny_base, minilm):
     def get(family):
         folder = minilm.folder if family == "minilm" else tiny_base(family)
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cache(lambda length, truncation="head": TextTokenizer(load_tokenizer(folder, "bert"), length, truncation)), theirs
+        return cache(
+            lambda length, truncation="head": TextTokenizer(
+                load_tokenizer(folder, "bert"), length, truncation
+            )
+        ), theirs
 
     return get
 
@@ -90,7 +96,12 @@ def test_tail_and_head_tail(family, truncation, both):
         [cut] = make(length, truncation).encode([text])
         room = length - 2
         front = room // 4 if truncation == "head-tail" else 0
-        assert cut.ids.tolist() == [whole.ids[0], *body[:front], *body[len(body) - (room - front) :], whole.ids[-1]]
+        assert cut.ids.tolist() == [
+            whole.ids[0],
+            *body[:front],
+            *body[len(body) - (room - front) :],
+            whole.ids[-1],
+        ]
         assert cut.full == len(whole.ids)
     for kept in ("head", "tail", "head-tail"):
         assert np.array_equal(make(len(whole.ids), kept).encode([text])[0].ids, whole.ids)
@@ -151,7 +162,8 @@ def test_vocab_txt_gives_the_same_tokenizer(both, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     converted = TextTokenizer(load_tokenizer(tmp_path, "bert"), 32)
     for text in ("A good film!", "xyzzy ÉTÉ", " ".join(WORDS)):
-        mine, expected = converted.encode([text, text], [None, "so"]), make(32).encode([text, text], [None, "so"])
+        mine = converted.encode([text, text], [None, "so"])
+        expected = make(32).encode([text, text], [None, "so"])
         assert [e.ids.tolist() for e in mine] == [e.ids.tolist() for e in expected]
         assert [e.type_ids.tolist() for e in mine] == [e.type_ids.tolist() for e in expected]
 
@@ -165,7 +177,9 @@ def test_unreadable_tokenizers_are_refused(tmp_path):
 
     for name in ("none", "broken"):
         (tmp_path / name).mkdir()
-    assert refusal("none").startswith(f"{tmp_path / 'none'}: no tokenizer.json; a base model folder needs one (or one of vocab.txt, ")
+    assert refusal("none").startswith(
+        f"{tmp_path / 'none'}: no tokenizer.json; a base model folder needs one (or one of vocab.txt, "
+    )
     path = tmp_path / "broken" / "tokenizer.json"
     for content in ("{", "[]", '{"version": "1.0"}'):
         path.write_text(content)
@@ -177,7 +191,9 @@ def test_unreadable_tokenizers_are_refused(tmp_path):
     deaf = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     deaf.normalizer = normalizers.Replace("a", "")
     deaf.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ModelError, match=r"^the tokenizer drops the letter 'a'; check its normalizer and vocabulary$"):
+    with pytest.raises(
+        ModelError, match=r"^the tokenizer drops the letter 'a'; check its normalizer and vocabulary$"
+    ):
         TextTokenizer(deaf, 16)
 
 
@@ -198,7 +214,9 @@ def test_packing():
     assert batch.labels.tolist() == [11, 13, 10, 12]
     assert (batch.tokens, batch.size) == (9, 4)
     assert batch.runs() == [(0, 1, 0, 1), (1, 1, 1, 2), (2, 2, 3, 3)]
-    assert {t.dtype for t in (batch.ids, batch.positions, batch.type_ids, batch.cu_seqlens, batch.rows)} == {torch.int64}
+    assert {t.dtype for t in (batch.ids, batch.positions, batch.type_ids, batch.cu_seqlens, batch.rows)} == {
+        torch.int64
+    }
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30))
@@ -207,7 +225,9 @@ def test_packing_loses_nothing(lengths):
     bounds = batch.cu_seqlens.tolist()
     assert sorted(batch.rows.tolist()) == list(range(len(lengths)))
     for b, row in enumerate(batch.rows.tolist()):
-        assert torch.equal(batch.ids[bounds[b] : bounds[b + 1]], torch.from_numpy(texts_of(lengths)[row].ids).long())
+        assert torch.equal(
+            batch.ids[bounds[b] : bounds[b + 1]], torch.from_numpy(texts_of(lengths)[row].ids).long()
+        )
         assert batch.positions[bounds[b] : bounds[b + 1]].tolist() == list(range(lengths[row]))
     covered = 0
     for first, count, start, length in batch.runs():
@@ -239,7 +259,12 @@ def test_token_batches(lengths, limit):
             assert total + lengths[batches[k + 1][0]] > limit  # no batch ends early
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 200), st.integers(1, 4), st.integers(1, 40))
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    st.integers(1, 200),
+    st.integers(1, 4),
+    st.integers(1, 40),
+)
 def test_even_batches(lengths, limit, workers, least):
     order = np.argsort(lengths, kind="stable")
     batches = even_batches(lengths, order, limit, workers, least)

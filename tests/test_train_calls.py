@@ -1,4 +1,5 @@
-"""Products laid out both ways, and all blocks forward and back in one call: against float64 with autograd at every shape, on AVX-512 and on AVX2, and in a model beside the plain way."""
+"""Products laid out both ways, and all blocks forward and back in one call: against float64 with autograd at
+every shape, on AVX-512 and on AVX2, and in a model beside the plain way."""
 
 import math
 
@@ -27,7 +28,9 @@ from textlora.training.hidden_state_cache import build_prefix
 from textlora.training.prepare import prepare
 from textlora.training.trainer import Trainer
 
-needs_vectors = pytest.mark.skipif(not bindings.lanes(), reason="this processor has no AVX2, or nothing was compiled")
+needs_vectors = pytest.mark.skipif(
+    not bindings.lanes(), reason="this processor has no AVX2, or nothing was compiled"
+)
 
 
 def near(found: torch.Tensor, expected: torch.Tensor, bound: float, floor: float = 0.0) -> None:
@@ -44,9 +47,12 @@ def near(found: torch.Tensor, expected: torch.Tensor, bound: float, floor: float
 )  # fmt: skip
 def test_products_forward_and_back(lanes, rows, inner, out, biased, seed):
     g = torch.Generator().manual_seed(seed)
-    x, weight, bias, grad = (torch.randn(shape, generator=g) for shape in ((rows, inner), (out, inner), (out,), (rows, out)))
+    x, weight, bias, grad = (
+        torch.randn(shape, generator=g) for shape in ((rows, inner), (out, inner), (out,), (rows, out))
+    )
     made = PackedTrainingWeight.of(weight)
-    exact, size = x.double() @ weight.double().T + (bias if biased else 0), x.double().abs() @ weight.double().abs().T + 1
+    exact = x.double() @ weight.double().T + (bias if biased else 0)
+    size = x.double().abs() @ weight.double().abs().T + 1
     assert ((made.forward(x, bias if biased else None) - exact).abs() <= 1e-6 * size).all()
     exact, size = grad.double() @ weight.double(), grad.double().abs() @ weight.double().abs()
     assert ((made.back(grad) - exact).abs() <= 1e-6 * size).all()
@@ -57,7 +63,9 @@ def test_products_forward_and_back(lanes, rows, inner, out, biased, seed):
 @needs_vectors
 def test_products_in_a_graph_and_by_parts():
     g = torch.Generator().manual_seed(0)
-    x, weight, bias, residual = (torch.randn(shape, generator=g) for shape in ((7, 24), (48, 24), (48,), (7, 48)))
+    x, weight, bias, residual = (
+        torch.randn(shape, generator=g) for shape in ((7, 24), (48, 24), (48,), (7, 48))
+    )
     made = prepare_for_training(weight)
     assert isinstance(made, PackedTrainingWeight)
     assert made.shape == weight.shape
@@ -71,7 +79,9 @@ def test_products_in_a_graph_and_by_parts():
         grads = [torch.autograd.grad(y.square().sum(), (x, bias)) for y in (found, expected)]
         for one, other in zip(*grads, strict=True):
             np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(dense_back(residual, made).numpy(), dense_back(residual, weight).numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        dense_back(residual, made).numpy(), dense_back(residual, weight).numpy(), atol=1e-5
+    )
     for other in (weight.double(), weight.clone().requires_grad_()):
         assert prepare_for_training(other) is other
 
@@ -86,12 +96,23 @@ def test_no_product_of_anything_else(wrong):
 
 
 def in_c(blocks: list[dict[str, torch.Tensor]], heads: int) -> Blocks:
-    both = [{name: Both(*(Product(block[f"{name}.weight"], turned) for turned in (False, True))) for name in PRODUCTS} for block in blocks]
+    both = [
+        {
+            name: Both(*(Product(block[f"{name}.weight"], turned) for turned in (False, True)))
+            for name in PRODUCTS
+        }
+        for block in blocks
+    ]
     return Blocks(blocks, both, heads, 1e-5)
 
 
 def by_torch(
-    blocks: list[dict[str, torch.Tensor]], x: torch.Tensor, lengths: list[int], heads: int, loras: dict[int, list[tuple[int, Lora]]], only_first: bool
+    blocks: list[dict[str, torch.Tensor]],
+    x: torch.Tensor,
+    lengths: list[int],
+    heads: int,
+    loras: dict[int, list[tuple[int, Lora]]],
+    only_first: bool,
 ) -> torch.Tensor:
     """The oracle: the formulas as written, one text at a time."""
     width = x.shape[1]
@@ -99,10 +120,24 @@ def by_torch(
         contexts = []
         for part in reference_linear(x, t["qkv.weight"], t["qkv.bias"], loras.get(i, [])).split(lengths):
             q, k, v = part.view(len(part), 3, heads, -1).permute(1, 2, 0, 3)
-            contexts.append((torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), -1) @ v).transpose(0, 1).reshape(len(part), width))
+            contexts.append(
+                (torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), -1) @ v)
+                .transpose(0, 1)
+                .reshape(len(part), width)
+            )
         named = lambda name, t=t: (t[f"{name}.weight"], t[f"{name}.bias"])
-        x = F.layer_norm(F.linear(torch.cat(contexts), *named("attention_output")) + x, (width,), *named("attention_norm"), 1e-5)
-        x = F.layer_norm(F.linear(F.gelu(F.linear(x, *named("intermediate"))), *named("output")) + x, (width,), *named("output_norm"), 1e-5)
+        x = F.layer_norm(
+            F.linear(torch.cat(contexts), *named("attention_output")) + x,
+            (width,),
+            *named("attention_norm"),
+            1e-5,
+        )
+        x = F.layer_norm(
+            F.linear(F.gelu(F.linear(x, *named("intermediate"))), *named("output")) + x,
+            (width,),
+            *named("output_norm"),
+            1e-5,
+        )
     return torch.stack([part[0] for part in x.split(lengths)]) if only_first else x
 
 
@@ -112,16 +147,24 @@ def by_torch(
     inner=st.sampled_from([16, 48, 112, 256]), layers=st.integers(1, 3), first=st.integers(0, 2), only_first=st.booleans(), again=st.booleans(), with_input=st.booleans(),
     ranks=st.dictionaries(st.tuples(st.integers(0, 2), st.integers(0, 2)), st.integers(1, 20)), threads=st.sampled_from([1, 3]), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_blocks_are_the_formulas_with_gradients(lanes, lengths, head, inner, layers, first, only_first, again, with_input, ranks, threads, seed):
+def test_blocks_are_the_formulas_with_gradients(
+    lanes, lengths, head, inner, layers, first, only_first, again, with_input, ranks, threads, seed
+):
     g, lengths = torch.Generator().manual_seed(seed), sorted(lengths)
     first, heads, width, rows = min(first, layers - 1), head[0], head[0] * head[1], sum(lengths)
-    t, x, out = frozen(layers, width, inner, g), torch.randn(rows, width, generator=g), len(lengths) if only_first else rows
+    t = frozen(layers, width, inner, g)
+    x = torch.randn(rows, width, generator=g)
+    out = len(lengths) if only_first else rows
     leaves, adapters = [x.requires_grad_(with_input)], []
     for (i, k), r in sorted(ranks.items()):
         if first <= i < layers:
-            leaves += [torch.randn(shape, generator=g).div_(math.sqrt(shape[1])).requires_grad_() for shape in ((r, width), (width, r))]
+            leaves += [
+                torch.randn(shape, generator=g).div_(math.sqrt(shape[1])).requires_grad_()
+                for shape in ((r, width), (width, r))
+            ]
             adapters.append(Adapted(*leaves[-2:], 0.5 + k, i, k * width))
-    grad, cu_seqlens = torch.randn(out, width, generator=g), torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    grad = torch.randn(out, width, generator=g)
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     given_ = (in_c(t, heads), cu_seqlens, adapters, first, layers, only_first, again)
     count = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -140,7 +183,11 @@ def test_blocks_are_the_formulas_with_gradients(lanes, lengths, head, inner, lay
     expected = by_torch(exact, wide[0], lengths, heads, loras, only_first)
     near(found.detach(), expected.detach(), 1e-5)
     if wanted:
-        for one, other in zip(gradients, torch.autograd.grad(expected, [leaf for leaf in wide if leaf.requires_grad], grad.double()), strict=True):
+        for one, other in zip(
+            gradients,
+            torch.autograd.grad(expected, [leaf for leaf in wide if leaf.requires_grad], grad.double()),
+            strict=True,
+        ):
             near(one, other, 2e-4, 0.1)  # of one token the gradient of q and k is zero
 
 
@@ -149,13 +196,19 @@ def test_the_same_bits_whoever_helps():
     """On one thread, on some that a call starts, on those of workers, and with each block computed again."""
     g, lengths = torch.Generator().manual_seed(0), [5, 5, 9, 14, 20, 31, 40, 77, 150, 200]
     t, x = frozen(3, 64, 128, g), torch.randn(sum(lengths), 64, generator=g)
-    pairs = [(torch.randn(4, 64, generator=g).requires_grad_(), torch.randn(64, 4, generator=g).requires_grad_()) for _ in range(6)]
+    pairs = [
+        (torch.randn(4, 64, generator=g).requires_grad_(), torch.randn(64, 4, generator=g).requires_grad_())
+        for _ in range(6)
+    ]
     adapters = [Adapted(*pair, 0.3, n // 2, n % 2 * 128) for n, pair in enumerate(pairs)]
     made, cu_seqlens = in_c(t, 4), torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
 
     def sums(again: bool) -> list[torch.Tensor]:
         y = fused_ops.blocks(x, made, cu_seqlens, adapters, 0, 3, True, again)
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), [tensor for pair in pairs for tensor in pair])]
+        return [
+            y.detach(),
+            *torch.autograd.grad(y.square().sum(), [tensor for pair in pairs for tensor in pair]),
+        ]
 
     count, found = torch.get_num_threads(), []
     try:
@@ -175,22 +228,50 @@ def test_a_second_way_back_is_refused_and_inputs_stay():
     g = torch.Generator().manual_seed(0)
     t, x = frozen(2, 32, 64, g), torch.randn(9, 32, generator=g)
     before = [*(tensor.clone() for block in t for tensor in block.values()), x.clone()]
-    y = fused_ops.blocks(x.requires_grad_(), in_c(t, 2), torch.tensor([0, 4, 9], dtype=torch.int32), [], 0, 2, False, False)
+    y = fused_ops.blocks(
+        x.requires_grad_(), in_c(t, 2), torch.tensor([0, 4, 9], dtype=torch.int32), [], 0, 2, False, False
+    )
     y.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-    assert all(torch.equal(one, other) for one, other in zip(before, [*(tensor for block in t for tensor in block.values()), x], strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(before, [*(tensor for block in t for tensor in block.values()), x], strict=True)
+    )
 
 
 @needs_vectors
 @pytest.mark.parametrize(
-    "wrong", ["x", "texts", "empty", "rows", "rank", "column", "twice", "B", "block", "range", "lowest", "first", "grad", "kept", "input"]
+    "wrong",
+    [
+        "x",
+        "texts",
+        "empty",
+        "rows",
+        "rank",
+        "column",
+        "twice",
+        "B",
+        "block",
+        "range",
+        "lowest",
+        "first",
+        "grad",
+        "kept",
+        "input",
+    ],
 )
 def test_no_blocks_outside_their_bounds(wrong):
     g = torch.Generator().manual_seed(0)
     made, x = in_c(frozen(2, 32, 64, g), 2), torch.randn(9, 32, generator=g)
     r = 0 if wrong == "rank" else 4
-    one = Adapted(torch.zeros(r, 32), torch.zeros(32, 5 if wrong == "B" else r), 1.0, 2 if wrong == "block" else 1, 8 if wrong == "column" else 0)
+    one = Adapted(
+        torch.zeros(r, 32),
+        torch.zeros(32, 5 if wrong == "B" else r),
+        1.0,
+        2 if wrong == "block" else 1,
+        8 if wrong == "column" else 0,
+    )
     starts = {"texts": [0, 12, 9], "rows": [0, 4, 8], "empty": [0, 0, 9]}.get(wrong, [0, 4, 9])
     first, last, lowest, only_first = {
         "range": (0, 3, 0, False),
@@ -198,11 +279,21 @@ def test_no_blocks_outside_their_bounds(wrong):
         "first": (0, 1, 0, True),
         "input": (0, 2, 1, False),
     }.get(wrong, (0, 2, 0, False))
-    piece = Piece(torch.tensor(starts, dtype=torch.int32), [one] * (2 if wrong == "twice" else 1), first, last, lowest, only_first, False)
+    piece = Piece(
+        torch.tensor(starts, dtype=torch.int32),
+        [one] * (2 if wrong == "twice" else 1),
+        first,
+        last,
+        lowest,
+        only_first,
+        False,
+    )
     if wrong in ("grad", "kept", "input"):
         y, kept = made.forward(x, piece)
         with pytest.raises(ValueError, match=r"wanted|gradient of x"):
-            made.back(y[:, :16] if wrong == "grad" else y, kept[1:] if wrong == "kept" else kept, x, piece, True)
+            made.back(
+                y[:, :16] if wrong == "grad" else y, kept[1:] if wrong == "kept" else kept, x, piece, True
+            )
         return
     with pytest.raises(ValueError, match=r"wanted|texts|adapters|rank|blocks"):
         made.forward(x.double() if wrong == "x" else x, piece)
@@ -223,7 +314,11 @@ def test_no_blocks_of_other_shapes(wrong):
 def sums(trainer: Trainer, lengths: list[int]) -> list[torch.Tensor]:
     g = np.random.default_rng(0)
     encoded = [Encoded(g.integers(5, 40, n).astype(np.int32), np.zeros(n, dtype=np.int8), n) for n in lengths]
-    return [part for part in trainer._sums(pack(encoded, np.zeros(len(lengths), dtype=np.int64), "cpu"), seed=7) if part is not None]
+    return [
+        part
+        for part in trainer._sums(pack(encoded, np.zeros(len(lengths), dtype=np.int64), "cpu"), seed=7)
+        if part is not None
+    ]
 
 
 @needs_vectors
@@ -236,7 +331,11 @@ def test_a_step_is_that_of_plain_weights(tmp_path, family, changes):
     """Whichever settings go through whole blocks and whichever do not."""
     base = make_tiny(family, tmp_path / "base", num_attention_heads=2)
     if "slots" in changes:
-        changes = {"target_modules": tuple(read_spec(find_base(str(base)).config).family.block[slot] for slot in changes["slots"])}
+        changes = {
+            "target_modules": tuple(
+                read_spec(find_base(str(base)).config).family.block[slot] for slot in changes["slots"]
+            )
+        }
     trainer = Trainer(prepare(run_settings(tmp_path, base, **changes)))
     with torch.no_grad():
         for name, tensor in trainer.parameters.items():
@@ -246,7 +345,11 @@ def test_a_step_is_that_of_plain_weights(tmp_path, family, changes):
     for plain in (False, True):
         if plain:
             assert isinstance(encoder.together, Blocks)
-            assert all(isinstance(weight, PackedTrainingWeight) for block in encoder.weights for weight in block.values())
+            assert all(
+                isinstance(weight, PackedTrainingWeight)
+                for block in encoder.weights
+                for weight in block.values()
+            )
             encoder.weights, encoder.together = None, None
         found.append(sums(trainer, [3, 9, 14]))
     for one, other in zip(*found, strict=True):

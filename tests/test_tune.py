@@ -1,4 +1,5 @@
-"""`textlora tune`: one study by several processes, also dying ones; what is searched, pruned, failed and trained again; the report."""
+"""`textlora tune`: one study by several processes, also dying ones; what is searched, pruned, failed and
+trained again; the report."""
 
 import dataclasses
 import json
@@ -29,14 +30,29 @@ from textlora.training.run import run_training
 from textlora.tune.choice import LUCK, MOST_BYTES, Answers, choose, factor
 from textlora.tune.search import fresh
 from textlora.tune.shared import MAX_STARTS, Locks, shown
-from textlora.tune.space import SEARCHED, count_blocks, distributions, free_settings, start_parameters, trial_settings
+from textlora.tune.space import (
+    SEARCHED,
+    count_blocks,
+    distributions,
+    free_settings,
+    start_parameters,
+    trial_settings,
+)
 from textlora.tune.study import tune
 
 
 @pytest.fixture
 def config(tmp_path, tiny_base):
     files = task_files(tmp_path, "single")
-    return TrainConfig(**files, model=str(tiny_base("bert")), output=str(tmp_path / "out"), learning_rate=5e-3, epochs=2.0, threads=1, device="cpu")
+    return TrainConfig(
+        **files,
+        model=str(tiny_base("bert")),
+        output=str(tmp_path / "out"),
+        learning_rate=5e-3,
+        epochs=2.0,
+        threads=1,
+        device="cpu",
+    )
 
 
 def trials_of(config, storage=None, name="textlora"):
@@ -46,7 +62,9 @@ def trials_of(config, storage=None, name="textlora"):
 
 
 def journal(config):
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(Path(config.output) / "study.log"), lock_obj=NoLock()))
+    return optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(Path(config.output) / "study.log"), lock_obj=NoLock())
+    )
 
 
 class NoLock:
@@ -56,7 +74,9 @@ class NoLock:
 
 
 def run(config, trials=4, given=("epochs",), records=None, **options):
-    return tune(config, given, trials=trials, on_record=(records if records is not None else []).append, **options)
+    return tune(
+        config, given, trials=trials, on_record=(records if records is not None else []).append, **options
+    )
 
 
 def in_child(job, *arguments):
@@ -107,12 +127,15 @@ def test_two_processes_share_a_study(config):
     assert len(study) == 9
     assert {state for state, *_ in study} <= {"COMPLETE", "PRUNED"}
     assert len({json.dumps(parameters) for _, parameters, *_ in study}) == 9
-    assert {k: v for k, v in first.items() if k != "total_seconds"} == {k: v for k, v in second.items() if k != "total_seconds"}
+    assert {k: v for k, v in first.items() if k != "total_seconds"} == {
+        k: v for k, v in second.items() if k != "total_seconds"
+    }
     assert first["trials"] == first["complete"] + first["pruned"] == 9
 
 
 def test_a_killed_process_is_made_good(config, tmp_path):
-    """Killed in the middle of a trial, the same command runs that trial again and ends as if it had never been killed."""
+    """Killed in the middle of a trial, the same command runs that trial again and ends as if it had never
+    been killed."""
     assert in_child(dying_at, config, 1, 1.0) == -signal.SIGKILL
     assert [state for state, *_ in trials_of(config)] == ["COMPLETE", "RUNNING"]
     records = []
@@ -140,7 +163,12 @@ def test_another_process_takes_over_at_once(config):
         tune(config, ("epochs",), trials=1, on_record=on_record)
 
     def waits():
-        tune(config, ("epochs",), trials=1, on_record=lambda record: seen.put((record["kind"], record.get("number"))))
+        tune(
+            config,
+            ("epochs",),
+            trials=1,
+            on_record=lambda record: seen.put((record["kind"], record.get("number"))),
+        )
 
     first, second = context.Process(target=hangs), context.Process(target=waits)
     first.start()
@@ -219,12 +247,18 @@ def test_same_seed_same_trials(config, tmp_path):
         run(changed, count, given=("epochs", "target_modules", "layers"))
         found.append(trials_of(changed))
     assert found[0] == found[1]
-    assert [parameters for _, parameters, *_ in found[0][1:3]] != [parameters for _, parameters, *_ in found[2][1:]]
+    assert [parameters for _, parameters, *_ in found[0][1:3]] != [
+        parameters for _, parameters, *_ in found[2][1:]
+    ]
 
 
 def test_pruning_stops_what_lags_behind(config, monkeypatch):
     monkeypatch.setattr(textlora.tune.search, "COMPLETE_TRIALS", 1)
-    monkeypatch.setattr(textlora.tune.search, "trial_settings", lambda config, given, parameters, blocks: settings(config, parameters))
+    monkeypatch.setattr(
+        textlora.tune.search,
+        "trial_settings",
+        lambda config, given, parameters, blocks: settings(config, parameters),
+    )
 
     def settings(config, parameters):
         return dataclasses.replace(config, learning_rate=1e-2 if parameters["lora_dropout"] == 0 else 1e-9)
@@ -247,7 +281,11 @@ def test_a_diverging_trial_fails_and_the_study_goes_on(config, monkeypatch):
 
     def wild(config, given, parameters, blocks):
         found = plain(config, given, parameters, blocks)
-        return dataclasses.replace(found, learning_rate=1e30) if not wild_ones.append(found) and len(wild_ones) == 1 else found
+        return (
+            dataclasses.replace(found, learning_rate=1e30)
+            if not wild_ones.append(found) and len(wild_ones) == 1
+            else found
+        )
 
     monkeypatch.setattr(textlora.tune.search, "trial_settings", wild)
     records = []
@@ -278,7 +316,9 @@ def test_memory_that_does_not_suffice_fails_a_trial(config, monkeypatch):
 
 
 def test_no_complete_trial_is_an_error(config):
-    with pytest.raises(TrainingError, match=r"no trial of 2 was completed \(trial 0: the loss is (nan|inf) at step"):
+    with pytest.raises(
+        TrainingError, match=r"no trial of 2 was completed \(trial 0: the loss is (nan|inf) at step"
+    ):
         run(dataclasses.replace(config, learning_rate=1e30), 2, ("epochs", "learning_rate"))
     assert "No trial is complete" in (Path(config.output) / "report.html").read_text(encoding="utf-8")
     assert not (Path(config.output) / "best").exists()
@@ -291,7 +331,9 @@ def test_importance_needs_trials_that_differ(config):
     assert set(run(config, 5, given)["importance"]) == {"r", "lora_dropout"}
     same = dataclasses.replace(config, learning_rate=1e-12, output=config.output + "2")
     assert run(same, 5, given)["importance"] is None
-    assert "too few complete trials to tell, or all scored the same" in (Path(same.output) / "report.html").read_text(encoding="utf-8")
+    assert "too few complete trials to tell, or all scored the same" in (
+        Path(same.output) / "report.html"
+    ).read_text(encoding="utf-8")
 
 
 def test_timeout_begins_no_trial(config):
@@ -302,7 +344,8 @@ def test_timeout_begins_no_trial(config):
 
 
 def test_the_choice_is_trained_as_train_does_it(config, monkeypatch):
-    """Its evaluations are the trial's to the last digit, the folder is an adapter, and the test rows are scored once."""
+    """Its evaluations are the trial's to the last digit, the folder is an adapter, and the test rows are
+    scored once."""
     test = write_csv(Path(config.output).parent / "other.csv", single_rows(14, seed=9))
     config = dataclasses.replace(config, test=str(test), layers="last:1")
     sizes, plain = [], textlora.training.finalize.encoded_logits
@@ -314,7 +357,9 @@ def test_the_choice_is_trained_as_train_does_it(config, monkeypatch):
     monkeypatch.setattr(textlora.training.finalize, "encoded_logits", counting)
     monkeypatch.setattr(textlora.training.checkpoint_choice, "encoded_logits", counting)
     builds, plain_prefix = [], textlora.tune.search.build_prefix
-    monkeypatch.setattr(textlora.tune.search, "build_prefix", lambda *given: builds.append(1) or plain_prefix(*given))
+    monkeypatch.setattr(
+        textlora.tune.search, "build_prefix", lambda *given: builds.append(1) or plain_prefix(*given)
+    )
     records = []
     result = run(config, 4, ("epochs", "layers"), records)
     assert sizes.count(14) == (1 if result["chosen"]["defaults"] else 2)
@@ -322,13 +367,21 @@ def test_the_choice_is_trained_as_train_does_it(config, monkeypatch):
     best = Path(result["adapter"])
     assert best == Path(config.output) / "best"
     (_, parameters, value, scores) = trials_of(config)[result["chosen"]["number"]]
-    evaluations = {int(r["epoch"]): r["metrics"]["accuracy"] for r in log_of(best) if r["kind"] == "evaluation"}
+    evaluations = {
+        int(r["epoch"]): r["metrics"]["accuracy"] for r in log_of(best) if r["kind"] == "evaluation"
+    }
     assert evaluations == scores
     assert result["validation"]["accuracy"] == value == result["chosen"]["value"]
-    assert result["best"]["value"] == max(value for state, _, value, _ in trials_of(config) if state == "COMPLETE")
+    assert result["best"]["value"] == max(
+        value for state, _, value, _ in trials_of(config) if state == "COMPLETE"
+    )
     settings = read_config(best / "run" / "config.toml")
     assert (settings["learning_rate"], settings["r"]) == (parameters["learning_rate"], parameters["r"])
-    assert (settings["layers"], settings["epochs"], settings["lora_alpha"]) == ("last:1", 2.0, 2.0 * parameters["r"])
+    assert (settings["layers"], settings["epochs"], settings["lora_alpha"]) == (
+        "last:1",
+        2.0,
+        2.0 * parameters["r"],
+    )
     assert TextClassifier.load(best).predict(["a great film"])[0].label in ("pos", "neg")
     assert [r["kind"] for r in records][:2] == ["study", "trial"]
     found = {p.name for p in Path(config.output).iterdir()} - {"defaults"}
@@ -342,13 +395,20 @@ def test_once_more_changes_nothing_and_more_trials_go_on(config):
     records = []
     again = run(config, 3, records=records)
     assert [r["kind"] for r in records] == ["study", "best"]
-    assert {k: v for k, v in first.items() if k != "total_seconds"} == {k: v for k, v in again.items() if k != "total_seconds"}
+    assert {k: v for k, v in first.items() if k != "total_seconds"} == {
+        k: v for k, v in again.items() if k != "total_seconds"
+    }
     assert snapshot(Path(config.output) / "best") == before
     more = run(config, 6)
     assert trials_of(config)[:3] == study
     assert more["trials"] == 6
-    assert more["best"]["value"] == max(value for state, _, value, _ in trials_of(config) if state == "COMPLETE")
-    assert read_config(Path(config.output) / "best" / "run" / "config.toml")["r"] == more["chosen"]["settings"]["r"]
+    assert more["best"]["value"] == max(
+        value for state, _, value, _ in trials_of(config) if state == "COMPLETE"
+    )
+    assert (
+        read_config(Path(config.output) / "best" / "run" / "config.toml")["r"]
+        == more["chosen"]["settings"]["r"]
+    )
 
 
 def lead_by(config, right, **parameters):
@@ -359,13 +419,20 @@ def lead_by(config, right, **parameters):
     study = optuna.load_study(study_name="textlora", storage=journal(config))
     ranges = distributions(free_settings(config, ("epochs",)), 2, 32)
     given = {name: study.trials[0].params.get(name, 5e-3) for name in ranges} | parameters
-    study.add_trial(optuna.create_trial(params=given, distributions=ranges, value=right / len(labels), user_attrs={"answers": answers}))
+    study.add_trial(
+        optuna.create_trial(
+            params=given, distributions=ranges, value=right / len(labels), user_attrs={"answers": answers}
+        )
+    )
 
 
 def test_only_a_clear_lead_takes_the_place_of_the_defaults(config):
-    """Both are trained and scored on the test rows then; where the lead is small the defaults stay, and say why."""
+    """Both are trained and scored on the test rows then; where the lead is small the defaults stay, and say
+    why."""
     files = task_files(Path(config.output).parent, "single")
-    config = dataclasses.replace(config, learning_rate=1e-7, test=files["test"])  # outside its range, and learns nothing
+    config = dataclasses.replace(
+        config, learning_rate=1e-7, test=files["test"]
+    )  # outside its range, and learns nothing
     first = run(config, 1)
     right = round(16 * first["best"]["value"])
     assert first["chosen"]["defaults"]
@@ -409,9 +476,12 @@ def crossed(config):
 
 
 def test_few_rows_are_scored_by_cross_validation(crossed, monkeypatch):
-    """Trials are scored on every row by a training that did not see it; what is chosen gets the same score when it is trained."""
+    """Trials are scored on every row by a training that did not see it; what is chosen gets the same score
+    when it is trained."""
     builds, plain_prefix = [], textlora.tune.search.build_prefix
-    monkeypatch.setattr(textlora.tune.search, "build_prefix", lambda *given: builds.append(1) or plain_prefix(*given))
+    monkeypatch.setattr(
+        textlora.tune.search, "build_prefix", lambda *given: builds.append(1) or plain_prefix(*given)
+    )
     records = []
     result = run(crossed, 3, ("epochs", "layers"), records)
     assert len(builds) == 1  # the frozen states are those of all rows
@@ -449,7 +519,12 @@ def test_pruned_after_a_fold(crossed, monkeypatch):
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: True)
     records = []
     run(crossed, 2, records=records)
-    assert [(r["number"], r["fold"]) for r in records if r["kind"] == "fold"] == [(0, 1), (0, 2), (0, 3), (1, 1)]
+    assert [(r["number"], r["fold"]) for r in records if r["kind"] == "fold"] == [
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 1),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -458,13 +533,23 @@ def test_pruned_after_a_fold(crossed, monkeypatch):
         ("single_label_classification", "accuracy", np.arange(60) % 3),
         ("single_label_classification", "macro_f1", np.arange(60) % 3),
         ("single_label_classification", "log_loss", np.arange(60) % 3),
-        ("multi_label_classification", "micro_f1", (np.arange(180).reshape(60, 3) % 4 == 0).astype(np.float32)),
+        (
+            "multi_label_classification",
+            "micro_f1",
+            (np.arange(180).reshape(60, 3) % 4 == 0).astype(np.float32),
+        ),
         ("regression", "mse", np.linspace(-1, 1, 60).astype(np.float32)),
     ],
 )
 def test_answers_are_compared_row_by_row(kind, metric, labels):
     random = np.random.default_rng(0)
-    truth = labels[:, None] if kind == "regression" else np.eye(3)[labels] * 2 - 1 if labels.ndim == 1 else labels * 2 - 1
+    truth = (
+        labels[:, None]
+        if kind == "regression"
+        else np.eye(3)[labels] * 2 - 1
+        if labels.ndim == 1
+        else labels * 2 - 1
+    )
     good, bad = (truth + noise * random.normal(size=truth.shape) for noise in (0.5, 1.5))
     answers = Answers(kind, metric, labels, ("a", "b", "c"))
     score = lambda logits: evaluate(kind, labels, logits, ["a", "b", "c"])[metric]
@@ -488,14 +573,21 @@ def test_answers_of_many_rows_stay_small():
 
 
 def test_the_best_of_many_that_are_alike_is_seldom_preferred():
-    """Trials that are as good as the defaults: luck alone must not choose them in more than about one study of twenty."""
+    """Trials that are as good as the defaults: luck alone must not choose them in more than about one study
+    of twenty."""
     random, labels, chosen = np.random.default_rng(1), np.zeros(150, dtype=np.int64), 0
     answers = Answers("single_label_classification", "accuracy", labels, ("a", "b"), 3)
     for _ in range(100):
         ease = random.normal(1.0, 1.0, size=150)
         right = ease + 0.5 * random.normal(size=(8, 150)) > 0
         trials = [
-            {"number": i, "defaults": i == 0, "state": "complete", "reason": None, "answers": answers.pack(np.eye(2)[1 - ok.astype(int)])}
+            {
+                "number": i,
+                "defaults": i == 0,
+                "state": "complete",
+                "reason": None,
+                "answers": answers.pack(np.eye(2)[1 - ok.astype(int)]),
+            }
             for i, ok in enumerate(right)
         ]
         chosen += choose(trials, int(right.mean(1).argmax()), answers).number != 0
@@ -522,9 +614,17 @@ def test_database(config):
     records = []
     result = run(config, 5, storage=url, study="films", records=records)
     assert [r["number"] for r in records if r["kind"] == "trial"] == [4]
-    assert [state for state, *_ in trials_of(config, url, "films")] == ["COMPLETE"] * 3 + ["RUNNING", "COMPLETE"]
+    assert [state for state, *_ in trials_of(config, url, "films")] == ["COMPLETE"] * 3 + [
+        "RUNNING",
+        "COMPLETE",
+    ]
     assert (result["trials"], result["complete"]) == (5, 4)
-    assert sorted(p.name for p in Path(config.output).iterdir()) == ["best", "config.toml", "report.html", "study.locks"]
+    assert sorted(p.name for p in Path(config.output).iterdir()) == [
+        "best",
+        "config.toml",
+        "report.html",
+        "study.locks",
+    ]
 
 
 def test_two_studies_in_one_file(config, tmp_path):
@@ -532,7 +632,9 @@ def test_two_studies_in_one_file(config, tmp_path):
     run(config, 2, storage=storage, study="a")
     other = dataclasses.replace(config, output=str(tmp_path / "b"), seed=7)
     run(other, 2, storage=storage, study="b")
-    backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage, lock_obj=NoLock()))
+    backend = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(storage, lock_obj=NoLock())
+    )
     assert sorted(optuna.get_all_study_names(backend)) == ["a", "b"]
 
 
@@ -562,7 +664,10 @@ def test_fresh_is_what_prepare_makes(config, tiny_base):
         changed = dataclasses.replace(config, r=5, lora_alpha=20.0, layers="last:1", seed=3)
         expected, found = prepare(changed).model, fresh(prepare(config), changed).model
         assert list(expected.trainable()) == list(found.trainable())
-        assert all(torch.equal(a, b) for a, b in zip(expected.trainable().values(), found.trainable().values(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(expected.trainable().values(), found.trainable().values(), strict=True)
+        )
         assert (expected.depth, expected.path) == (found.depth, found.path)
 
 
@@ -575,22 +680,46 @@ def test_reference_path(config, tiny_base):
 def test_other_problem_types(tmp_path, tiny_base):
     """Lower is better where the metric says so."""
     files = task_files(tmp_path, "regression")
-    config = TrainConfig(**files, model=str(tiny_base("bert")), output=str(tmp_path / "out"), metric="mse", threads=1, device="cpu")
+    config = TrainConfig(
+        **files,
+        model=str(tiny_base("bert")),
+        output=str(tmp_path / "out"),
+        metric="mse",
+        threads=1,
+        device="cpu",
+    )
     result = run(dataclasses.replace(config, epochs=2.0), 4)
-    assert result["best"]["value"] == min(value for state, _, value, _ in trials_of(config) if state == "COMPLETE")
+    assert result["best"]["value"] == min(
+        value for state, _, value, _ in trials_of(config) if state == "COMPLETE"
+    )
     assert "Lower is better" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_is_searched():
     config = TrainConfig()
     assert free_settings(config, ()) == SEARCHED
-    assert free_settings(config, ("epochs", "seed", "r")) == ("learning_rate", "target_modules", "layers", "lora_dropout", "batch_size")
+    assert free_settings(config, ("epochs", "seed", "r")) == (
+        "learning_rate",
+        "target_modules",
+        "layers",
+        "lora_dropout",
+        "batch_size",
+    )
     assert "batch_size" not in free_settings(TrainConfig(batch_tokens=500), ("batch_tokens",))
     ranges = distributions(SEARCHED, 12, 384)
     assert list(ranges) == list(SEARCHED)
     assert (ranges["layers"].low, ranges["layers"].high, ranges["r"].high) == (1, 12, 32)
     assert distributions(("r",), 12, 20)["r"].high == 20
-    assert count_blocks(["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.11.attention.self.query", "bert.pooler.dense"]) == 2
+    assert (
+        count_blocks(
+            [
+                "bert.encoder.layer.0.attention.self.query",
+                "bert.encoder.layer.11.attention.self.query",
+                "bert.pooler.dense",
+            ]
+        )
+        == 2
+    )
     assert count_blocks(["albert.encoder.albert_layer_groups.0.albert_layers.0.attention.query"]) == 1
 
 
@@ -602,9 +731,22 @@ def test_the_first_trial_is_what_train_does():
         "batch_size": config.batch_size,
     }  # fmt: skip
     assert trial_settings(config, (), start, 6) == config
-    outside = TrainConfig(learning_rate=1.0, epochs=2.5, layers="0,1", target_modules=("query",), r=64, lora_dropout=0.12, batch_size=9)
+    outside = TrainConfig(
+        learning_rate=1.0,
+        epochs=2.5,
+        layers="0,1",
+        target_modules=("query",),
+        r=64,
+        lora_dropout=0.12,
+        batch_size=9,
+    )
     assert start_parameters(outside, distributions(SEARCHED, 6, 384), 6, 40) == {}
-    unnamed = start_parameters(TrainConfig(), {"learning_rate": distributions(SEARCHED, 6, 384)["learning_rate"]}, 6, default_rate(512))
+    unnamed = start_parameters(
+        TrainConfig(),
+        {"learning_rate": distributions(SEARCHED, 6, 384)["learning_rate"]},
+        6,
+        default_rate(512),
+    )
     assert unnamed == {"learning_rate": default_rate(512)}
 
 
@@ -612,7 +754,13 @@ def test_parameters_become_settings():
     config = TrainConfig(r=8, lora_alpha=16.0)
     parameters = {"r": 12, "layers": 6, "target_modules": "default", "epochs": 3}
     found = trial_settings(config, (), parameters, 6)
-    assert (found.r, found.lora_alpha, found.layers, found.target_modules, found.epochs) == (12, 24.0, "all", None, 3.0)
+    assert (found.r, found.lora_alpha, found.layers, found.target_modules, found.epochs) == (
+        12,
+        24.0,
+        "all",
+        None,
+        3.0,
+    )
     assert found.lora.scaling == config.lora.scaling
     assert trial_settings(config, ("lora_alpha",), parameters, 6).lora_alpha == 16.0
     assert trial_settings(dataclasses.replace(config, use_rslora=True), (), parameters, 6).lora_alpha == 16.0
@@ -622,7 +770,18 @@ def test_parameters_become_settings():
 
 @pytest.fixture
 def flags(config):
-    known = ["--model", config.model, "--threads", "1", "--epochs", "1", "--max-length", "32", "--output", config.output]
+    known = [
+        "--model",
+        config.model,
+        "--threads",
+        "1",
+        "--epochs",
+        "1",
+        "--max-length",
+        "32",
+        "--output",
+        config.output,
+    ]
     return ["tune", "--train", config.train, "--validation", config.validation, *known, "--quiet"]
 
 
@@ -631,10 +790,18 @@ def test_command(cli, config, flags):
     assert code == 0, err
     assert out.count("\n") == 1
     result = json.loads(out)
-    assert (result["trials"], result["output"], result["adapter"]) == (2, config.output, config.output + "/best")
+    assert (result["trials"], result["output"], result["adapter"]) == (
+        2,
+        config.output,
+        config.output + "/best",
+    )
     assert "test" not in result
     assert "searching learning_rate, r, target_modules, layers, lora_dropout, batch_size in 2 trials" in err
-    assert re.search(r"^trial 0 \(the defaults\): accuracy 0\.\d{4}  best so far  \(1 of 2 done  \d+:\d\d left\)$", err, flags=re.MULTILINE)
+    assert re.search(
+        r"^trial 0 \(the defaults\): accuracy 0\.\d{4}  best so far  \(1 of 2 done  \d+:\d\d left\)$",
+        err,
+        flags=re.MULTILINE,
+    )
     assert "optuna" not in err.lower()
     assert err.splitlines()[-2] == result["sentences"][0]
     assert cli(*flags, "--trials", "2")[2] == ""
@@ -663,7 +830,20 @@ def test_interrupted(cli, flags, monkeypatch):
         (("--storage", "nodb://ann:secret@host/db"), "--storage nodb://ann:***@host/db: cannot be opened"),
         (("--limit-train", "1"), "hold one class only"),
         (
-            ("--r", "4", "--learning-rate", "0.001", "--layers", "all", "--target-modules", "query", "--lora-dropout", "0", "--batch-size", "8"),
+            (
+                "--r",
+                "4",
+                "--learning-rate",
+                "0.001",
+                "--layers",
+                "all",
+                "--target-modules",
+                "query",
+                "--lora-dropout",
+                "0",
+                "--batch-size",
+                "8",
+            ),
             "every setting that tune searches was given; leave some out",
         ),
     ],
@@ -706,15 +886,21 @@ def test_a_study_of_other_settings_is_refused(cli, tmp_path, config, flags):
     assert "begun with other rows; give" in cli.fails(*flags, "--train", less, output=out)
     moved = write_csv(tmp_path / "moved.csv", single_rows(40))
     assert cli(*flags, "--train", moved, "--trials", "1")[0] == 0  # the same rows
-    foreign = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "theirs.log"), lock_obj=NoLock()))
+    foreign = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "theirs.log"), lock_obj=NoLock())
+    )
     optuna.create_study(storage=foreign, study_name="textlora").add_trial(optuna.create_trial(value=1.0))
-    assert "was not made by `textlora tune`" in cli.fails(*flags, "--output", tmp_path / "new", "--storage", tmp_path / "theirs.log")
+    assert "was not made by `textlora tune`" in cli.fails(
+        *flags, "--output", tmp_path / "new", "--storage", tmp_path / "theirs.log"
+    )
     assert not (tmp_path / "new").exists()
 
 
 def test_missing_packages(config, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
-    with pytest.raises(UsageError, match=r"needs optuna and scikit-learn; install them with pip install \"textlora\[tune\]\""):
+    with pytest.raises(
+        UsageError, match=r"needs optuna and scikit-learn; install them with pip install \"textlora\[tune\]\""
+    ):
         run(config)
 
 
@@ -733,11 +919,26 @@ def made_up_study(count=30, **changes):
             "layers": f"last:{parameters['layers']}",
             "target_modules": None if i % 2 == 0 else ("all-linear",),
         }
-        trial = {"number": i, "state": state, "value": value if state == "complete" else None, "parameters": parameters, "settings": settings}
-        trial |= {"scores": {} if state == "failed" else {"1": value - 0.1, "2": value}, "best_epoch": 2.0, "adapter_parameters": 9216}
-        trial |= {"reason": "the loss is nan at step 3 <b>&" if state == "failed" else None, "seconds": None if state == "running" else 2.5}
+        trial = {
+            "number": i,
+            "state": state,
+            "value": value if state == "complete" else None,
+            "parameters": parameters,
+            "settings": settings,
+        }
+        trial |= {
+            "scores": {} if state == "failed" else {"1": value - 0.1, "2": value},
+            "best_epoch": 2.0,
+            "adapter_parameters": 9216,
+        }
+        trial |= {
+            "reason": "the loss is nan at step 3 <b>&" if state == "failed" else None,
+            "seconds": None if state == "running" else 2.5,
+        }
         trials.append(trial | {"starts": 2 if i == 5 else None, "defaults": i == 0})
-    best = max((t for t in trials if t["state"] == "complete"), key=lambda t: t["value"], default={"number": None})
+    best = max(
+        (t for t in trials if t["state"] == "complete"), key=lambda t: t["value"], default={"number": None}
+    )
     return {
         "metric": "accuracy", "higher_is_better": True, "model": "minilm", "problem_type": "single_label_classification",
         "rows": {"train": 200, "validation": 100, "test": 50}, "held": 100, "folds": 0, "searched": list(SEARCHED), "trials": trials, "best": best["number"],
@@ -795,9 +996,13 @@ def test_report_shows_every_trial():
     assert rows[5][1] == "prunedafter epoch 2; started 2 times"
     shown_at = sum(last_value(t) is not None for t in study["trials"])
     marks = 1 + len(SEARCHED)  # the history and the slices
-    assert page.classes.count("m-pruned") == marks * sum(t["state"] == "pruned" for t in study["trials"]) + 1  # and the legend
+    assert (
+        page.classes.count("m-pruned") == marks * sum(t["state"] == "pruned" for t in study["trials"]) + 1
+    )  # and the legend
     assert page.classes.count("m-best") == marks + 1
-    assert page.classes.count("m-failed") == sum(t["state"] == "failed" for t in study["trials"]) + 1  # only in the history
+    assert (
+        page.classes.count("m-failed") == sum(t["state"] == "failed" for t in study["trials"]) + 1
+    )  # only in the history
     assert shown_at < len(study["trials"])
     assert "0.8125" in text
     assert "test accuracy</b>" in text
@@ -807,7 +1012,14 @@ def test_report_shows_every_trial():
     assert re.findall(r">(\d+ %)<", text) == ["70 %", "20 %", "10 %"]
 
 
-@pytest.mark.parametrize("study", [made_up_study(1), made_up_study(2, result=None, importance=None), made_up_study(0, best=None, result=None)])
+@pytest.mark.parametrize(
+    "study",
+    [
+        made_up_study(1),
+        made_up_study(2, result=None, importance=None),
+        made_up_study(0, best=None, result=None),
+    ],
+)
 def test_report_of_small_studies(study):
     text = render_study(study, "small")
     assert text.startswith("<!doctype html>")
@@ -815,7 +1027,8 @@ def test_report_of_small_studies(study):
 
 
 def test_without_test_rows_the_page_says_what_its_score_is():
-    """A score of the search never stands alone: on how many rows it was, and that trials were compared on them."""
+    """A score of the search never stands alone: on how many rows it was, and that trials were compared on
+    them."""
     study = made_up_study(9, result={}, defaults_result=None, held=4, folds=3)
     text = render_study(study, "few")
     best = next(trial for trial in study["trials"] if trial["number"] == study["best"])

@@ -1,4 +1,5 @@
-"""Full fine-tuning, BitFit, the head alone, PiSSA and peft's other methods, against transformers and peft with autograd."""
+"""Full fine-tuning, BitFit, the head alone, PiSSA and peft's other methods, against transformers and peft
+with autograd."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -64,28 +65,41 @@ def test_logits_and_gradients_are_those_of_transformers(tiny_base, family, part)
     torch.testing.assert_close(logits, theirs, atol=1e-5, rtol=1e-4)
     names, leaves = list(model.trainable()), list(model.trainable().values())
     mine = torch.autograd.grad(F.cross_entropy(logits, batch.labels), leaves, allow_unused=True)
-    mine = {name: torch.zeros_like(leaf) if g is None else g for name, leaf, g in zip(names, leaves, mine, strict=True)}
+    mine = {
+        name: torch.zeros_like(leaf) if g is None else g
+        for name, leaf, g in zip(names, leaves, mine, strict=True)
+    }
     named = transformers_names(model, mine)
     assert len(named) == len(set(named))
     F.cross_entropy(theirs, batch.labels).backward()
     for name, gradient in named.items():
         wanted = dict(net.named_parameters())[name].grad
-        torch.testing.assert_close(gradient, torch.zeros_like(gradient) if wanted is None else wanted, atol=2e-6, rtol=1e-3)
+        torch.testing.assert_close(
+            gradient, torch.zeros_like(gradient) if wanted is None else wanted, atol=2e-6, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("family", FAST)
 def test_full_trains_every_tensor_that_transformers_trains(tiny_base, family):
     model = FullFinetuningModel(base_of(tiny_base(family)), "all", 3)
-    net = transformers.AutoModelForSequenceClassification.from_pretrained(str(tiny_base(family)), num_labels=3)
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(
+        str(tiny_base(family)), num_labels=3
+    )
     everything = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    assert {name: tuple(t.shape) for name, t in transformers_names(model, model.trainable()).items()} == everything
+    assert {
+        name: tuple(t.shape) for name, t in transformers_names(model, model.trainable()).items()
+    } == everything
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_bitfit_trains_every_bias_and_the_head(tiny_base, family):
     model = FullFinetuningModel(base_of(tiny_base(family)), "biases", 3)
-    net = transformers.AutoModelForSequenceClassification.from_pretrained(str(tiny_base(family)), num_labels=3)
-    wanted = {name for name, _ in net.named_parameters() if name.endswith("bias") or name.startswith("classifier.")}
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(
+        str(tiny_base(family)), num_labels=3
+    )
+    wanted = {
+        name for name, _ in net.named_parameters() if name.endswith("bias") or name.startswith("classifier.")
+    }
     assert set(transformers_names(model, model.trainable())) == wanted
 
 
@@ -116,7 +130,9 @@ def test_head_on_known_features_is_the_head_on_texts(tiny_base, pooling):
     model = FullFinetuningModel(base, "head", 3, pooling=pooling, seed=3)
     features = FeatureModel(base, "head", 1, pooling=pooling, encoder=model.encoder).forward(batch)
     assert features.shape == (4, 32)
-    assert torch.equal(model.forward(replace(batch, hidden=features, depth=model.depth)), model.forward(batch))
+    assert torch.equal(
+        model.forward(replace(batch, hidden=features, depth=model.depth)), model.forward(batch)
+    )
     trained = {name for name in model.trainable() if not name.startswith("base_model.model.classifier.")}
     assert trained == set()
 
@@ -126,7 +142,13 @@ def test_checkpointing_changes_no_gradient(tiny_base):
     found = []
     for keep_less in (False, True):
         model.gradient_checkpointing = keep_less
-        found.append(torch.autograd.grad(F.cross_entropy(model.forward(batch), batch.labels), list(model.trainable().values()), allow_unused=True))
+        found.append(
+            torch.autograd.grad(
+                F.cross_entropy(model.forward(batch), batch.labels),
+                list(model.trainable().values()),
+                allow_unused=True,
+            )
+        )
     for plain, checkpointed in zip(*found, strict=True):
         torch.testing.assert_close(plain, checkpointed)
 
@@ -146,7 +168,9 @@ def test_pissa_starts_as_the_base_and_is_saved_as_ordinary_lora(tiny_base, use_r
     lora = LoraConfig(r=3, use_rslora=use_rslora)
     model = PissaModel(base, lora, 3, {}, seed=4)
     plain = PackedModel(base, lora, 3, seed=4)
-    torch.testing.assert_close(model.forward(batch), plain.forward(batch), atol=1e-5, rtol=1e-4)  # B of a fresh LoRA is zero
+    torch.testing.assert_close(
+        model.forward(batch), plain.forward(batch), atol=1e-5, rtol=1e-4
+    )  # B of a fresh LoRA is zero
     with torch.no_grad():
         for k, tensor in enumerate(model.trainable().values()):
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(k)))
@@ -161,7 +185,12 @@ def test_pissa_starts_as_the_base_and_is_saved_as_ordinary_lora(tiny_base, use_r
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [*((f, kind) for f in ("bert", "bert-no-pooler", "roberta") for kind in KINDS), ("electra", "ia3"), ("electra", "prefix"), ("distilbert", "ia3")],
+    [
+        *((f, kind) for f in ("bert", "bert-no-pooler", "roberta") for kind in KINDS),
+        ("electra", "ia3"),
+        ("electra", "prefix"),
+        ("distilbert", "ia3"),
+    ],
 )
 def test_peft_methods_train_what_they_should_and_ignore_padding(tiny_base, family, kind):
     model = PeftMethodModel.open(kind, 4, tiny_base(family), 3, seed=6)
@@ -176,7 +205,11 @@ def test_peft_methods_train_what_they_should_and_ignore_padding(tiny_base, famil
     alone = [model.forward(cut(batch, start, stop)) for start, stop in pairwise(bounds)]
     torch.testing.assert_close(logits, torch.cat(alone), atol=1e-5, rtol=1e-4)
     gradients = torch.autograd.grad(F.cross_entropy(logits, batch.labels), list(leaves.values()))
-    assert all(gradient.abs().max() > 0 for name, gradient in zip(leaves, gradients, strict=True) if ".key." not in name)
+    assert all(
+        gradient.abs().max() > 0
+        for name, gradient in zip(leaves, gradients, strict=True)
+        if ".key." not in name
+    )
 
 
 def cut(batch: PackedBatch, start: int, stop: int) -> PackedBatch:
@@ -189,12 +222,20 @@ def cut(batch: PackedBatch, start: int, stop: int) -> PackedBatch:
 def test_ia3_starts_as_the_base_and_is_a_rescaling(tiny_base):
     """The formula by hand: keys and values scaled, inputs of the output layers scaled, in plain transformers."""
     model, batch = PeftMethodModel.open("ia3", 0, tiny_base("bert"), 3, seed=6), batch_for("bert")
-    net = transformers.AutoModelForSequenceClassification.from_pretrained(str(tiny_base("bert")), num_labels=3).eval()
-    heads = {name.removeprefix("base_model.model."): t for name, t in model.trainable().items() if "ia3" not in name}
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(
+        str(tiny_base("bert")), num_labels=3
+    ).eval()
+    heads = {
+        name.removeprefix("base_model.model."): t
+        for name, t in model.trainable().items()
+        if "ia3" not in name
+    }
     with torch.no_grad():
         for name, tensor in heads.items():
             dict(net.named_parameters())[name].copy_(tensor)
-    torch.testing.assert_close(model.forward(batch), answers_of_transformers(net, batch), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model.forward(batch), answers_of_transformers(net, batch), atol=1e-5, rtol=1e-4
+    )
     with torch.no_grad():
         for k, (name, scale) in enumerate(model.trainable().items()):
             if "ia3" not in name:
@@ -206,7 +247,9 @@ def test_ia3_starts_as_the_base_and_is_a_rescaling(tiny_base):
             else:
                 layer.weight.mul_(scale)
                 layer.bias.mul_(scale[:, 0])
-    torch.testing.assert_close(model.forward(batch), answers_of_transformers(net, batch), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model.forward(batch), answers_of_transformers(net, batch), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_what_peft_cannot_do_is_one_line(tiny_base):

@@ -28,7 +28,15 @@ _HOMES = {
     "TrainConfig": "textlora.core.config",
     "TextloraError": "textlora.core.errors",
 }
-__all__ = ["AdapterEngine", "LoraConfig", "Prediction", "TextClassifier", "TextloraError", "TrainConfig", "train"]
+__all__ = [
+    "AdapterEngine",
+    "LoraConfig",
+    "Prediction",
+    "TextClassifier",
+    "TextloraError",
+    "TrainConfig",
+    "train",
+]
 
 
 __getattr__ = lazy_names(__name__, _HOMES)

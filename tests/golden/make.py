@@ -1,7 +1,9 @@
-"""Make the golden folder of this release: `python tests/golden/make.py`. A folder that is there is never changed.
+"""Make the golden folder of this release: `python tests/golden/make.py`. A folder that is there is never
+changed.
 
-tests/golden/VERSION/ holds tiny bases, adapters trained on them on made-up rows, and answers.json with what each adapter answers.
-tests/test_golden.py reads every such folder: a later release must give the same answers.
+tests/golden/VERSION/ holds tiny bases, adapters trained on them on made-up rows, and answers.json with what
+each adapter answers. tests/test_golden.py reads every such folder: a later release must give the same
+answers.
 """
 
 import contextlib
@@ -59,11 +61,26 @@ def main() -> int:
             make_tiny(family, made / "bases" / family, **sizes)
         for adapter, (family, task, changes) in ADAPTERS.items():
             base = made / "bases" / family
-            config = settings(Path(name) / adapter, base, task, learning_rate=0.03, epochs=16.0, r=2, max_length=24, **changes)
+            config = settings(
+                Path(name) / adapter,
+                base,
+                task,
+                learning_rate=0.03,
+                epochs=16.0,
+                r=2,
+                max_length=24,
+                **changes,
+            )
             run_training(config)
-            folder = Path(shutil.copytree(config.output, made / "adapters" / adapter, ignore=shutil.ignore_patterns("run", ".*")))
+            folder = Path(
+                shutil.copytree(
+                    config.output, made / "adapters" / adapter, ignore=shutil.ignore_patterns("run", ".*")
+                )
+            )
             answers[adapter] = {"base": family, **answer(folder, base, PAIRS if task == "pairs" else None)}
-        (made / "answers.json").write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (made / "answers.json").write_text(
+            json.dumps(answers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         shutil.copytree(made, target)
     return 0
 
@@ -75,7 +92,9 @@ def answer(folder: Path, base: Path, pairs: list[str] | None) -> dict[str, objec
     reference = ReferenceModel.from_adapter(folder, base, len(meta.labels), pooling=meta.pooling)
     theirs = encoded_logits(reference, classifier.tokenizer.encode(TEXTS, pairs))
     assert np.allclose(classifier.logits(TEXTS, pairs), theirs, atol=1e-5), folder
-    records = [classifier.record(prediction, with_logits=True) for prediction in classifier.predict(TEXTS, pairs)]
+    records = [
+        classifier.record(prediction, with_logits=True) for prediction in classifier.predict(TEXTS, pairs)
+    ]
     return {"texts": TEXTS, "pairs": pairs, "records": records}
 
 

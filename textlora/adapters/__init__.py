@@ -1,1 +1,2 @@
-"""Adapter folders: read, checked and written; the model card, the golden texts, a hub, adapters made elsewhere. Needs no model."""
+"""Adapter folders: read, checked and written; the model card, the golden texts, a hub, adapters made
+elsewhere. Needs no model."""

@@ -1,4 +1,5 @@
-"""Adapter folders: PEFT's two files, and `textlora.json` with all that a prediction depends on and PEFT does not store.
+"""Adapter folders: PEFT's two files, and `textlora.json` with all that a prediction depends on and PEFT does
+not store.
 
 Reading trusts nothing: file hashes, names and shapes are checked, pickles are refused, unknown keys are kept.
 """
@@ -34,7 +35,13 @@ FOLDER_FILES = (  # beside textlora.json: what is hashed, fetched from a hub and
 )  # fmt: skip
 MEAN_POOLING_TYPE = "TEXTLORA_MEAN_POOLING"
 _WRAPPED = re.compile(r"(?<=\.)(?:modules_to_save\.(?:default\.)?|original_module\.)")
-_REWRITING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights, some with a number behind
+_REWRITING = (
+    "pissa",
+    "olora",
+    "corda",
+    "lora_ga",
+    "loftq",
+)  # values of init_lora_weights, some with a number behind
 _STARTS = ("gaussian", "eva", "orthogonal", "mica")
 _REFUSED = {  # keys of PEFT's config that change the answer
     "lora_bias": "a bias on B",
@@ -69,11 +76,13 @@ _SCHEMA: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class AdapterMeta:
-    """What `textlora.json` says. `base` has id, revision, model_type and hash; `golden` has text, text_pair and logits.
+    """What `textlora.json` says. `base` has id, revision, model_type and hash; `golden` has text, text_pair
+    and logits.
 
-    `temperature` is the one that a reader applies: 1 since the fitted one is divided into the head when an adapter is saved.
-    `fitted_temperature` says what it was, and `fitted_shift` what was added to each logit after that: the last bias less the shift, and then the
-    head's last layer times the temperature, is the head as it was trained.
+    `temperature` is the one that a reader applies: 1 since the fitted one is divided into the head when an
+    adapter is saved. `fitted_temperature` says what it was, and `fitted_shift` what was added to each logit
+    after that: the last bias less the shift, and then the head's last layer times the temperature, is the
+    head as it was trained.
     """
 
     labels: tuple[str, ...]
@@ -105,8 +114,16 @@ class AdapterFolder:
     meta: AdapterMeta | None
 
 
-def peft_config(lora: LoraConfig, target_modules: list[str], modules_to_save: list[str], pooling: str, base_id: str | None, revision: str | None):
-    """`adapter_config.json` as PEFT reads it. A mean-pooling adapter names a type of its own: no transformers class computes it."""
+def peft_config(
+    lora: LoraConfig,
+    target_modules: list[str],
+    modules_to_save: list[str],
+    pooling: str,
+    base_id: str | None,
+    revision: str | None,
+):
+    """`adapter_config.json` as PEFT reads it. A mean-pooling adapter names a type of its own: no transformers
+    class computes it."""
     return {
         "alpha_pattern": dict(lora.alpha_pattern),
         "auto_mapping": None,
@@ -136,11 +153,14 @@ def write_weights(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
     plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     with atomic_path(folder / WEIGHTS_FILE) as part:
-        part.write_bytes(save(plain, metadata={"format": "pt"}))  # one metadata key only: safetensors orders several at random
+        part.write_bytes(
+            save(plain, metadata={"format": "pt"})
+        )  # one metadata key only: safetensors orders several at random
 
 
 def write_side_file(folder: Path, meta: AdapterMeta) -> None:
-    """Hash the adapter's files and write `textlora.json`, last: without it the folder is not an adapter yet. Other files may lie there."""
+    """Hash the adapter's files and write `textlora.json`, last: without it the folder is not an adapter yet.
+    Other files may lie there."""
     files = {name: sha256_file(folder / name) for name in sorted(FOLDER_FILES) if (folder / name).is_file()}
     content = {"format": FORMAT, **dataclasses.asdict(dataclasses.replace(meta, files=files))}
     content["sha256"] = _self_hash(content)
@@ -159,7 +179,8 @@ def read_adapter(folder: Path | str) -> AdapterFolder:
     """Read an adapter folder and check everything that needs no base model.
 
     Raises:
-        AdapterError: a file is missing, damaged, changed since it was saved, a pickle, or of a kind textlora does not run.
+        AdapterError: a file is missing, damaged, changed since it was saved, a pickle, or of a kind textlora
+            does not run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -175,9 +196,13 @@ def read_adapter(folder: Path | str) -> AdapterFolder:
             raise AdapterError(what, "`textlora convert` takes the tensors out without running anything")
         raise AdapterError(f"{folder}: no {WEIGHTS_FILE}", "was the folder copied whole?")
     try:
-        tensors = dict(sorted(load(weights.read_bytes()).items()))  # not mapped: a file cut short while it is read must not end a server
+        tensors = dict(
+            sorted(load(weights.read_bytes()).items())
+        )  # not mapped: a file cut short while it is read must not end a server
     except (SafetensorError, OSError, KeyError) as error:
-        raise AdapterError(f"{weights}: not a whole safetensors file ({error})", "copy the adapter again") from error
+        raise AdapterError(
+            f"{weights}: not a whole safetensors file ({error})", "copy the adapter again"
+        ) from error
     return AdapterFolder(folder, config, plain_tensors(tensors, weights), meta)
 
 
@@ -190,7 +215,9 @@ def plain_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tens
     found: dict[str, Tensor] = {}
     for raw, tensor in sorted(tensors.items(), key=lambda item: len(item[0])):
         if not tensor.is_floating_point():
-            raise AdapterError(f"{source}: tensor '{raw}' holds {str(tensor.dtype).removeprefix('torch.')}, not floating point numbers")
+            raise AdapterError(
+                f"{source}: tensor '{raw}' holds {str(tensor.dtype).removeprefix('torch.')}, not floating point numbers"
+            )
         name, value = _WRAPPED.sub("", raw), tensor.to(torch.float32)
         if ".original_module." in raw and name in tensors:
             continue
@@ -201,7 +228,8 @@ def plain_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tens
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
-    """Read `adapter_config.json`. Raises AdapterError when missing, not JSON, or not LoRA for sequence classification."""
+    """Read `adapter_config.json`. Raises AdapterError when missing, not JSON, or not LoRA for sequence
+    classification."""
     path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -213,7 +241,9 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise AdapterError(f"{path}: peft_type {kind!r:.60}, textlora runs LORA adapters")
     if config.get("task_type") not in (None, "SEQ_CLS"):
-        raise AdapterError(f"{path}: task_type {config['task_type']!r:.60}, textlora runs SEQ_CLS (sequence classification)")
+        raise AdapterError(
+            f"{path}: task_type {config['task_type']!r:.60}, textlora runs SEQ_CLS (sequence classification)"
+        )
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key), str | None) or "\0" in (config.get(key) or ""):
             raise AdapterError(f"{path}: {key} {config[key]!r:.60} is not a name")
@@ -224,7 +254,8 @@ def lora_config(folder: AdapterFolder) -> LoraConfig:
     """The LoRA settings of a folder; places are read off the tensors, not guessed from name patterns.
 
     Raises:
-        AdapterError: the folder uses something that would change its answers and that this version does not run.
+        AdapterError: the folder uses something that would change its answers and that this version does not
+            run.
     """
     config, path = folder.config, folder.path / CONFIG_FILE
     for key, what in _REFUSED.items():
@@ -238,22 +269,40 @@ def lora_config(folder: AdapterFolder) -> LoraConfig:
             "let PEFT convert it (save_pretrained with path_initial_model_for_weight_conversion) and add the head's tensors, which that leaves out",
         )
     if not isinstance(kind, bool | None) and kind not in _STARTS:
-        raise AdapterError(f"{path}: init_lora_weights {start!r:.60} is not known here, it may have rewritten the base")
-    if strange := next((name for name in folder.tensors if not re.match(r"base_model\.model\..+\.", name)), None):
-        raise AdapterError(f"{folder.path / WEIGHTS_FILE}: tensor '{strange:.60}' is not named as PEFT names tensors")
-    adapted = [name.removesuffix(".lora_A.weight") for name in folder.tensors if name.endswith(".lora_A.weight")]
+        raise AdapterError(
+            f"{path}: init_lora_weights {start!r:.60} is not known here, it may have rewritten the base"
+        )
+    if strange := next(
+        (name for name in folder.tensors if not re.match(r"base_model\.model\..+\.", name)), None
+    ):
+        raise AdapterError(
+            f"{folder.path / WEIGHTS_FILE}: tensor '{strange:.60}' is not named as PEFT names tensors"
+        )
+    adapted = [
+        name.removesuffix(".lora_A.weight") for name in folder.tensors if name.endswith(".lora_A.weight")
+    ]
     if not adapted:
         raise AdapterError(f"{folder.path / WEIGHTS_FILE}: holds no LoRA tensors")
     if strange := next((name for name in folder.tensors if ".lora_embedding_" in name), None):
-        raise AdapterError(f"{folder.path / WEIGHTS_FILE}: tensor '{strange}' (LoRA on embeddings) is not supported")
+        raise AdapterError(
+            f"{folder.path / WEIGHTS_FILE}: tensor '{strange}' (LoRA on embeddings) is not supported"
+        )
     bias = config.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
         raise AdapterError(f"{path}: bias {bias!r:.60} is not none, all or lora_only")
     if bias != "none" and not any(name.endswith(".base_layer.bias") for name in folder.tensors):
         what = f"{path}: bias '{bias}' trained biases of the base, but {WEIGHTS_FILE} does not hold them"
         raise AdapterError(what, "older versions of PEFT did not save them: save it again with a newer one")
-    alone = lambda name: bias == "all" and name.endswith(".bias") and name.removesuffix("bias") + "weight" not in folder.tensors
-    own = [name.rpartition(".")[0] for name in folder.tensors if ".lora_" not in name and ".base_layer." not in name and not alone(name)]
+    alone = lambda name: (
+        bias == "all"
+        and name.endswith(".bias")
+        and name.removesuffix("bias") + "weight" not in folder.tensors
+    )
+    own = [
+        name.rpartition(".")[0]
+        for name in folder.tensors
+        if ".lora_" not in name and ".base_layer." not in name and not alone(name)
+    ]
     number = lambda key, value, least: _number(path, key, value, least)
     patterns = {key: _pattern(path, key, config.get(key)) for key in ("rank_pattern", "alpha_pattern")}
     dropout = config.get("lora_dropout") or 0.0
@@ -270,8 +319,14 @@ def lora_config(folder: AdapterFolder) -> LoraConfig:
         use_rslora=bool(config.get("use_rslora")),
         use_dora=bool(config.get("use_dora")),
         target_modules=short(adapted),
-        rank_pattern={name: number(f"rank_pattern '{name:.60}'", value, 1) for name, value in patterns["rank_pattern"].items()},
-        alpha_pattern={name: float(number(f"alpha_pattern '{name:.60}'", value, None)) for name, value in patterns["alpha_pattern"].items()},
+        rank_pattern={
+            name: number(f"rank_pattern '{name:.60}'", value, 1)
+            for name, value in patterns["rank_pattern"].items()
+        },
+        alpha_pattern={
+            name: float(number(f"alpha_pattern '{name:.60}'", value, None))
+            for name, value in patterns["alpha_pattern"].items()
+        },
         bias=bias,
         modules_to_save=short(own),
     )
@@ -280,9 +335,13 @@ def lora_config(folder: AdapterFolder) -> LoraConfig:
 def _number(path: Path, key: str, value: Any, least: int | None) -> int | float:
     """A whole number of at least `least`, or with None any finite number. Raises AdapterError."""
     if least is not None and (type(value) is not int or not least <= value < 2**31):
-        raise AdapterError(f"{path}: {key} is {'missing' if value is None else f'{value!r:.60}'}, not a whole number of at least {least}")
+        raise AdapterError(
+            f"{path}: {key} is {'missing' if value is None else f'{value!r:.60}'}, not a whole number of at least {least}"
+        )
     if type(value) not in (int, float) or not abs(value) < 1e30:
-        raise AdapterError(f"{path}: {key} is {'missing' if value is None else f'{value!r:.60}'}, not a number")
+        raise AdapterError(
+            f"{path}: {key} is {'missing' if value is None else f'{value!r:.60}'}, not a number"
+        )
     return value
 
 
@@ -295,7 +354,9 @@ def _pattern(path: Path, key: str, value: Any) -> dict[str, Any]:
             re.compile(f"(.*\\.)?({name})$")
         except (re.error, OverflowError, RecursionError) as error:
             raise AdapterError(f"{path}: {key} '{name:.60}' is not a regular expression ({error})") from error
-        if re.search(r"\)[*+{]", name) or len(re.findall(r"[*+{]", name)) > 3:  # some of these never come to an end
+        if (
+            re.search(r"\)[*+{]", name) or len(re.findall(r"[*+{]", name)) > 3
+        ):  # some of these never come to an end
             raise AdapterError(f"{path}: {key} '{name:.60}' repeats too much", "name the layers more plainly")
     return value or {}
 
@@ -316,9 +377,14 @@ def read_meta(folder: Path) -> AdapterMeta | None:
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise AdapterError(f"{path}: not a textlora side file")
     if content["format"] > FORMAT:
-        raise AdapterError(f"{path}: written by a newer textlora (format {content['format']})", "upgrade textlora")
+        raise AdapterError(
+            f"{path}: written by a newer textlora (format {content['format']})", "upgrade textlora"
+        )
     if content.get("sha256") != _self_hash(content):
-        raise AdapterError(f"{path}: was changed after it was saved", "copy it again; to rename labels use `textlora inspect --relabel`")
+        raise AdapterError(
+            f"{path}: was changed after it was saved",
+            "copy it again; to rename labels use `textlora inspect --relabel`",
+        )
     for key, kind in _SCHEMA.items():
         if not isinstance(content.get(key), kind):
             raise AdapterError(f"{path}: '{key}' is missing or of the wrong type")
@@ -336,11 +402,18 @@ def read_meta(folder: Path) -> AdapterMeta | None:
 
 
 def _sound(values: Mapping[str, Any]) -> bool:
-    """Whether the parts of a side file fit each other: names, ranges, and as many numbers as there are labels."""
-    count, thresholds, separator = len(values["labels"]), values.get("thresholds"), values.get("label_separator")
+    """Whether the parts of a side file fit each other: names, ranges, and as many numbers as there are
+    labels."""
+    count = len(values["labels"])
+    thresholds = values.get("thresholds")
+    separator = values.get("label_separator")
 
     def numbers(found: Any) -> bool:
-        return isinstance(found, list) and len(found) == count and all(type(x) in (int, float) and math.isfinite(x) for x in found)
+        return (
+            isinstance(found, list)
+            and len(found) == count
+            and all(type(x) in (int, float) and math.isfinite(x) for x in found)
+        )
 
     return (
         0 < count == len(set(values["labels"]))
@@ -357,7 +430,10 @@ def _sound(values: Mapping[str, Any]) -> bool:
         and (values.get("fitted_shift") is None or numbers(values["fitted_shift"]))
         and all(isinstance(values["base"].get(key), str) for key in ("model_type", "hash"))
         and all(isinstance(digest, str) for digest in values["files"].values())
-        and all(isinstance(row, dict) and isinstance(row.get("text"), str) and numbers(row.get("logits")) for row in values["golden"])
+        and all(
+            isinstance(row, dict) and isinstance(row.get("text"), str) and numbers(row.get("logits"))
+            for row in values["golden"]
+        )
         and all("text_pair" in row and isinstance(row["text_pair"], str | None) for row in values["golden"])
     )
 
@@ -375,12 +451,18 @@ def _check_files(folder: Path, meta: AdapterMeta) -> None:
         if not path.is_file():
             raise AdapterError(f"{path} is missing", "copy the adapter again")
         if sha256_file(path) != expected:
-            raise AdapterError(f"{path}: was changed after it was saved (SHA-256 differs)", "copy the adapter again")
+            raise AdapterError(
+                f"{path}: was changed after it was saved (SHA-256 differs)", "copy the adapter again"
+            )
 
 
 def changed_files(folder: Path, meta: AdapterMeta) -> list[str]:
     """Names of files that differ from what `textlora.json` recorded, the card included; for `inspect`."""
-    return [name for name, expected in meta.files.items() if not (folder / name).is_file() or sha256_file(folder / name) != expected]
+    return [
+        name
+        for name, expected in meta.files.items()
+        if not (folder / name).is_file() or sha256_file(folder / name) != expected
+    ]
 
 
 def _self_hash(content: Mapping[str, Any]) -> str:

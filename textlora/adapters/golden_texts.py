@@ -1,6 +1,7 @@
 """Fixed neutral texts whose logits are stored with every adapter and recomputed when it is loaded.
 
-They are never training rows. Changing one breaks no adapter: each folder carries the texts it was checked with.
+They are never training rows. Changing one breaks no adapter: each folder carries the texts it was checked
+with.
 """
 
 GOLDEN_TEXTS = (

@@ -24,7 +24,9 @@ class _Numbers(click.ParamType):
 
     name = "numbers"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
         try:
             return value if isinstance(value, tuple) else tuple(int(part) for part in value.split(","))
         except ValueError:
@@ -33,23 +35,51 @@ class _Numbers(click.ParamType):
 
 @app.command(epilog=f"Methods: {', '.join(METHODS)}.")
 @setting_options(_SHARED)
-@click.option("--methods", type=CommaList(), metavar="NAMES", help=f"Methods, or all.  [default: {','.join(DEFAULT_METHODS)}]")
+@click.option(
+    "--methods",
+    type=CommaList(),
+    metavar="NAMES",
+    help=f"Methods, or all.  [default: {','.join(DEFAULT_METHODS)}]",
+)
 @click.option(
     "--learning-rates",
     multiple=True,
     metavar="RATES",
     help="Rates to try: 1e-3,3e-3 for all methods, full=1e-5,1e-4 for one. Default: its own three.",
 )
-@click.option("--sizes", type=_Numbers(), default=(), metavar="NUMBERS", help="Ranks or numbers of tokens to try.  [default: 8]")
-@click.option("--seeds", type=int, default=3, metavar="N", help="Repeats at the best rate, seeds counted up from --seed.  [default: 3]")
-@click.option("--rows", type=_Numbers(), default=(), metavar="NUMBERS", help="Train on so many rows too, such as 8,32,128,512.")
+@click.option(
+    "--sizes",
+    type=_Numbers(),
+    default=(),
+    metavar="NUMBERS",
+    help="Ranks or numbers of tokens to try.  [default: 8]",
+)
+@click.option(
+    "--seeds",
+    type=int,
+    default=3,
+    metavar="N",
+    help="Repeats at the best rate, seeds counted up from --seed.  [default: 3]",
+)
+@click.option(
+    "--rows",
+    type=_Numbers(),
+    default=(),
+    metavar="NUMBERS",
+    help="Train on so many rows too, such as 8,32,128,512.",
+)
 @click.option(
     "--budget",
     metavar="AMOUNT",
     help="Time or runs for all methods together: 30m, 2h, 40runs. Whole methods are run, the most useful first; the others are left out. Default: no limit.",
 )
 @click.option("--name", metavar="NAME", help="Name of the data in the report. Default: from --train.")
-@click.option("--config", "config_file", metavar="FILE", help="TOML file of the settings shared with `train`; flags override it.")
+@click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="TOML file of the settings shared with `train`; flags override it.",
+)
 @json_option
 @quiet_option
 def compare(
@@ -69,7 +99,8 @@ def compare(
 
     textlora compare --train reviews.csv --test test.csv --output comparison
 
-    Finished runs are kept in DIR/runs and skipped: stop it at any time, run the same command again to go on, add methods, rates or seeds later.
+    Finished runs are kept in DIR/runs and skipped: stop it at any time, run the same command again to go on,
+    add methods, rates or seeds later.
     """
     settings = merge_settings(flags, config_file)
     if not settings.get("output"):
@@ -78,7 +109,9 @@ def compare(
     from textlora.compare.comparison import Comparison
     from textlora.compare.comparison import compare as run_comparison
 
-    asked = Comparison(TrainConfig(**settings), chosen, _rates(learning_rates), sizes, seeds, rows, budget, name)
+    asked = Comparison(
+        TrainConfig(**settings), chosen, _rates(learning_rates), sizes, seeds, rows, budget, name
+    )
     with ComparisonDisplay(quiet) as display:
         display.say("reading the data and the base model ...")
         summary = run_comparison(asked, on_record=display.show)
@@ -98,7 +131,9 @@ def _rates(given: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
         try:
             rates[method.strip()] = tuple(float(number) for number in numbers.split(","))
         except ValueError as error:
-            raise UsageError(f"--learning-rates {text}: not a list of numbers", "write 1e-3,3e-3 or full=1e-5,1e-4") from error
+            raise UsageError(
+                f"--learning-rates {text}: not a list of numbers", "write 1e-3,3e-3 or full=1e-5,1e-4"
+            ) from error
     return rates
 
 
@@ -118,7 +153,11 @@ class ComparisonDisplay(Display):
         self.say(f"[{count}] {run_line(record)}  {self._left()}".rstrip())
 
     def _left(self) -> str:
-        return "" if self.left is None else f"about {clock(max(0.0, self.left - (time.monotonic() - self.asked_at)))} left"
+        return (
+            ""
+            if self.left is None
+            else f"about {clock(max(0.0, self.left - (time.monotonic() - self.asked_at)))} left"
+        )
 
 
 def run_name(record: dict[str, Any]) -> str:
@@ -133,7 +172,11 @@ def run_line(record: dict[str, Any]) -> str:
     if "error" in record:
         return f"{run_name(record)}: failed, {record['error']}"
     names = {"validation": "held-out", "test": "test"}
-    scores = [f"{names[split]} {record['metric']} {record[split][record['metric']]:.4f}" for split in names if _has(record, split)]
+    scores = [
+        f"{names[split]} {record['metric']} {record[split][record['metric']]:.4f}"
+        for split in names
+        if _has(record, split)
+    ]
     return f"{run_name(record)}: {', '.join(scores)} in {clock(record['total_seconds'])}"
 
 

@@ -12,12 +12,39 @@ from textlora.core.config import PROBLEM_TYPES
 
 @app.command()
 @click.argument("source")
-@click.option("--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder for the adapter; must not exist or be empty.")
-@click.option("--model", metavar="MODEL", help="Base model: folder or hub id. Default: the one the source names.")
-@click.option("--labels", type=CommaList(), metavar="NAMES", help="Label names in class order. Default: those of its or its base's config.json.")
-@click.option("--problem-type", type=click.Choice(tuple(PROBLEM_TYPES)), help="Task. Default: regression for one output, else single-label.")
-@click.option("--max-length", type=int, metavar="N", help="Tokens kept of a text. Default: what the source says, else at most 512.")
-@click.option("--lora-alpha", type=click.FloatRange(0, min_open=True), metavar="A", help="Scale of a loralib file, which does not store it.")
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for the adapter; must not exist or be empty.",
+)
+@click.option(
+    "--model", metavar="MODEL", help="Base model: folder or hub id. Default: the one the source names."
+)
+@click.option(
+    "--labels",
+    type=CommaList(),
+    metavar="NAMES",
+    help="Label names in class order. Default: those of its or its base's config.json.",
+)
+@click.option(
+    "--problem-type",
+    type=click.Choice(tuple(PROBLEM_TYPES)),
+    help="Task. Default: regression for one output, else single-label.",
+)
+@click.option(
+    "--max-length",
+    type=int,
+    metavar="N",
+    help="Tokens kept of a text. Default: what the source says, else at most 512.",
+)
+@click.option(
+    "--lora-alpha",
+    type=click.FloatRange(0, min_open=True),
+    metavar="A",
+    help="Scale of a loralib file, which does not store it.",
+)
 @json_option
 def convert(as_json: bool, **settings: Any) -> None:
     """Make an adapter folder from one of PEFT, the HF Trainer, AutoTrain or loralib.
@@ -32,7 +59,9 @@ def convert(as_json: bool, **settings: Any) -> None:
     if as_json:
         print_json(result)
         return
-    labels = ", ".join(result["labels"][:10]) + (f", ... ({len(result['labels'])})" if len(result["labels"]) > 10 else "")
+    labels = ", ".join(result["labels"][:10]) + (
+        f", ... ({len(result['labels'])})" if len(result["labels"]) > 10 else ""
+    )
     lines = [
         f"made by {result['source']}" + (f": {result['note']}" if result["note"] else ""),
         f"base: {result['model']} ({result['path']} path)",

@@ -1,4 +1,5 @@
-"""The `textlora` command: parse, call one job, show progress, print. Heavy modules are imported when a command runs."""
+"""The `textlora` command: parse, call one job, show progress, print. Heavy modules are imported when a
+command runs."""
 
 import sys
 import traceback
@@ -34,7 +35,9 @@ def run(arguments: list[str]) -> int:
     except TextloraError as error:
         return _fail(str(error), error.exit_code)
     except OSError as error:
-        trouble = StorageError(f"{error.filename or 'a file'}: {error.strerror or error}", "check the path and the free space")
+        trouble = StorageError(
+            f"{error.filename or 'a file'}: {error.strerror or error}", "check the path and the free space"
+        )
         return _fail(str(trouble), trouble.exit_code)
     except Exception as error:  # a bug: show all of it
         traceback.print_exc()

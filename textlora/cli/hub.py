@@ -12,10 +12,14 @@ from textlora.cli.base import app, json_option, print_json
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="Make a private repository.")
-@click.option("--revision", metavar="REV", help="Branch to commit to; made where it is not there.  [default: main]")
+@click.option(
+    "--revision", metavar="REV", help="Branch to commit to; made where it is not there.  [default: main]"
+)
 @click.option("--message", metavar="TEXT", help="Message of the commit.")
 @json_option
-def push(folder: Path, repo_id: str, private: bool, revision: str | None, message: str | None, as_json: bool) -> None:
+def push(
+    folder: Path, repo_id: str, private: bool, revision: str | None, message: str | None, as_json: bool
+) -> None:
     """Upload a finished adapter folder to REPO_ID (owner/name), without run/.
 
     textlora push my-adapter me/my-adapter --private
@@ -28,4 +32,6 @@ def push(folder: Path, repo_id: str, private: bool, revision: str | None, messag
     if as_json:
         print_json(done)
     else:
-        click.echo(f"pushed {len(done['files'])} files, {done['bytes']:,} bytes, to {done['url']} (commit {done['commit'][:12]})")
+        click.echo(
+            f"pushed {len(done['files'])} files, {done['bytes']:,} bytes, to {done['url']} (commit {done['commit'][:12]})"
+        )

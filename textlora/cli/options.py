@@ -15,7 +15,9 @@ class CommaList(click.ParamType):
 
     name = "names"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
         names = tuple(part.strip() for part in value.split(",") if part.strip())
@@ -25,7 +27,8 @@ class CommaList(click.ParamType):
 
 
 def setting_options(names: Iterable[str], config: type = TrainConfig) -> Callable[[Callable], Callable]:
-    """Decorator that adds an option for each named field of `config`, in that order; unset ones arrive as None."""
+    """Decorator that adds an option for each named field of `config`, in that order; unset ones arrive as
+    None."""
     fields = {item.name: item for item in dataclasses.fields(config)}
     options = [_option(fields[name]) for name in names]
 
@@ -46,10 +49,13 @@ def _option(item: dataclasses.Field) -> Callable[[Callable], Callable]:
         return click.option(flag, item.name, is_flag=True, default=None, help=help)
     kinds = {tuple: CommaList(), int: int, float: float, str: str}
     shape = click.Choice(choices) if choices else kinds[kind]
-    return click.option(flag, item.name, type=shape, default=None, metavar=item.metadata["metavar"] or None, help=help)
+    return click.option(
+        flag, item.name, type=shape, default=None, metavar=item.metadata["metavar"] or None, help=help
+    )
 
 
 def merge_settings(flags: dict[str, Any], config_file: str | None) -> dict[str, Any]:
-    """Settings from a config file, overridden by the flags that were given. Raises UsageError as `read_config` does."""
+    """Settings from a config file, overridden by the flags that were given. Raises UsageError as
+    `read_config` does."""
     settings = read_config(Path(config_file)) if config_file else {}
     return settings | {name: value for name, value in flags.items() if value is not None}

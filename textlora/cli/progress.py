@@ -1,4 +1,5 @@
-"""What a person sees while a run goes on: a live bar in a terminal, plain lines elsewhere, nothing when quiet."""
+"""What a person sees while a run goes on: a live bar in a terminal, plain lines elsewhere, nothing when
+quiet."""
 
 import sys
 import time
@@ -14,7 +15,9 @@ def report_line(record: dict[str, Any]) -> str | None:
     if kind == "start":
         note = f" (reference path: {record['reason']})" if record.get("reason") else ""
         counts = f"{record['adapter_parameters']:,} LoRA and {record['head_parameters']:,} head parameters"
-        pooling = f"\npooling: {record['pooling']}, {record['pooling_reason']}" if record.get("pooling") else ""
+        pooling = (
+            f"\npooling: {record['pooling']}, {record['pooling_reason']}" if record.get("pooling") else ""
+        )
         return f"model: {record['model']} on {record['device']}, {counts}, {len(record['labels'])} labels{note}{pooling}"
     if kind == "evaluation":
         shown = _metric(record["metrics"])
@@ -31,9 +34,15 @@ def report_line(record: dict[str, Any]) -> str | None:
         span = f" (95% {bounds[0]:.4f} to {bounds[1]:.4f})" if bounds else ""
         open_still = cannot_tell(name, record["metrics"].get(name), bounds, rows)
         where = f"held out in {record['folds']} folds" if record.get("folds") else record["split"]
-        return f"{where}: {_metric(record['metrics'])}{span} on {rows} rows" + (f"\n  {open_still}" if open_still else "")
+        return f"{where}: {_metric(record['metrics'])}{span} on {rows} rows" + (
+            f"\n  {open_still}" if open_still else ""
+        )
     if kind == "end":
-        folds = f" after {clock(record['cross_validation_seconds'])} of cross-validation" if record.get("cross_validation_seconds") else ""
+        folds = (
+            f" after {clock(record['cross_validation_seconds'])} of cross-validation"
+            if record.get("cross_validation_seconds")
+            else ""
+        )
         return f"trained {record['epochs']:.2f} epochs in {clock(record['train_seconds'])}{folds}, {record['tokens_per_second']:,.0f} tokens/s"
     return None
 
@@ -46,7 +55,8 @@ def clock(seconds: float) -> str:
 
 
 def time_left(began: float, done: int, rest: int) -> str:
-    """`m:ss left` for `rest` more of what was done `done` times since `began` (monotonic seconds); "" where that cannot be told."""
+    """`m:ss left` for `rest` more of what was done `done` times since `began` (monotonic seconds); "" where
+    that cannot be told."""
     return f"{clock((time.monotonic() - began) / done * rest)} left" if done > 0 and rest > 0 else ""
 
 
@@ -61,7 +71,8 @@ def _metric(metrics: dict[str, Any]) -> str:
 
 
 class Display:
-    """Lines and, in a terminal, a bar below them, all on standard error; nothing when quiet. Use as a context manager."""
+    """Lines and, in a terminal, a bar below them, all on standard error; nothing when quiet. Use as a context
+    manager."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
@@ -130,7 +141,11 @@ class TrainingDisplay(Display):
         line = report_line(record)
         if line:
             self.say(line)
-        if record["kind"] == "evaluation" and record.get("done", record["step"]) == self.steps and self.close_bar():
+        if (
+            record["kind"] == "evaluation"
+            and record.get("done", record["step"]) == self.steps
+            and self.close_bar()
+        ):
             self.say("saving, and checking the saved folder with transformers + peft ...")
 
     def _step(self, record: dict[str, Any]) -> None:

@@ -18,11 +18,21 @@ ALL_FLAGS = tuple(item.name for item in dataclasses.fields(TrainConfig))
 @app.command()
 @setting_options(ALL_FLAGS)
 @click.option("--config", "config_file", metavar="FILE", help="TOML file of settings; flags override it.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --output, to the same bytes as if it had never stopped.")
-@click.option("--allow-other-kernels", is_flag=True, help="Resume although other kernels, or none, began the run: its bytes will differ.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the run in --output, to the same bytes as if it had never stopped.",
+)
+@click.option(
+    "--allow-other-kernels",
+    is_flag=True,
+    help="Resume although other kernels, or none, began the run: its bytes will differ.",
+)
 @json_option
 @quiet_option
-def train(config_file: str | None, resume: bool, allow_other_kernels: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
+def train(
+    config_file: str | None, resume: bool, allow_other_kernels: bool, as_json: bool, quiet: bool, **flags: Any
+) -> None:
     """Train an adapter on labelled text.
 
     textlora train --train reviews.csv --test test.csv --output my-adapter
@@ -39,7 +49,11 @@ def train(config_file: str | None, resume: bool, allow_other_kernels: bool, as_j
     from textlora.cli.progress import TrainingDisplay
     from textlora.training.prover import Prover
 
-    with TrainingDisplay(quiet) as display, _interruptible() as interrupt, Prover() as prover:  # which starts before torch is imported here
+    with (
+        TrainingDisplay(quiet) as display,
+        _interruptible() as interrupt,
+        Prover() as prover,
+    ):  # which starts before torch is imported here
         display.say("reading the data and the base model ...")
         from textlora.training.run import run_training
 
@@ -48,7 +62,12 @@ def train(config_file: str | None, resume: bool, allow_other_kernels: bool, as_j
             display.show(record)
 
         result = run_training(
-            config, resume=resume, on_record=on_record, stop=lambda: interrupt.asked, prover=prover, allow_other_kernels=allow_other_kernels
+            config,
+            resume=resume,
+            on_record=on_record,
+            stop=lambda: interrupt.asked,
+            prover=prover,
+            allow_other_kernels=allow_other_kernels,
         )
         display.say(f"saved to {result['output']}: open {Path(result['output']) / 'run' / 'report.html'}")
     if as_json:
@@ -56,13 +75,16 @@ def train(config_file: str | None, resume: bool, allow_other_kernels: bool, as_j
 
 
 class _interruptible:
-    """While training, the first Ctrl-C or SIGTERM asks for a checkpoint at the end of the step; the second stops at once."""
+    """While training, the first Ctrl-C or SIGTERM asks for a checkpoint at the end of the step; the second
+    stops at once."""
 
     def __init__(self) -> None:
         self.asked = self.gentle = False
 
     def __enter__(self) -> "_interruptible":
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {
+            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def _handle(self, number: int, frame: object) -> None:
@@ -76,7 +98,9 @@ class _interruptible:
 
 
 @app.command()
-@setting_options(("train", "validation", "test", *DATA_FLAGS, "problem_type", "model", "max_length", "truncation"))
+@setting_options(
+    ("train", "validation", "test", *DATA_FLAGS, "problem_type", "model", "max_length", "truncation")
+)
 @json_option
 def check(as_json: bool, **flags: Any) -> None:
     """Report what is in a data set before training on it."""

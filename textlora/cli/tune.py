@@ -37,23 +37,48 @@ class Duration(click.ParamType):
 @app.command()
 @setting_options(_FLAGS)
 @click.option("--config", "config_file", metavar="FILE", help="TOML file of settings; flags override it.")
-@click.option("--trials", type=int, default=20, help="Trials of the study in all, over all processes.  [default: 20]")
-@click.option("--timeout", type=Duration(), metavar="TIME", help="Begin no trial after this long: 90s, 30m, 2h. Default: none.")
-@click.option("--storage", metavar="FILE|URL", help="Where the study is kept: a file, or the URL of a database. Default: study.log in --output.")
-@click.option("--study", default="textlora", metavar="NAME", help="Name of the study in its storage.  [default: textlora]")
+@click.option(
+    "--trials", type=int, default=20, help="Trials of the study in all, over all processes.  [default: 20]"
+)
+@click.option(
+    "--timeout",
+    type=Duration(),
+    metavar="TIME",
+    help="Begin no trial after this long: 90s, 30m, 2h. Default: none.",
+)
+@click.option(
+    "--storage",
+    metavar="FILE|URL",
+    help="Where the study is kept: a file, or the URL of a database. Default: study.log in --output.",
+)
+@click.option(
+    "--study",
+    default="textlora",
+    metavar="NAME",
+    help="Name of the study in its storage.  [default: textlora]",
+)
 @json_option
 @quiet_option
 def tune(
-    config_file: str | None, trials: int, timeout: float | None, storage: str | None, study: str, as_json: bool, quiet: bool, **flags: Any
+    config_file: str | None,
+    trials: int,
+    timeout: float | None,
+    storage: str | None,
+    study: str,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
 ) -> None:
-    """Search settings of `train` on your data, and train the best where it is clearly better than the defaults.
+    """Search settings of `train` on your data, and train the best where it is clearly better than the
+    defaults.
 
     textlora tune --train reviews.csv --test test.csv --output tuned --trials 30
 
-    Searched are --learning-rate, --r, --target-modules, --layers, --lora-dropout, --epochs and --batch-size; one that is given is kept. The first
-    trial is the defaults. Trials are compared on rows held out, those of --validation or, below 1,000 training rows, all of them by
-    cross-validation, and stopped early where they lag behind. The same command started twice works on one study; started again it goes on.
-    DIR/best is the adapter, DIR/report.html the report.
+    Searched are --learning-rate, --r, --target-modules, --layers, --lora-dropout, --epochs and --batch-size;
+    one that is given is kept. The first trial is the defaults. Trials are compared on rows held out, those of
+    --validation or, below 1,000 training rows, all of them by cross-validation, and stopped early where they
+    lag behind. The same command started twice works on one study; started again it goes on. DIR/best is the
+    adapter, DIR/report.html the report.
     """
     settings = merge_settings(flags, config_file)
     if not settings.get("output"):
@@ -64,7 +89,15 @@ def tune(
         from textlora.tune.study import tune as search
 
         try:
-            result = search(config, frozenset(settings), trials=trials, timeout=timeout, storage=storage, study=study, on_record=display.show)
+            result = search(
+                config,
+                frozenset(settings),
+                trials=trials,
+                timeout=timeout,
+                storage=storage,
+                study=study,
+                on_record=display.show,
+            )
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted", "the same command goes on with the study") from error
         for line in result["sentences"]:
@@ -76,7 +109,8 @@ def tune(
 
 @contextmanager
 def _stoppable():
-    """SIGTERM ends the command as Ctrl-C does, so that a trial that is stopped so is not taken for one that brought its process down."""
+    """SIGTERM ends the command as Ctrl-C does, so that a trial that is stopped so is not taken for one that
+    brought its process down."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -100,7 +134,10 @@ class SearchDisplay(TrainingDisplay):
     def show(self, record: dict[str, Any]) -> None:
         kind = record["kind"]
         if kind == "study":
-            self.trials, self.first, self.searched_metric, self.began = record["trials"], record["done"], record["metric"], time.monotonic()
+            self.trials = record["trials"]
+            self.first = record["done"]
+            self.searched_metric = record["metric"]
+            self.began = time.monotonic()
             self.done = self.first
             again = f", {record['done']} are done" if record["done"] else ""
             for line in record.get("lines", ()):
@@ -109,15 +146,23 @@ class SearchDisplay(TrainingDisplay):
         elif kind == "trial":
             self._trial(record, "")
         elif kind == "epoch":
-            self._trial(record, f"  epoch {record['epoch']:g} of {record['epochs']:g}  {self.searched_metric} {record['value']:.4f}")
+            self._trial(
+                record,
+                f"  epoch {record['epoch']:g} of {record['epochs']:g}  {self.searched_metric} {record['value']:.4f}",
+            )
         elif kind == "fold":
-            self._trial(record, f"  fold {record['fold']} of {record['folds']}  {self.searched_metric} {record['value']:.4f}")
+            self._trial(
+                record,
+                f"  fold {record['fold']} of {record['folds']}  {self.searched_metric} {record['value']:.4f}",
+            )
         elif kind == "trial_end":
             self._trial_end(record)
         elif kind == "waiting":
             self.say(f"waiting for {record['running']} trials of other processes ...")
         elif kind == "best":
-            self._next_run(f"training the {name_of(record)} on all rows (held-out {self.searched_metric} {record['value']:.4f}) ...")
+            self._next_run(
+                f"training the {name_of(record)} on all rows (held-out {self.searched_metric} {record['value']:.4f}) ..."
+            )
         elif kind == "defaults":
             self._next_run("training the defaults, to compare them on the test rows ...")
         else:

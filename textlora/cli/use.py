@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from textlora.cli.base import DATA_FLAGS, app, folder_options, json_option, load_classifier, precision_option, print_json
+from textlora.cli.base import (
+    DATA_FLAGS,
+    app,
+    folder_options,
+    json_option,
+    load_classifier,
+    precision_option,
+    print_json,
+)
 from textlora.cli.options import CommaList, setting_options
 from textlora.core.errors import UsageError
 
@@ -17,9 +25,13 @@ from textlora.core.errors import UsageError
 @click.option("--data", required=True, metavar="DATA", help="Labelled rows: file, folder or hub id.")
 @setting_options((*DATA_FLAGS, "limit_eval"))
 @click.option("--seed", type=int, default=42, help="Seed that picks --limit-eval rows.  [default: 42]")
-@click.option("--output", type=click.Path(path_type=Path), help="Write every row with its prediction to this file.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Write every row with its prediction to this file."
+)
 @json_option
-def evaluate(data: str, limit_eval: int | None, seed: int, output: Path | None, as_json: bool, **flags: Any) -> None:
+def evaluate(
+    data: str, limit_eval: int | None, seed: int, output: Path | None, as_json: bool, **flags: Any
+) -> None:
     """Score a saved adapter on labelled rows, with 95% intervals."""
     columns = {name: flags.pop(name) for name in DATA_FLAGS}
     classifier = load_classifier(**flags)
@@ -45,9 +57,18 @@ def evaluate(data: str, limit_eval: int | None, seed: int, output: Path | None, 
 @app.command()
 @folder_options
 @precision_option
-@click.option("--data", required=True, metavar="FILE", help="CSV, TSV, JSONL, Parquet or text file; - for standard input.")
+@click.option(
+    "--data",
+    required=True,
+    metavar="FILE",
+    help="CSV, TSV, JSONL, Parquet or text file; - for standard input.",
+)
 @setting_options(("text_column", "text_pair_column", "encoding"))
-@click.option("--output", type=click.Path(path_type=Path), help="File to write; its extension gives the format. Default: standard output.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write; its extension gives the format. Default: standard output.",
+)
 @click.option("--logits", is_flag=True, help="With --json: add the raw logits in label order.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per row.")
 @click.option("--strict", is_flag=True, help="End with exit code 2 if a row was skipped.")
@@ -60,7 +81,9 @@ def predict(data: str, output: Path | None, logits: bool, as_json: bool, strict:
 
     columns = {name: flags.pop(name) for name in ("text_column", "text_pair_column", "encoding")}
     if output is not None and as_json:
-        raise UsageError("--json prints to standard output", "leave out --output, or name a .jsonl file without --json")
+        raise UsageError(
+            "--json prints to standard output", "leave out --output, or name a .jsonl file without --json"
+        )
     with open_stream(data, **{name: value for name, value in columns.items() if value is not None}) as stream:
         classifier = load_classifier(**flags)
         paired = stream.columns.text_pair is not None
@@ -72,7 +95,10 @@ def predict(data: str, output: Path | None, logits: bool, as_json: bool, strict:
         def on_problem(record: Any) -> None:
             skipped.append(record.where)
             if len(skipped) <= 20:
-                print(f"textlora: {stream.name} line {record.where}: {record.problem}; row skipped", file=sys.stderr)
+                print(
+                    f"textlora: {stream.name} line {record.where}: {record.problem}; row skipped",
+                    file=sys.stderr,
+                )
 
         rows = predict_stream(classifier, stream, on_problem)
         if as_json:
@@ -81,7 +107,13 @@ def predict(data: str, output: Path | None, logits: bool, as_json: bool, strict:
         else:
             names = output_columns(classifier)
             with open_sink(
-                output, stream.format, stream.fieldnames, names, stdout=sys.stdout, delimiter=stream.delimiter, arrow_schema=stream.arrow_schema
+                output,
+                stream.format,
+                stream.fieldnames,
+                names,
+                stdout=sys.stdout,
+                delimiter=stream.delimiter,
+                arrow_schema=stream.arrow_schema,
             ) as sink:
                 for record, prediction in rows:
                     sink.write(record.fields, output_values(classifier, prediction))
@@ -96,7 +128,9 @@ def predict(data: str, output: Path | None, logits: bool, as_json: bool, strict:
 @click.option("--against", metavar="MODEL", help="Say whether the adapter fits this base model, and why not.")
 @click.option("--relabel", type=CommaList(), metavar="OLD=NEW,...", help="Rename labels in textlora.json.")
 @json_option
-def inspect(folder: Path, revision: str | None, against: str | None, relabel: tuple[str, ...] | None, as_json: bool) -> None:
+def inspect(
+    folder: Path, revision: str | None, against: str | None, relabel: tuple[str, ...] | None, as_json: bool
+) -> None:
     """Show what is in an adapter folder, or in one on the hub."""
     from textlora.transform.inspect import inspect_folder, relabel_folder, summary_lines
 

@@ -1,4 +1,5 @@
-"""Methods side by side on one data set: `compare(Comparison(...))`, and `read_comparison(folder)` for a page made later."""
+"""Methods side by side on one data set: `compare(Comparison(...))`, and `read_comparison(folder)` for a page
+made later."""
 
 from textlora.core.lazy import lazy_names
 

@@ -1,7 +1,9 @@
-"""Methods side by side on one data set: each tuned alike on rows held out, repeated with several seeds, scored on test once.
+"""Methods side by side on one data set: each tuned alike on rows held out, repeated with several seeds,
+scored on test once.
 
-For every method its sizes and learning rates are tried on the first seed; the best of them is trained with every seed and meets the test rows
-there. A run is one file, finished runs are skipped, and the report is made from the files alone.
+For every method its sizes and learning rates are tried on the first seed; the best of them is trained with
+every seed and meets the test rows there. A run is one file, finished runs are skipped, and the report is made
+from the files alone.
 """
 
 import hashlib
@@ -70,14 +72,23 @@ class Comparison:
 
     def rates_of(self, method: str) -> list[float]:
         row = METHODS[method]
-        return sorted(set(self.learning_rates.get(method) or self.learning_rates.get("") or row.rates)) if row.rates else []
+        return (
+            sorted(set(self.learning_rates.get(method) or self.learning_rates.get("") or row.rates))
+            if row.rates
+            else []
+        )
 
     def sizes_of(self, method: str) -> list[int]:
         row = METHODS[method]
         return sorted(set(self.sizes or row.sizes)) if row.size else []
 
 
-def compare(asked: Comparison, sources: Mapping[str, Any] | None = None, *, on_record: Callable[[Record], None] = lambda record: None) -> Record:
+def compare(
+    asked: Comparison,
+    sources: Mapping[str, Any] | None = None,
+    *,
+    on_record: Callable[[Record], None] = lambda record: None,
+) -> Record:
     """Run what is missing in `asked.config.output` and write the report there.
 
     Args:
@@ -98,7 +109,10 @@ def compare(asked: Comparison, sources: Mapping[str, Any] | None = None, *, on_r
         torch.set_num_threads(config.threads)
     prepared = prepare(config, sources)
     if prepared.folds is None and "validation" not in prepared.sets:
-        raise DataError("no row is left for validation, which chooses between rates", "raise --limit-train, or give --validation")
+        raise DataError(
+            "no row is left for validation, which chooses between rates",
+            "raise --limit-train, or give --validation",
+        )
     folder, settings = Path(str(config.output)), _settings(asked, prepared)
     settled(folder, settings)  # refuses before anything is written
     with folder_lock(folder):
@@ -125,7 +139,10 @@ def _settings(asked: Comparison, prepared: Prepared) -> Record:
     config, sets = asked.config, prepared.sets
     name = asked.name or _data_name(config)
     fixed = {item: getattr(config, item) for item in _FIXED} | {"name": name}
-    fixed |= {"data_sha256": {split: _digest(prepared, split) for split in sets}, "base_hash": prepared.model.base_hash()}
+    fixed |= {
+        "data_sha256": {split: _digest(prepared, split) for split in sets},
+        "base_hash": prepared.model.base_hash(),
+    }
     methods = list(dict.fromkeys(asked.methods))
     return {
         "data": name,
@@ -135,7 +152,9 @@ def _settings(asked: Comparison, prepared: Prepared) -> Record:
         "labels": list(prepared.schema.labels),
         "model": prepared.files.id or prepared.files.folder.name,
         "train_rows": len(sets["train"].rows),
-        "validation_rows": len(sets["validation"].rows) if prepared.folds is None else int((prepared.folds >= 0).sum()),
+        "validation_rows": len(sets["validation"].rows)
+        if prepared.folds is None
+        else int((prepared.folds >= 0).sum()),
         "folds": 0 if prepared.folds is None else len(set(prepared.folds[prepared.folds >= 0].tolist())),
         "pooling": prepared.pooling,
         "pooling_reason": prepared.pooling_reason,
@@ -158,7 +177,11 @@ def _settings(asked: Comparison, prepared: Prepared) -> Record:
 
 def _data_name(config: TrainConfig) -> str:
     path = Path(config.train or "data")
-    return path.parent.name if path.stem.lower() in ("train", "training", "data") and path.parent.name else path.stem
+    return (
+        path.parent.name
+        if path.stem.lower() in ("train", "training", "data") and path.parent.name
+        else path.stem
+    )
 
 
 def _fitting_version() -> dict[str, str]:

@@ -1,7 +1,9 @@
-"""Contrastive training of the encoder for few rows, then logistic regression on its features: the way of SetFit (arXiv 2209.11055).
+"""Contrastive training of the encoder for few rows, then logistic regression on its features: the way of
+SetFit (arXiv 2209.11055).
 
-Texts of one class are drawn together and others pushed apart by the supervised contrastive loss (arXiv 2004.11362), which takes every pair
-of a step at once where SetFit draws pairs. A step has several texts of several classes; the loop, schedule and optimizer are the trainer's.
+Texts of one class are drawn together and others pushed apart by the supervised contrastive loss (arXiv
+2004.11362), which takes every pair of a step at once where SetFit draws pairs. A step has several texts of
+several classes; the loop, schedule and optimizer are the trainer's.
 """
 
 import math
@@ -30,7 +32,9 @@ class Embedder(FullFinetuningModel):
 
     def __init__(self, base: BaseWeights, device: str, encoder: PackedEncoder, pooling: str):
         super().__init__(base, "all", 1, pooling=pooling, device=device, encoder=encoder)
-        self._leaves = {name: tensor for name, tensor in self._leaves.items() if not name.startswith("pooler.")}  # features do not pass it
+        self._leaves = {
+            name: tensor for name, tensor in self._leaves.items() if not name.startswith("pooler.")
+        }  # features do not pass it
         self.modules_to_save, self._trainable = [], self._leaves
 
     def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
@@ -44,7 +48,9 @@ class Contrast:
         """Loss of each row (B,), 0 where no other is of its class; features (B, H) of length 1."""
         itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
         alike = (labels[:, None] == labels[None, :]) & ~itself
-        shares = torch.log_softmax((features @ features.T / TEMPERATURE).masked_fill(itself, -torch.inf), dim=1)
+        shares = torch.log_softmax(
+            (features @ features.T / TEMPERATURE).masked_fill(itself, -torch.inf), dim=1
+        )
         return -shares.masked_fill(~alike, 0.0).sum(1) / alike.sum(1).clamp(min=1)
 
     def weight(self, labels: np.ndarray) -> float:
@@ -54,7 +60,8 @@ class Contrast:
 
 
 def draw_steps(labels: np.ndarray, epochs: float, seed: int) -> list[tuple[float, list[int]]]:
-    """Steps as `steps.plan` gives them: up to 8 classes, the same number of rows of each, 16 in all; as many rows as the epochs have."""
+    """Steps as `steps.plan` gives them: up to 8 classes, the same number of rows of each, 16 in all; as many
+    rows as the epochs have."""
     rng = np.random.default_rng([seed, 9])
     places = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     count, steps = max(1, math.ceil(len(labels) * epochs / ROWS_PER_STEP)), []
@@ -79,7 +86,14 @@ def train_embedder(prepared: Prepared, base: BaseWeights, encoder: PackedEncoder
     train = prepared.sets["train"]
     steps = draw_steps(train.labels, prepared.config.epochs, prepared.config.seed)
     end = [steps[-1][0]]
-    trainer = Trainer(replace(prepared, model=model, sets={"train": train}), None, end, loss=Contrast(), steps=steps, whole_steps=True)
+    trainer = Trainer(
+        replace(prepared, model=model, sets={"train": train}),
+        None,
+        end,
+        loss=Contrast(),
+        steps=steps,
+        whole_steps=True,
+    )
     for _ in trainer.records():
         pass
     return model

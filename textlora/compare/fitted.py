@@ -1,4 +1,5 @@
-"""Methods that end in something fitted, not trained: the commonest class, and logistic regression on TF-IDF or on features. Needs scikit-learn."""
+"""Methods that end in something fitted, not trained: the commonest class, and logistic regression on TF-IDF
+or on features. Needs scikit-learn."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ FLOOR = 1e-12  # probability of a class that no training row had
 
 
 class Inputs(NamedTuple):
-    """What a linear model is fitted on, learned from some of the training rows: `of(split)` gives (rows of the split, features)."""
+    """What a linear model is fitted on, learned from some of the training rows: `of(split)` gives (rows of
+    the split, features)."""
 
     of: Callable[[str], Any]
     kept_bytes: int = 0  # beside the coefficients
@@ -32,7 +34,8 @@ class Fitted:
     """`logits(split)` gives (N, C), `held` those of the rows that chose; `chosen` is what they decided.
 
     Attributes:
-        held: (split, places of its rows, logits (N, C) by a model that did not see them); None where no row is held out.
+        held: (split, places of its rows, logits (N, C) by a model that did not see them); None where no row
+            is held out.
     """
 
     logits: Callable[[str], np.ndarray]
@@ -61,7 +64,8 @@ def fit(way: str, prepared: Prepared, features: Mapping[str, np.ndarray] | None 
 
 
 def fit_linear(prepared: Prepared, learn: Learn, strength: float | None = None) -> Fitted:
-    """A linear model on all training rows, its strength the one that scores best on held-out rows unless it is given.
+    """A linear model on all training rows, its strength the one that scores best on held-out rows unless it
+    is given.
 
     Raises:
         UsageError: scikit-learn is not installed.
@@ -69,8 +73,12 @@ def fit_linear(prepared: Prepared, learn: Learn, strength: float | None = None) 
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise UsageError("TF-IDF and the probe need scikit-learn", "pip install 'textlora[compare]'") from error
-    kind, count, labels = prepared.schema.problem_type, len(prepared.schema.labels), prepared.sets["train"].labels
+        raise UsageError(
+            "TF-IDF and the probe need scikit-learn", "pip install 'textlora[compare]'"
+        ) from error
+    kind = prepared.schema.problem_type
+    count = len(prepared.schema.labels)
+    labels = prepared.sets["train"].labels
     everything = np.arange(len(labels))
     inputs, held = None, None
     if strength is None:
@@ -83,8 +91,11 @@ def fit_linear(prepared: Prepared, learn: Learn, strength: float | None = None) 
     return Fitted(logits, held, coefficients, inputs.kept_bytes + 4 * coefficients, {"C": strength})
 
 
-def held_out(prepared: Prepared, learn: Learn, inputs: Inputs | None = None) -> tuple[float, tuple[str, np.ndarray, np.ndarray] | None]:
-    """The strength that scores best on the held-out rows (of equals the first, which is the most regularised), and their logits with it.
+def held_out(
+    prepared: Prepared, learn: Learn, inputs: Inputs | None = None
+) -> tuple[float, tuple[str, np.ndarray, np.ndarray] | None]:
+    """The strength that scores best on the held-out rows (of equals the first, which is the most
+    regularised), and their logits with it.
 
     Args:
         inputs: those of all training rows, where validation rows decide.
@@ -92,9 +103,14 @@ def held_out(prepared: Prepared, learn: Learn, inputs: Inputs | None = None) -> 
     kind, names, train = prepared.schema.problem_type, list(prepared.schema.labels), prepared.sets["train"]
     if prepared.folds is not None:
         split, folds = "train", prepared.folds
-        parts = [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in sorted(set(folds[folds >= 0].tolist()))]
+        parts = [
+            (np.flatnonzero(folds != fold), np.flatnonzero(folds == fold))
+            for fold in sorted(set(folds[folds >= 0].tolist()))
+        ]
         places = np.concatenate([held for _, held in parts])
-        matrices = [(x[rows], train.labels[rows], x[held]) for rows, held in parts for x in [learn(rows).of("train")]]
+        matrices = [
+            (x[rows], train.labels[rows], x[held]) for rows, held in parts for x in [learn(rows).of("train")]
+        ]
     elif "validation" in prepared.sets and inputs is not None:
         split, places = "validation", np.arange(len(prepared.sets["validation"].rows))
         matrices = [(inputs.of("train"), train.labels, inputs.of("validation"))]
@@ -121,9 +137,13 @@ def _majority(prepared: Prepared) -> Fitted:
         share = np.clip(labels.mean(0), 1e-6, 1 - 1e-6)
         row = np.log(share / (1 - share))
     else:
-        row = np.log(np.maximum(np.bincount(labels, minlength=len(prepared.schema.labels)) / len(labels), FLOOR))
+        row = np.log(
+            np.maximum(np.bincount(labels, minlength=len(prepared.schema.labels)) / len(labels), FLOOR)
+        )
     logits = lambda split: np.tile(row, (len(prepared.sets[split].rows), 1))
-    split = "validation" if "validation" in prepared.sets else "train"  # it learns nothing of a row that could be held against it
+    split = (
+        "validation" if "validation" in prepared.sets else "train"
+    )  # it learns nothing of a row that could be held against it
     places = np.arange(len(prepared.sets[split].rows))
     return Fitted(logits, (split, places, logits(split)), 0, 4 * len(row), {})
 
@@ -145,7 +165,9 @@ def scaled(values: Mapping[str, np.ndarray], rows: np.ndarray) -> Inputs:
     return Inputs(lambda split: (values[split] - mean) / spread)
 
 
-def _linear(kind: str, x: Any, labels: np.ndarray, count: int, strength: float) -> tuple[Callable[[Any], np.ndarray], int]:
+def _linear(
+    kind: str, x: Any, labels: np.ndarray, count: int, strength: float
+) -> tuple[Callable[[Any], np.ndarray], int]:
     """A linear model from features to logits (N, C), and its number of coefficients."""
     from scipy.special import logsumexp
     from sklearn.linear_model import LogisticRegression, Ridge
@@ -162,7 +184,9 @@ def _linear(kind: str, x: Any, labels: np.ndarray, count: int, strength: float) 
                 scores = model.decision_function(new)
                 scores = np.stack([np.zeros_like(scores), scores], 1) if scores.ndim == 1 else scores
                 out = np.full((new.shape[0], count), np.log(FLOOR))
-                out[:, model.classes_] = np.maximum(scores - logsumexp(scores, axis=1, keepdims=True), np.log(FLOOR))
+                out[:, model.classes_] = np.maximum(
+                    scores - logsumexp(scores, axis=1, keepdims=True), np.log(FLOOR)
+                )
                 return out
 
             return logits, count * (x.shape[1] + 1)

@@ -1,6 +1,8 @@
-"""Training the base itself on the packed path: every tensor (full fine-tuning), all biases (BitFit), or nothing but the head.
+"""Training the base itself on the packed path: every tensor (full fine-tuning), all biases (BitFit), or
+nothing but the head.
 
-`textlora compare` needs these beside LoRA. They run on the same `PackedBatch`, encoder and loop; only what carries a gradient differs.
+`textlora compare` needs these beside LoRA. They run on the same `PackedBatch`, encoder and loop; only what
+carries a gradient differs.
 """
 
 from collections.abc import Mapping
@@ -21,12 +23,13 @@ PARTS = ("all", "biases", "head")
 class FullFinetuningModel(PackedModel):
     """A packed classifier without LoRA whose base tensors, or some of them, are trained beside the head.
 
-    The base is never written: trained tensors are float32 copies of it, used in its place. Query, key and value stay stacked as the encoder
-    has them (`0.qkv.weight`), which changes nothing for an optimizer that works number by number. The head starts as that of a default LoRA
-    run with the same seed.
+    The base is never written: trained tensors are float32 copies of it, used in its place. Query, key and
+    value stay stacked as the encoder has them (`0.qkv.weight`), which changes nothing for an optimizer that
+    works number by number. The head starts as that of a default LoRA run with the same seed.
 
     Args:
-        part: "all", "biases" (arXiv 2106.10199), or "head": the features of a text then never change and may be given as `batch.hidden` (B, H).
+        part: "all", "biases" (arXiv 2106.10199), or "head": the features of a text then never change and may
+            be given as `batch.hidden` (B, H).
         others: of `PackedModel`: pooling, seed, device, encoder.
     """
 
@@ -36,11 +39,23 @@ class FullFinetuningModel(PackedModel):
         self.target_modules, self._slots = [], {}
         self.depth = base.spec.layers if part == "head" else 0
         tensors = {f"embeddings.{name}": tensor for name, tensor in self.encoder.embeddings.items()}
-        tensors |= {f"{i}.{name}": tensor for i, block in enumerate(self.encoder.blocks) for name, tensor in block.items()}
+        tensors |= {
+            f"{i}.{name}": tensor
+            for i, block in enumerate(self.encoder.blocks)
+            for name, tensor in block.items()
+        }
         if any(self._frozen(layer) for layer in self._head):
             tensors |= {name: base.tensors[name] for name in ("pooler.weight", "pooler.bias")}
-        chosen = {"all": lambda name: True, "biases": lambda name: name.endswith("bias"), "head": lambda name: False}[part]
-        self._leaves = {name: t.to(torch.float32, copy=True).requires_grad_() for name, t in tensors.items() if chosen(name)}
+        chosen = {
+            "all": lambda name: True,
+            "biases": lambda name: name.endswith("bias"),
+            "head": lambda name: False,
+        }[part]
+        self._leaves = {
+            name: t.to(torch.float32, copy=True).requires_grad_()
+            for name, t in tensors.items()
+            if chosen(name)
+        }
         self._trainable = self._leaves | head
 
     def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
@@ -59,7 +74,9 @@ class FullFinetuningModel(PackedModel):
         if not self._leaves:
             return self.encoder
         encoder = self.encoder.plain()  # laid out, weights are others and get no gradients
-        place = lambda prefix, tensors: {name: self._placed(f"{prefix}.{name}", tensor) for name, tensor in tensors.items()}
+        place = lambda prefix, tensors: {
+            name: self._placed(f"{prefix}.{name}", tensor) for name, tensor in tensors.items()
+        }
         encoder.embeddings = place("embeddings", self.encoder.embeddings)
         encoder.blocks = [place(str(i), block) for i, block in enumerate(self.encoder.blocks)]
         return encoder
@@ -87,7 +104,8 @@ class FeatureModel(FullFinetuningModel):
 
 
 def transformers_names(model: FullFinetuningModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Trained tensors, or their gradients, under the names of the transformers classifier; q, k and v apart again."""
+    """Trained tensors, or their gradients, under the names of the transformers classifier; q, k and v apart
+    again."""
     family = model.base.spec.family
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

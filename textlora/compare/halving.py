@@ -13,7 +13,8 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 @dataclass(frozen=True)
 class Budget:
-    """So many seconds, or so many runs of full length; a run over half the epochs or half the rows counts as half a run."""
+    """So many seconds, or so many runs of full length; a run over half the epochs or half the rows counts as
+    half a run."""
 
     amount: float
     unit: str  # "seconds" or "runs"
@@ -31,11 +32,16 @@ class Budget:
 
     def cost(self, record: dict[str, Any], epochs: float, rows: int) -> float:
         """What a finished run took of it; `epochs` and `rows` are those of a run of full length."""
-        return record.get("total_seconds", 0.0) if self.unit == "seconds" else record["epochs"] / epochs * record["train_rows"] / rows
+        return (
+            record.get("total_seconds", 0.0)
+            if self.unit == "seconds"
+            else record["epochs"] / epochs * record["train_rows"] / rows
+        )
 
 
 def rungs(count: int) -> list[tuple[int, float]]:
-    """How many candidates run in each round, and for what share of the epochs, until one is left, whose runs have full length.
+    """How many candidates run in each round, and for what share of the epochs, until one is left, whose runs
+    have full length.
 
     Three candidates: 3 at a quarter, 2 at a half.
     """

@@ -13,7 +13,8 @@ from textlora.kernels.devices import peak_memory
 
 
 def memory_begin(device: str) -> int | None:
-    """Forget the largest memory held so far, so that the next reading is this run's; what is held now, bytes. Linux and CUDA only."""
+    """Forget the largest memory held so far, so that the next reading is this run's; what is held now, bytes.
+    Linux and CUDA only."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -45,5 +46,15 @@ def _status(name: str) -> int | None:
 
 def machine(device: str) -> dict[str, Any]:
     """Where the runs were made."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {"system": platform.system(), "device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "kind": device}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "system": platform.system(),
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "kind": device,
+    }

@@ -1,7 +1,9 @@
-"""Methods of peft that scale activations or prepend learned vectors, behind the interface of `interface.Model`: for `textlora compare`.
+"""Methods of peft that scale activations or prepend learned vectors, behind the interface of
+`interface.Model`: for `textlora compare`.
 
-IA3 (arXiv 2205.05638) multiplies keys, values and the feed-forward's input by learned vectors; prefix tuning (arXiv 2101.00190) learns keys
-and values that every block attends to; prompt tuning (arXiv 2104.08691) learns embeddings in front of the text.
+IA3 (arXiv 2205.05638) multiplies keys, values and the feed-forward's input by learned vectors; prefix tuning
+(arXiv 2101.00190) learns keys and values that every block attends to; prompt tuning (arXiv 2104.08691) learns
+embeddings in front of the text.
 """
 
 from pathlib import Path
@@ -32,11 +34,13 @@ class PeftMethodModel(ReferenceModel):
 
         Args:
             tokens: learned positions of a prefix or prompt; without meaning for "ia3".
-            pooling: as `ReferenceModel.create` has it; what prepends runs peft's own classifier, and "first" is all there is.
+            pooling: as `ReferenceModel.create` has it; what prepends runs peft's own classifier, and "first"
+                is all there is.
 
         Raises:
             ModelError: as `ReferenceModel.create`.
-            UsageError: peft has no such method for this architecture, or mean pooling is asked of a prefix or prompt.
+            UsageError: peft has no such method for this architecture, or mean pooling is asked of a prefix or
+                prompt.
         """
         if pooling not in poolings(kind):
             raise UsageError(f"'{kind}' has no mean pooling", "leave out --pooling")
@@ -44,28 +48,46 @@ class PeftMethodModel(ReferenceModel):
             base = _load(Path(folder), num_labels, pooling)
             about = base.net.config
             if kind == "prompt" and getattr(about, "embedding_size", about.hidden_size) != about.hidden_size:
-                raise UsageError(f"peft has no prompt tuning for a {about.model_type} whose embeddings are narrower than its blocks")
+                raise UsageError(
+                    f"peft has no prompt tuning for a {about.model_type} whose embeddings are narrower than its blocks"
+                )
             shared = {"task_type": None if pooling == "mean" else "SEQ_CLS", "inference_mode": False}
             config = {
-                "ia3": lambda: peft.IA3Config(**shared, **_scaled_layers(about.model_type), modules_to_save=list(base.heads)),
+                "ia3": lambda: peft.IA3Config(
+                    **shared, **_scaled_layers(about.model_type), modules_to_save=list(base.heads)
+                ),
                 "prefix": lambda: peft.PrefixTuningConfig(**shared, num_virtual_tokens=tokens),
                 "prompt": lambda: peft.PromptTuningConfig(**shared, num_virtual_tokens=tokens),
             }[kind]()
             try:
                 net = peft.get_peft_model(base.net, config)
             except (ValueError, KeyError) as error:
-                raise UsageError(f"peft has no {kind} for a {about.model_type} ({' '.join(str(error).split())[:200]})") from error
+                raise UsageError(
+                    f"peft has no {kind} for a {about.model_type} ({' '.join(str(error).split())[:200]})"
+                ) from error
         if kind != "ia3":
             net = _Whole(net)
         for name, parameter in net.named_parameters():
-            short = name.removeprefix("inner.base_model.").removeprefix("base_model.model.").removeprefix(base.prefix + ".")
-            if lies_in(short, base.heads) and ".original_module." not in name:  # peft knows `classifier` and `score` only
+            short = (
+                name.removeprefix("inner.base_model.")
+                .removeprefix("base_model.model.")
+                .removeprefix(base.prefix + ".")
+            )
+            if (
+                lies_in(short, base.heads) and ".original_module." not in name
+            ):  # peft knows `classifier` and `score` only
                 parameter.requires_grad_(True)
         model = cls(base, net, LoraConfig(), [], [], pooling, device, dtype)
         if kind != "ia3":
             model.max_length -= tokens
-        heads = {name: tensor for name, tensor in model._trainable.items() if any(f".{head}." in name for head in base.heads)}
-        model._trainable = {name: tensor for name, tensor in model._trainable.items() if name not in heads} | heads
+        heads = {
+            name: tensor
+            for name, tensor in model._trainable.items()
+            if any(f".{head}." in name for head in base.heads)
+        }
+        model._trainable = {
+            name: tensor for name, tensor in model._trainable.items() if name not in heads
+        } | heads
         return model
 
 
@@ -75,7 +97,8 @@ def poolings(kind: str) -> tuple[str, ...]:
 
 
 def _scaled_layers(model_type: str) -> dict[str, list[str]]:
-    """Layers that peft scales in BERT, for every architecture of the packed path; peft itself knows few. Empty: as peft has it."""
+    """Layers that peft scales in BERT, for every architecture of the packed path; peft itself knows few.
+    Empty: as peft has it."""
     family = next((f for f in FAMILIES if model_type in f.model_types), None)
     if family is None:
         return {}
@@ -84,7 +107,8 @@ def _scaled_layers(model_type: str) -> dict[str, list[str]]:
 
 
 class _Whole(nn.Module):
-    """A peft model whose own forward must run, because it prepends, where `ReferenceModel` looks for the model inside."""
+    """A peft model whose own forward must run, because it prepends, where `ReferenceModel` looks for the
+    model inside."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()

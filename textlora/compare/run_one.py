@@ -1,4 +1,5 @@
-"""One run of a comparison: rows, tokens, frozen features and states below frozen blocks are computed once and shared by all runs."""
+"""One run of a comparison: rows, tokens, frozen features and states below frozen blocks are computed once and
+shared by all runs."""
 
 import gc
 import math
@@ -52,12 +53,23 @@ class Run:
         """Name of the run's file."""
         size = [f"{name}{value}" for name, value in self.size.items()]
         rate = [] if self.learning_rate is None else [f"lr{self.learning_rate:g}"]
-        return "_".join([self.stage, self.method, *size, *rate, f"seed{self.seed}", f"n{self.train_rows}", f"e{self.epochs:g}"])
+        return "_".join(
+            [
+                self.stage,
+                self.method,
+                *size,
+                *rate,
+                f"seed{self.seed}",
+                f"n{self.train_rows}",
+                f"e{self.epochs:g}",
+            ]
+        )
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time on the clock, and of processors: the second one does not count what a busy or stopped machine made a run wait."""
+    """Time on the clock, and of processors: the second one does not count what a busy or stopped machine made
+    a run wait."""
 
     wall: float = 0.0
     cpu: float = 0.0
@@ -84,15 +96,20 @@ class Bench:
     _features: dict[str, np.ndarray] = field(default_factory=dict)
     _states: dict[int, dict[str, HiddenStates]] = field(default_factory=dict)
     _starts: dict[int, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    _cycles: bool = False  # whether the last model was one of transformers', which only the garbage collector frees
-    seconds: dict[Any, Seconds] = field(default_factory=dict)  # what computing a shared thing took; every run that uses it is charged in full
+    _cycles: bool = (
+        False  # whether the last model was one of transformers', which only the garbage collector frees
+    )
+    seconds: dict[Any, Seconds] = field(
+        default_factory=dict
+    )  # what computing a shared thing took; every run that uses it is charged in full
 
     def run(self, method: Method, run: Run, decided: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Train or fit, choose on held-out rows, and for the stages that report, score the test rows. Raises what goes wrong.
+        """Train or fit, choose on held-out rows, and for the stages that report, score the test rows. Raises
+        what goes wrong.
 
         Args:
-            decided: `decided` of the search's run of the same choice, in whose cross-validation checkpoint, temperature, thresholds and strength
-                were found; this run then trains on all rows alone.
+            decided: `decided` of the search's run of the same choice, in whose cross-validation checkpoint,
+                temperature, thresholds and strength were found; this run then trains on all rows alone.
         """
         prepared = self._subset(method, run)
         if self._cycles:
@@ -107,7 +124,11 @@ class Bench:
             outcome = self._contrasted(prepared, search, decided)
         else:
             outcome = self._trained(method, prepared, run, search, decided)
-        calibration, validation = _decisions(prepared, outcome.held) if decided is None else (_calibration(decided), decided["validation"])
+        calibration, validation = (
+            _decisions(prepared, outcome.held)
+            if decided is None
+            else (_calibration(decided), decided["validation"])
+        )
         record = {
             "trainable_parameters": outcome.parameters,
             "head_parameters": outcome.head_parameters,
@@ -138,8 +159,11 @@ class Bench:
         return record | {"total_seconds": round(time.perf_counter() - start, 3)}
 
     def _subset(self, method: Method, run: Run) -> Prepared:
-        """The run's settings, and its rows where it takes fewer than all; folds, where there are any, are drawn again among them."""
-        config = replace(self.prepared.config, seed=run.seed, epochs=run.epochs, learning_rate=run.learning_rate or 1.0)
+        """The run's settings, and its rows where it takes fewer than all; folds, where there are any, are
+        drawn again among them."""
+        config = replace(
+            self.prepared.config, seed=run.seed, epochs=run.epochs, learning_rate=run.learning_rate or 1.0
+        )
         sets, folds = dict(self.prepared.sets), self.prepared.folds
         if run.train_rows < len(sets["train"].rows):
             picked = pick_rows(sets["train"].labels, run.train_rows, run.seed)
@@ -157,18 +181,35 @@ class Bench:
         fitted = fit(method.way, prepared, features)
         seconds = seconds + start.since()
         pooling = prepared.pooling if method.way == "probe" else None
-        return Outcome(0, fitted.parameters, fitted.saved_bytes, seconds, fitted.held, None, fitted.logits, fitted.chosen, pooling)
+        return Outcome(
+            0,
+            fitted.parameters,
+            fitted.saved_bytes,
+            seconds,
+            fitted.held,
+            None,
+            fitted.logits,
+            fitted.chosen,
+            pooling,
+        )
 
     def _contrasted(self, prepared: Prepared, search: bool, decided: Mapping[str, Any] | None) -> "Outcome":
-        """An encoder trained on rows of one class together, then logistic regression; in a cross-validation an encoder for each fold."""
+        """An encoder trained on rows of one class together, then logistic regression; in a cross-validation
+        an encoder for each fold."""
         base = self._packed_base("few-shot training")
         train, trained, seconds = prepared.sets["train"], [], Seconds()
 
         def learn(rows: np.ndarray) -> Inputs:
-            picked = replace(prepared, sets={"train": train if len(rows) == len(train.rows) else train.pick(rows)})
+            picked = replace(
+                prepared, sets={"train": train if len(rows) == len(train.rows) else train.pick(rows)}
+            )
             model = train_embedder(picked, base.base, base.encoder)
             trained[:] = [model]
-            features = {split: encoded_logits(model, data.encoded) for split, data in prepared.sets.items() if split == "train" or not search}
+            features = {
+                split: encoded_logits(model, data.encoded)
+                for split, data in prepared.sets.items()
+                if split == "train" or not search
+            }
             if "validation" in prepared.sets and search:
                 features["validation"] = encoded_logits(model, prepared.sets["validation"].encoded)
             return scaled(features, rows)
@@ -177,7 +218,8 @@ class Bench:
         if search and prepared.folds is not None:
             strength, held = held_out(prepared, learn)
             seconds = start.since()
-            width, count = prepared.files.config.get("hidden_size") or prepared.files.config["dim"], len(prepared.schema.labels)
+            width = prepared.files.config.get("hidden_size") or prepared.files.config["dim"]
+            count = len(prepared.schema.labels)
             head, chosen, logits = count * (width + 1), {"C": strength}, None
         else:
             if decided is None and prepared.folds is not None:
@@ -189,13 +231,23 @@ class Bench:
                 held = fitted.held
             seconds, head, chosen, logits = start.since(), fitted.parameters, fitted.chosen, fitted.logits
         encoder = sum(t.numel() for t in trained[0].trainable().values())
-        return Outcome(encoder, head, 4 * (encoder + head), seconds, held, None, logits, chosen, prepared.pooling)
+        return Outcome(
+            encoder, head, 4 * (encoder + head), seconds, held, None, logits, chosen, prepared.pooling
+        )
 
     def features(self, prepared: Prepared) -> tuple[dict[str, np.ndarray], Seconds]:
-        """What the frozen encoder gives for each row of a run, (N, H) by split, and the seconds its training rows took."""
+        """What the frozen encoder gives for each row of a run, (N, H) by split, and the seconds its training
+        rows took."""
         if not self._features:
             base = self._packed_base("frozen features")
-            model = FeatureModel(base.base, "head", 1, pooling=self.prepared.pooling, device=self.prepared.device, encoder=base.encoder)
+            model = FeatureModel(
+                base.base,
+                "head",
+                1,
+                pooling=self.prepared.pooling,
+                device=self.prepared.device,
+                encoder=base.encoder,
+            )
             for split, data in self.prepared.sets.items():
                 start = Seconds.now()
                 self._features[split] = encoded_logits(model, data.encoded)
@@ -211,7 +263,9 @@ class Bench:
             raise UsageError(f"{what} needs the packed path ({self.prepared.reason})")
         return self.prepared.model
 
-    def _trained(self, method: Method, prepared: Prepared, run: Run, search: bool, decided: Mapping[str, Any] | None) -> "Outcome":
+    def _trained(
+        self, method: Method, prepared: Prepared, run: Run, search: bool, decided: Mapping[str, Any] | None
+    ) -> "Outcome":
         prepared, prefix, charged = self._model(method, prepared, run)
         model = prepared.model
         if decided is None:
@@ -241,32 +295,50 @@ class Bench:
             for _, seconds, evaluated in _trained_steps(trainer):
                 charged += seconds
                 if evaluated and trainer.step == trainer.evaluate_at[place]:
-                    best, epoch = {name: tensor.clone() for name, tensor in trainer.best.items()}, trainer.epochs_done
+                    best = {name: tensor.clone() for name, tensor in trainer.best.items()}
+                    epoch = trainer.epochs_done
             model.load_trainable(best)
             charged += Seconds(trainer.seconds)
         tensors = model.trainable()
         head = sum(t.numel() for name, t in tensors.items() if _in_head(model, name))
         parameters = sum(t.numel() for t in tensors.values()) - head
-        saved = 4 * sum(t.numel() for t in (model.ordinary()[1] if isinstance(model, PissaModel) else tensors).values())
+        saved = 4 * sum(
+            t.numel() for t in (model.ordinary()[1] if isinstance(model, PissaModel) else tensors).values()
+        )
         return Outcome(
             parameters, head, saved, charged, held, epoch,
             lambda split: encoded_logits(model, prepared.sets[split].encoded, states=prefix.get(split)), {}, model.pooling, place,
         )  # fmt: skip
 
-    def _model(self, method: Method, prepared: Prepared, run: Run) -> tuple[Prepared, dict[str, HiddenStates], Seconds]:
-        """The settings with a fresh model of the method, states its frozen part shares, and the seconds those took."""
+    def _model(
+        self, method: Method, prepared: Prepared, run: Run
+    ) -> tuple[Prepared, dict[str, HiddenStates], Seconds]:
+        """The settings with a fresh model of the method, states its frozen part shares, and the seconds those
+        took."""
         if method.way in ("lora", "pissa"):
             return self._lora(method, prepared, run)
         if method.way == "peft":
             return self._soft(method, prepared, run), {}, Seconds()
         base = self._packed_base(f"'{method.name}'")
-        others = {"pooling": prepared.pooling, "seed": run.seed, "device": prepared.device, "encoder": base.encoder}
+        others = {
+            "pooling": prepared.pooling,
+            "seed": run.seed,
+            "device": prepared.device,
+            "encoder": base.encoder,
+        }
         model = FullFinetuningModel(base.base, method.settings["part"], len(prepared.schema.labels), **others)
         prepared = replace(prepared, model=model)
         if method.settings["part"] != "head":
             return prepared, {}, Seconds()
         found, seconds = self.features(prepared)
-        return prepared, {split: HiddenStates(values, np.arange(len(values) + 1), model.depth) for split, values in found.items()}, seconds
+        return (
+            prepared,
+            {
+                split: HiddenStates(values, np.arange(len(values) + 1), model.depth)
+                for split, values in found.items()
+            },
+            seconds,
+        )
 
     def _soft(self, method: Method, prepared: Prepared, run: Run) -> Prepared:
         from textlora.compare.peft_methods import PeftMethodModel, poolings
@@ -275,12 +347,25 @@ class Bench:
         pooling, dtype = prepared.pooling, choose_dtype(config.precision, prepared.device)
         if config.pooling == "auto" and pooling not in poolings(method.name):
             pooling = poolings(method.name)[0]  # the report says so
-        others: dict[str, Any] = {"pooling": pooling, "seed": run.seed, "device": prepared.device, "dtype": dtype}
-        model = PeftMethodModel.open(method.name, run.size.get("tokens", 0), prepared.files.folder, count, **others)
+        others: dict[str, Any] = {
+            "pooling": pooling,
+            "seed": run.seed,
+            "device": prepared.device,
+            "dtype": dtype,
+        }
+        model = PeftMethodModel.open(
+            method.name, run.size.get("tokens", 0), prepared.files.folder, count, **others
+        )
         # IA3's scales start at 1, and decay would pull them to 0
-        return replace(prepared, model=model, config=replace(config, weight_decay=0.0) if method.name == "ia3" else config)
+        return replace(
+            prepared,
+            model=model,
+            config=replace(config, weight_decay=0.0) if method.name == "ia3" else config,
+        )
 
-    def _lora(self, method: Method, prepared: Prepared, run: Run) -> tuple[Prepared, dict[str, HiddenStates], Seconds]:
+    def _lora(
+        self, method: Method, prepared: Prepared, run: Run
+    ) -> tuple[Prepared, dict[str, HiddenStates], Seconds]:
         config = replace(prepared.config, **method.settings, **run.size)
         model, count = self.prepared.model, len(prepared.schema.labels)
         if method.way == "pissa":
@@ -300,15 +385,15 @@ class Bench:
         prepared = replace(prepared, config=config, model=made)
         if made.depth and made.depth not in self._states:
             start = Seconds.now()
-            self._states[made.depth] = build_prefix(replace(prepared, sets=self.prepared.sets, config=replace(config, epochs=2.0)))
+            self._states[made.depth] = build_prefix(
+                replace(prepared, sets=self.prepared.sets, config=replace(config, epochs=2.0))
+            )
             self.seconds["states", made.depth] = start.since()
         states = self._states.get(made.depth, {})
         picked, seconds = _picked(prepared), self.seconds.get(("states", made.depth), Seconds())
         if states and picked is not None:
-            states, seconds = (
-                states | {"train": PickedStates(states["train"], picked)},
-                seconds * (len(picked) / len(self.prepared.sets["train"].rows)),
-            )
+            states = states | {"train": PickedStates(states["train"], picked)}
+            seconds = seconds * (len(picked) / len(self.prepared.sets["train"].rows))
         return prepared, states, seconds
 
 
@@ -317,7 +402,8 @@ class Outcome:
     """A fitted or trained classifier with what it cost. `logits(split)` gives (N, C).
 
     Attributes:
-        held: (split, places of rows, logits (N, C)) that decide temperature and thresholds; None where nothing does, or it is known already.
+        held: (split, places of rows, logits (N, C)) that decide temperature and thresholds; None where
+            nothing does, or it is known already.
         pooling: what its head sees; None for what reads no encoder.
         place: number of the evaluation whose checkpoint is kept, in a cross-validation.
     """
@@ -335,7 +421,8 @@ class Outcome:
 
 
 def _trained_steps(trainings: Trainings | Trainer) -> Iterator[tuple[int, Seconds, bool]]:
-    """Advance to the end: the number of the training, the time of processors that a step took, and whether it was an evaluation."""
+    """Advance to the end: the number of the training, the time of processors that a step took, and whether it
+    was an evaluation."""
     before = time.process_time()
     for record in trainings.records():
         now = time.process_time()
@@ -349,8 +436,8 @@ def _picked(prepared: Prepared) -> np.ndarray | None:
 
 
 def pick_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Places of `count` rows in an order drawn from the seed, larger picks beginning with the smaller ones; as far as they reach,
-    rows that bring a new class (or label of several) come first."""
+    """Places of `count` rows in an order drawn from the seed, larger picks beginning with the smaller ones;
+    as far as they reach, rows that bring a new class (or label of several) come first."""
     order = np.random.default_rng([seed, 8]).permutation(len(labels))
     if labels.dtype.kind == "f" and labels.ndim == 1:
         return order[:count]
@@ -368,7 +455,9 @@ def _in_head(model: Model, name: str) -> bool:
     return any(lies_in(".".join(parts[i:]), model.modules_to_save) for i in range(len(parts)))
 
 
-def _decisions(prepared: Prepared, held: tuple[str, np.ndarray, np.ndarray] | None) -> tuple[Calibration, dict[str, float | None]]:
+def _decisions(
+    prepared: Prepared, held: tuple[str, np.ndarray, np.ndarray] | None
+) -> tuple[Calibration, dict[str, float | None]]:
     """What `textlora train` fits on held-out rows, and their scores as they are."""
     kind, names = prepared.schema.problem_type, list(prepared.schema.labels)
     if held is None:
@@ -386,8 +475,15 @@ def _calibration(decided: Mapping[str, Any]) -> Calibration:
 
 def _scores(prepared: Prepared, outcome: Outcome, calibration: Calibration) -> dict[str, Any]:
     """Test metrics and decisions."""
-    kind, thresholds, labels = prepared.schema.problem_type, calibration.thresholds, prepared.sets["test"].labels
+    kind = prepared.schema.problem_type
+    thresholds = calibration.thresholds
+    labels = prepared.sets["test"].labels
     logits = calibration.of(outcome.logits("test"))
     decided = decide(probabilities(logits, kind), kind, thresholds)
-    as_numbers = decided.astype(np.int64) if kind in (SINGLE_LABEL, MULTI_LABEL) else decided.astype(np.float64)
-    return {"test": evaluate(kind, labels, logits, list(prepared.schema.labels), thresholds=thresholds), "test_predictions": as_numbers.tolist()}
+    as_numbers = (
+        decided.astype(np.int64) if kind in (SINGLE_LABEL, MULTI_LABEL) else decided.astype(np.float64)
+    )
+    return {
+        "test": evaluate(kind, labels, logits, list(prepared.schema.labels), thresholds=thresholds),
+        "test_predictions": as_numbers.tolist(),
+    }

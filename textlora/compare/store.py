@@ -1,6 +1,7 @@
 """A comparison's folder: `comparison.json` says what is compared, `runs/` holds one JSON file per run.
 
-Everything a report shows comes from these files, so a comparison that was stopped goes on as if it never had been.
+Everything a report shows comes from these files, so a comparison that was stopped goes on as if it never had
+been.
 """
 
 import json
@@ -24,14 +25,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StorageError(f"{path}: not a file of a comparison ({error})", "remove it: its run is made again") from error
+        raise StorageError(
+            f"{path}: not a file of a comparison ({error})", "remove it: its run is made again"
+        ) from error
     if not isinstance(found, dict):
         raise StorageError(f"{path}: not a file of a comparison", "remove it: its run is made again")
     return found
 
 
 def settled(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the comparison in `folder` once `settings` join it: lists of methods, rates and so on grow, nothing else may differ.
+    """Settings of the comparison in `folder` once `settings` join it: lists of methods, rates and so on grow,
+    nothing else may differ.
 
     Writes nothing.
 
@@ -43,8 +47,12 @@ def settled(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder}: is a file", "choose a folder")
     if not path.is_file():
-        if folder.is_dir() and any(p.name != ".lock" and not p.name.endswith(".part") for p in folder.iterdir()):
-            raise StorageError(f"--output {folder}: is not empty and holds no comparison", "choose another folder")
+        if folder.is_dir() and any(
+            p.name != ".lock" and not p.name.endswith(".part") for p in folder.iterdir()
+        ):
+            raise StorageError(
+                f"--output {folder}: is not empty and holds no comparison", "choose another folder"
+            )
         return dict(settings)
     before, merged = read_json(path), dict(settings)
     for name, value in settings["fixed"].items():
@@ -57,7 +65,9 @@ def settled(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     merged["seeds"] = max(before["seeds"], settings["seeds"], key=len)
     for name in ("learning_rates", "sizes"):
         old, new = before[name], settings[name]
-        merged[name] = {method: sorted({*old.get(method, ()), *new.get(method, ())}) for method in {**old, **new}}
+        merged[name] = {
+            method: sorted({*old.get(method, ()), *new.get(method, ())}) for method in {**old, **new}
+        }
     return merged
 
 
@@ -67,11 +77,15 @@ def _shown(value: Any) -> str:
 
 def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
     """Key -> record of every finished run. Raises StorageError for a damaged file."""
-    return {path.name.removesuffix(".json"): read_json(path) for path in sorted((folder / "runs").glob("[!.]*.json"))}
+    return {
+        path.name.removesuffix(".json"): read_json(path)
+        for path in sorted((folder / "runs").glob("[!.]*.json"))
+    }
 
 
 def read_comparison(folder: Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Settings and runs of a comparison in the form that `report.comparison` takes, alone or beside other comparisons.
+    """Settings and runs of a comparison in the form that `report.comparison` takes, alone or beside other
+    comparisons.
 
     Raises:
         StorageError: there is none, or a file is damaged.
@@ -83,7 +97,8 @@ def read_comparison(folder: Path | str) -> tuple[dict[str, Any], list[dict[str, 
 
 
 def better(metric_higher: bool, metric: str) -> Any:
-    """Sort key of runs by what validation said, best first; of equals the lower loss, then the smaller rate and size."""
+    """Sort key of runs by what validation said, best first; of equals the lower loss, then the smaller rate
+    and size."""
 
     def key(record: Mapping[str, Any]) -> tuple[Any, ...]:
         held = record.get("validation") or {}
@@ -91,7 +106,14 @@ def better(metric_higher: bool, metric: str) -> Any:
         failed = "error" in record or value is None
         sign = -1 if metric_higher else 1
         rate = record["learning_rate"] or 0.0
-        return ("error" in record, failed, 0.0 if failed else sign * value, float("inf") if loss is None else loss, rate, *record["size"].values())
+        return (
+            "error" in record,
+            failed,
+            0.0 if failed else sign * value,
+            float("inf") if loss is None else loss,
+            rate,
+            *record["size"].values(),
+        )
 
     return key
 

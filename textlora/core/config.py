@@ -17,8 +17,14 @@ from typing import Any
 
 from textlora.core.errors import UsageError
 
-SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-PROBLEM_TYPES = {"single-label": SINGLE_LABEL, "multi-label": MULTI_LABEL, "regression": REGRESSION}  # ours -> transformers'
+SINGLE_LABEL = "single_label_classification"
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
+PROBLEM_TYPES = {
+    "single-label": SINGLE_LABEL,
+    "multi-label": MULTI_LABEL,
+    "regression": REGRESSION,
+}  # ours -> transformers'
 PRECISIONS = ("float32", "high", "bfloat16", "int8")  # of inference
 PRECISION_HELP = "Arithmetic of the base. high is float32 with faster, slightly less exact products on CPUs that have AMX; bfloat16 is for GPUs; int8, for CPUs, is 1.3 to 1.8 times as fast and the least exact."
 POOLINGS = ("auto", "first", "mean")
@@ -33,8 +39,9 @@ def _option(default: Any, help: str, choices: tuple[str, ...] = (), metavar: str
 class LoraConfig:
     """Where LoRA goes and how large it is; PEFT's names and meanings (arXiv 2106.09685).
 
-    The last four are of adapters made elsewhere: ranks and alphas of single layers, base biases that were trained too ("lora_only": of the
-    adapted layers, "all"), and full names of modules that the adapter has its own weights for.
+    The last four are of adapters made elsewhere: ranks and alphas of single layers, base biases that were
+    trained too ("lora_only": of the adapted layers, "all"), and full names of modules that the adapter has
+    its own weights for.
     """
 
     r: int = 8
@@ -51,7 +58,8 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA (arXiv 2312.03732); of a layer that no pattern names."""
+        """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA (arXiv 2312.03732); of a layer that no
+        pattern names."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def rank_of(self, module: str) -> int:
@@ -65,7 +73,8 @@ class LoraConfig:
 
 
 def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule (`get_pattern_key`): the first key that, as a regular expression, matches the name or what follows a dot in it."""
+    """PEFT's rule (`get_pattern_key`): the first key that, as a regular expression, matches the name or what
+    follows a dot in it."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
@@ -73,7 +82,9 @@ def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 class TrainConfig:
     """Settings of one training run. Raises UsageError where a value makes no sense."""
 
-    train: str | None = _option(None, "Training rows: a CSV, TSV, JSONL or Parquet file, a folder, or a hub id.", metavar="DATA")
+    train: str | None = _option(
+        None, "Training rows: a CSV, TSV, JSONL or Parquet file, a folder, or a hub id.", metavar="DATA"
+    )
     validation: str | None = _option(
         None,
         "Rows that decide checkpoint, temperature and thresholds. Default: rows beyond --limit-train, else 3-fold cross-validation "
@@ -81,19 +92,35 @@ class TrainConfig:
         metavar="DATA",
     )
     validation_share: float | None = _option(
-        None, "Share of the training rows of each class that is split off for validation, in place of cross-validation.", metavar="SHARE"
+        None,
+        "Share of the training rows of each class that is split off for validation, in place of cross-validation.",
+        metavar="SHARE",
     )
     test: str | None = _option(None, "Rows for the final score, read once at the end.", metavar="DATA")
     text_column: str | None = _option(None, "Column of the text. Default: found by its name.", metavar="NAME")
-    text_pair_column: str | None = _option(None, "Column of the second text of a pair. Default: found by its name.", metavar="NAME")
-    label_column: str | None = _option(None, "Column of the label. Default: found by its name.", metavar="NAME")
-    label_separator: str | None = _option(None, "Splits a label cell into several labels (makes the task multi-label).", metavar="TEXT")
-    problem_type: str | None = _option(
-        None, "Task. Default: lists are multi-label, numbers with a fraction are regression, all else is single-label.", tuple(PROBLEM_TYPES)
+    text_pair_column: str | None = _option(
+        None, "Column of the second text of a pair. Default: found by its name.", metavar="NAME"
     )
-    encoding: str = _option("utf-8", "Encoding of CSV, TSV and JSONL files, such as cp1252 or cp949.", metavar="NAME")
-    model: str = _option("minilm", "Base model: a folder, a hub id, or minilm (all-MiniLM-L6-v2).", metavar="MODEL")
-    revision: str | None = _option(None, "Revision of a base model on the hub: branch, tag or commit.", metavar="REV")
+    label_column: str | None = _option(
+        None, "Column of the label. Default: found by its name.", metavar="NAME"
+    )
+    label_separator: str | None = _option(
+        None, "Splits a label cell into several labels (makes the task multi-label).", metavar="TEXT"
+    )
+    problem_type: str | None = _option(
+        None,
+        "Task. Default: lists are multi-label, numbers with a fraction are regression, all else is single-label.",
+        tuple(PROBLEM_TYPES),
+    )
+    encoding: str = _option(
+        "utf-8", "Encoding of CSV, TSV and JSONL files, such as cp1252 or cp949.", metavar="NAME"
+    )
+    model: str = _option(
+        "minilm", "Base model: a folder, a hub id, or minilm (all-MiniLM-L6-v2).", metavar="MODEL"
+    )
+    revision: str | None = _option(
+        None, "Revision of a base model on the hub: branch, tag or commit.", metavar="REV"
+    )
     output: str | None = _option(None, "Folder for the adapter; must not exist or be empty.", metavar="DIR")
     method: str = _option("lora", "What is trained besides the head.", ("lora",))
     pooling: str = _option(
@@ -108,20 +135,34 @@ class TrainConfig:
         "Peak learning rate of A, B and head. Default: by the number of steps, 4e-3 for 128 or fewer, falling to 1e-3 for 2,048 or more; with mean "
         "pooling half of that for 2 classes, rising to all of it for 10, and never below 1e-3.",
     )
-    scheduler: str = _option("linear", "Course of the learning rate after the warm-up.", ("linear", "cosine", "constant"))
+    scheduler: str = _option(
+        "linear", "Course of the learning rate after the warm-up.", ("linear", "cosine", "constant")
+    )
     warmup: float = _option(0.2, "Warm-up: a share of all steps if below 1, else a number of steps.")
     weight_decay: float = _option(0.01, "AdamW weight decay; never on biases and norms.")
     batch_size: int = _option(8, "Rows per optimizer step and accumulation part.")
     batch_tokens: int | None = _option(None, "Token budget per step in place of --batch-size.")
     gradient_accumulation_steps: int = _option(1, "Batches summed into one optimizer step.")
-    gradient_checkpointing: bool = _option(False, "Keep less for the backward pass and compute it again: less memory, a third more time.")
+    gradient_checkpointing: bool = _option(
+        False, "Keep less for the backward pass and compute it again: less memory, a third more time."
+    )
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; 0 switches clipping off.")
     eval_every: int | None = _option(None, "Evaluate every N steps. Default: after each epoch.", metavar="N")
-    early_stopping_patience: int | None = _option(None, "Stop after N evaluations without a better score.", metavar="N")
-    metric: str | None = _option(None, "Metric that picks the best checkpoint. Default: accuracy, micro_f1 or spearman by task.", metavar="NAME")
-    class_weights: str | None = _option(None, "Loss weights of the classes: balanced, or label=weight,label=weight.", metavar="SPEC")
+    early_stopping_patience: int | None = _option(
+        None, "Stop after N evaluations without a better score.", metavar="N"
+    )
+    metric: str | None = _option(
+        None,
+        "Metric that picks the best checkpoint. Default: accuracy, micro_f1 or spearman by task.",
+        metavar="NAME",
+    )
+    class_weights: str | None = _option(
+        None, "Loss weights of the classes: balanced, or label=weight,label=weight.", metavar="SPEC"
+    )
     label_smoothing: float = _option(0.0, "Label smoothing of the cross-entropy loss, 0 to 1.")
-    max_length: int | None = _option(None, "Tokens kept of a text or pair. Default: what the base model can take, at most 512.")
+    max_length: int | None = _option(
+        None, "Tokens kept of a text or pair. Default: what the base model can take, at most 512."
+    )
     truncation: str = _option("head", "Which part of a long text is kept.", TRUNCATIONS)
     r: int = _option(8, "Rank of LoRA's A and B.")
     lora_alpha: float = _option(16.0, "LoRA scale: the update is multiplied by lora_alpha / r.")
@@ -132,13 +173,23 @@ class TrainConfig:
     target_modules: tuple[str, ...] | None = _option(
         None, "Dense layers that get LoRA: names, or all-linear. Default: query and value.", metavar="NAMES"
     )
-    layers: str = _option("all", "Encoder blocks that get LoRA: all, last:K, or a list such as 0,1,5.", metavar="SPEC")
-    init_adapter: str | None = _option(None, "Start from this adapter folder (its A, B and, where labels agree, its head).", metavar="DIR")
+    layers: str = _option(
+        "all", "Encoder blocks that get LoRA: all, last:K, or a list such as 0,1,5.", metavar="SPEC"
+    )
+    init_adapter: str | None = _option(
+        None, "Start from this adapter folder (its A, B and, where labels agree, its head).", metavar="DIR"
+    )
     seed: int = _option(42, "Seed of the head, A, row order, splits and dropout.")
     limit_train: int | None = _option(None, "Train on N rows picked by the seed.", metavar="N")
-    limit_eval: int | None = _option(None, "Evaluate on at most N rows of the validation and of the test split, picked by the seed.", metavar="N")
+    limit_eval: int | None = _option(
+        None,
+        "Evaluate on at most N rows of the validation and of the test split, picked by the seed.",
+        metavar="N",
+    )
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto.")
-    precision: str = _option("auto", "float32 or bfloat16 arithmetic; auto follows the hardware.", ("auto", "float32", "bfloat16"))
+    precision: str = _option(
+        "auto", "float32 or bfloat16 arithmetic; auto follows the hardware.", ("auto", "float32", "bfloat16")
+    )
     threads: int | None = _option(None, "CPU threads. Default: what torch chooses.", metavar="N")
 
     def __post_init__(self):
@@ -160,21 +211,36 @@ class TrainConfig:
             need(getattr(self, name) is None or getattr(self, name) > 0, name, "must be above 0")
         for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
             need(getattr(self, name) >= 0, name, "must not be negative")
-        positive = ("batch_tokens", "eval_every", "early_stopping_patience", "limit_train", "limit_eval", "threads")
+        positive = (
+            "batch_tokens",
+            "eval_every",
+            "early_stopping_patience",
+            "limit_train",
+            "limit_eval",
+            "threads",
+        )
         for name in ("batch_size", "gradient_accumulation_steps", *positive):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1")
-        need(self.validation_share is None or 0 < self.validation_share < 1, "validation_share", "must be above 0 and below 1")
+        need(
+            self.validation_share is None or 0 < self.validation_share < 1,
+            "validation_share",
+            "must be above 0 and below 1",
+        )
         need(self.max_length is None or self.max_length >= 8, "max_length", "must be at least 8")
 
     @property
     def lora(self) -> LoraConfig:
-        return LoraConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if hasattr(self, f.name)})
+        return LoraConfig(
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if hasattr(self, f.name)}
+        )
 
 
 def default_rate(steps: int, classes: int = 1, pooling: str = "first") -> float:
-    """Peak learning rate of a run that names none: a few steps have to go as far as many. Chosen on training rows of ten sets (docs/log.md).
+    """Peak learning rate of a run that names none: a few steps have to go as far as many. Chosen on training
+    rows of ten sets (docs/log.md).
 
-    A mean-pooled head learns more at half of that where classes are few, and at all of it where they are many.
+    A mean-pooled head learns more at half of that where classes are few, and at all of it where they are
+    many.
     """
     share = min(1.0, max(0.5, math.sqrt(classes / 10))) if pooling == "mean" else 1.0
     return max(1e-3, share * min(4e-3, 4e-3 * math.sqrt(128 / max(1, steps))))
@@ -209,7 +275,9 @@ def read_config(path: Path, config: type | None = None, command: str = "train") 
     for key, value in raw.items():
         name = key.replace("-", "_")
         if name not in known:
-            raise UsageError(f"{path}: unknown setting '{key}'", f"`textlora {command} --help` lists the settings")
+            raise UsageError(
+                f"{path}: unknown setting '{key}'", f"`textlora {command} --help` lists the settings"
+            )
         kind = field_type(known[name])
         if kind is float and type(value) is int:
             value = float(value)

@@ -27,7 +27,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}", "free some space or choose another folder") from error
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}", "free some space or choose another folder"
+        ) from error
     part = Path(name)
     try:
         yield part
@@ -36,7 +38,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}", "free some space or choose another folder") from error
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}", "free some space or choose another folder"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -60,7 +64,8 @@ def sha256_file(path: Path) -> str:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in `folder`. Only for who holds the folder's lock."""
+    """Remove the temporary files that a killed process left in `folder`. Only for who holds the folder's
+    lock."""
     for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
 
@@ -77,9 +82,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise StorageError(f"{folder} is in use by another run", "wait for it to end or choose another --output") from error
+        raise StorageError(
+            f"{folder} is in use by another run", "wait for it to end or choose another --output"
+        ) from error
     except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror or error}", "choose another folder") from error
+        raise StorageError(
+            f"cannot write {folder}: {error.strerror or error}", "choose another folder"
+        ) from error
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
-"""Public names of a package that are imported when they are first used, so that importing the package costs nothing."""
+"""Public names of a package that are imported when they are first used, so that importing the package costs
+nothing."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module

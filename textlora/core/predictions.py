@@ -1,4 +1,5 @@
-"""What an answer is, and what an adapter is called. Imports nothing, so that whoever only passes answers on needs no torch."""
+"""What an answer is, and what an adapter is called. Imports nothing, so that whoever only passes answers on
+needs no torch."""
 
 import re
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction, its adapter's problem type, the tokens it was made from (special ones included), and those of the text before it was cut."""
+    """A prediction, its adapter's problem type, the tokens it was made from (special ones included), and
+    those of the text before it was cut."""
 
     prediction: Prediction
     problem_type: str

@@ -1,8 +1,8 @@
 """Rows to learn from and texts to predict: readers, the label schema, data checks, streams.
 
-`read_table` turns any source into rows, `infer_schema` says what their labels mean, `check_tables` reports what is in them;
-`open_stream` and `open_sink` carry texts in and predictions out without holding them all. Nothing here imports pandas,
-pyarrow, datasets or torch before a source needs them.
+`read_table` turns any source into rows, `infer_schema` says what their labels mean, `check_tables` reports
+what is in them; `open_stream` and `open_sink` carry texts in and predictions out without holding them all.
+Nothing here imports pandas, pyarrow, datasets or torch before a source needs them.
 """
 
 from textlora.data.check import DataReport, Lengths, check_tables

@@ -17,9 +17,11 @@ TRUNCATED = 0.1  # share of truncated rows from which a warning is given
 
 @dataclass(frozen=True)
 class Lengths:
-    """Token lengths of the training rows, and what cutting them at `max_length` loses (None where nothing is cut).
+    """Token lengths of the training rows, and what cutting them at `max_length` loses (None where nothing is
+    cut).
 
-    `edges` has one more entry than `counts`; bin i holds lengths from edges[i] up to, not including, edges[i + 1].
+    `edges` has one more entry than `counts`; bin i holds lengths from edges[i] up to, not including, edges[i
+    + 1].
     """
 
     min: int
@@ -38,10 +40,11 @@ class Lengths:
 class DataReport:
     """Findings about training and evaluation rows; shares are of 1.
 
-    `classes` holds a count per class of the training rows (empty for regression, whose `target` has min, mean, median, max).
-    `duplicates` counts training rows equal in text and pair to an earlier one; `conflicts` the distinct texts among them
-    that have more than one label. `leaks` counts, per evaluation split, its rows whose text and pair stand in training.
-    `wheres` lists the first few places of each finding.
+    `classes` holds a count per class of the training rows (empty for regression, whose `target` has min,
+    mean, median, max). `duplicates` counts training rows equal in text and pair to an earlier one;
+    `conflicts` the distinct texts among them that have more than one label. `leaks` counts, per evaluation
+    split, its rows whose text and pair stand in training. `wheres` lists the first few places of each
+    finding.
     """
 
     rows: dict[str, int]
@@ -65,19 +68,30 @@ class DataReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """At most 12 plain sentences: what there is, then the warnings, the first of them where there are many."""
+        """At most 12 plain sentences: what there is, then the warnings, the first of them where there are
+        many."""
         said = ["Rows: " + ", ".join(f"{count:,} {split}" for split, count in self.rows.items()) + "."]
         if self.target is not None:
-            said.append("Regression targets: " + ", ".join(f"{name} {value:.4g}" for name, value in self.target.items()) + ".")
+            said.append(
+                "Regression targets: "
+                + ", ".join(f"{name} {value:.4g}" for name, value in self.target.items())
+                + "."
+            )
         else:
             largest = sorted(self.classes, key=lambda label: -self.classes[label])
-            shown = ", ".join(f"{label} {self.classes[label]:,} ({self.shares[label]:.1%})" for label in largest[:6])
+            shown = ", ".join(
+                f"{label} {self.classes[label]:,} ({self.shares[label]:.1%})" for label in largest[:6]
+            )
             more = f", ... {largest[-1]} {self.classes[largest[-1]]:,}" if len(largest) > 6 else ""
-            several = f", several a row, {self.unlabelled:,} rows without any" if self.problem_type == MULTI else ""
+            several = (
+                f", several a row, {self.unlabelled:,} rows without any" if self.problem_type == MULTI else ""
+            )
             said.append(f"{len(largest)} classes{several}: {shown}{more}.")
         if self.lengths is not None:
             of = self.lengths
-            said.append(f"Tokens a row: {of.min} to {of.max}, mean {of.mean:.1f}, median {of.median:.0f}, 95% within {of.p95:.0f}.")
+            said.append(
+                f"Tokens a row: {of.min} to {of.max}, mean {of.mean:.1f}, median {of.median:.0f}, 95% within {of.p95:.0f}."
+            )
             if of.max_length is not None:
                 said.append(
                     f"Cutting at {of.max_length} tokens truncates {of.rows_truncated:.1%} of the rows and loses {of.tokens_lost:.1%} of the tokens."
@@ -90,7 +104,11 @@ class DataReport:
 
 
 def check_tables(
-    train: Table, evaluations: Mapping[str, Table], schema: LabelSchema, lengths: np.ndarray | None, max_length: int | None
+    train: Table,
+    evaluations: Mapping[str, Table],
+    schema: LabelSchema,
+    lengths: np.ndarray | None,
+    max_length: int | None,
 ) -> DataReport:
     """Look through the data.
 
@@ -98,7 +116,8 @@ def check_tables(
         train: training rows.
         evaluations: split name to its rows; labels may be missing there.
         schema: of the training labels.
-        lengths: (N,) token count of each training row before truncation, special tokens included; None if unknown.
+        lengths: (N,) token count of each training row before truncation, special tokens included; None if
+            unknown.
         max_length: tokens a row is cut at; None for no cut.
 
     Raises:
@@ -117,7 +136,11 @@ def check_tables(
     for split, table in tables.items():
         found = [row for row in table.rows if _is_empty(row)]
         empty[split] = len(found)
-        _note(wheres, f"empty:{split}", (place(row.source, row.where, table.columns.text) for row in found[:SHOWN]))
+        _note(
+            wheres,
+            f"empty:{split}",
+            (place(row.source, row.where, table.columns.text) for row in found[:SHOWN]),
+        )
 
     first: dict[tuple[str, str | None], Row] = {}
     answers: dict[tuple[str, str | None], set[str]] = {}
@@ -130,14 +153,20 @@ def check_tables(
             again.append(row)
             answers.setdefault(key, {_answer(first[key], schema, column)}).add(_answer(row, schema, column))
     conflicting = [key for key, said in answers.items() if len(said) > 1]
-    _note(wheres, "duplicates", (f"{_at(row)} = {_at(first[row.text, row.text_pair])}" for row in again[:SHOWN]))
+    _note(
+        wheres, "duplicates", (f"{_at(row)} = {_at(first[row.text, row.text_pair])}" for row in again[:SHOWN])
+    )
     _note(wheres, "conflicts", (_at(first[key]) for key in conflicting[:SHOWN]))
 
     leaks, unknown = {}, {}
     for split, table in evaluations.items():
         shared = [row for row in table.rows if (row.text, row.text_pair) in first]
         leaks[split] = len(shared)
-        _note(wheres, f"leaks:{split}", (f"{_at(row)} = {_at(first[row.text, row.text_pair])}" for row in shared[:SHOWN]))
+        _note(
+            wheres,
+            f"leaks:{split}",
+            (f"{_at(row)} = {_at(first[row.text, row.text_pair])}" for row in shared[:SHOWN]),
+        )
         strange, at = _unknown_labels(table, schema)
         unknown[split] = dict(strange)
         _note(wheres, f"unknown:{split}", at)
@@ -164,10 +193,17 @@ def check_tables(
     return report
 
 
-def _labels(rows: Sequence[Row], schema: LabelSchema, column: str) -> tuple[dict[str, int], dict[str, float] | None, int]:
+def _labels(
+    rows: Sequence[Row], schema: LabelSchema, column: str
+) -> tuple[dict[str, int], dict[str, float] | None, int]:
     if schema.problem_type == REGRESSION:
         values = schema.encode_all(rows, column).astype(np.float64)
-        target = {"min": values.min(), "mean": values.mean(), "median": np.median(values), "max": values.max()}
+        target = {
+            "min": values.min(),
+            "mean": values.mean(),
+            "median": np.median(values),
+            "max": values.max(),
+        }
         return {}, {name: float(value) for name, value in target.items()}, 0
     sets = [schema.names(row, column) for row in rows]
     counts = Counter(name for names in sets for name in names)
@@ -196,7 +232,11 @@ def _unknown_labels(table: Table, schema: LabelSchema) -> tuple[Counter[str], li
 
 
 def _answer(row: Row, schema: LabelSchema, column: str) -> str:
-    return label_text(row.label) if schema.problem_type == REGRESSION else repr(sorted(schema.names(row, column)))
+    return (
+        label_text(row.label)
+        if schema.problem_type == REGRESSION
+        else repr(sorted(schema.names(row, column)))
+    )
 
 
 def _lengths(lengths: np.ndarray, max_length: int | None) -> Lengths:
@@ -231,22 +271,36 @@ def _warnings(report: DataReport) -> list[str]:
     for split, labels in report.unknown_labels.items():
         if labels:
             names = ", ".join(list(labels)[:3]) + (", ..." if len(labels) > 3 else "")
-            found.append(f"{sum(labels.values()):,} {split} labels do not occur in train ({names}), the first at {at(f'unknown:{split}')}")
+            found.append(
+                f"{sum(labels.values()):,} {split} labels do not occur in train ({names}), the first at {at(f'unknown:{split}')}"
+            )
     for split, count in report.leaks.items():
         if count:
             share = count / max(report.rows[split], 1)
-            found.append(f"{count:,} {split} rows ({share:.1%}) also stand in train, the first is {at(f'leaks:{split}')}")
+            found.append(
+                f"{count:,} {split} rows ({share:.1%}) also stand in train, the first is {at(f'leaks:{split}')}"
+            )
     if report.conflicts:
-        found.append(f"{report.conflicts:,} texts stand in train with different labels, the first at {at('conflicts')}")
+        found.append(
+            f"{report.conflicts:,} texts stand in train with different labels, the first at {at('conflicts')}"
+        )
     if report.duplicates:
-        found.append(f"{report.duplicates:,} train rows repeat an earlier one, the first is {at('duplicates')}")
+        found.append(
+            f"{report.duplicates:,} train rows repeat an earlier one, the first is {at('duplicates')}"
+        )
     if report.imbalance is not None and report.imbalance >= IMBALANCED:
         small = min(report.classes, key=lambda label: report.classes[label])
-        found.append(f"the largest class has {report.imbalance:.0f} times the rows of the smallest, {small} ({report.classes[small]:,})")
+        found.append(
+            f"the largest class has {report.imbalance:.0f} times the rows of the smallest, {small} ({report.classes[small]:,})"
+        )
     if len(report.classes) > max(20, report.rows["train"] // 4):
-        found.append(f"{len(report.classes):,} classes in {report.rows['train']:,} rows; check that the label column is the right one")
+        found.append(
+            f"{len(report.classes):,} classes in {report.rows['train']:,} rows; check that the label column is the right one"
+        )
     if report.lengths is not None and report.lengths.rows_truncated >= TRUNCATED:
-        found.append(f"{report.lengths.rows_truncated:.1%} of the train rows are truncated; a larger max_length would keep more")
+        found.append(
+            f"{report.lengths.rows_truncated:.1%} of the train rows are truncated; a larger max_length would keep more"
+        )
     return found
 
 

@@ -19,11 +19,45 @@ PAIRS = (
     ("text_1", "text_2"),
 )
 TEXTS = (
-    *("text", "sentence", "review", "content", "comment", "body", "message", "tweet", "document", "utterance", "query"),
-    *("question", "post", "article", "review_text", "comment_text", "description", "headline", "abstract", "title"),
+    *(
+        "text",
+        "sentence",
+        "review",
+        "content",
+        "comment",
+        "body",
+        "message",
+        "tweet",
+        "document",
+        "utterance",
+        "query",
+    ),
+    *(
+        "question",
+        "post",
+        "article",
+        "review_text",
+        "comment_text",
+        "description",
+        "headline",
+        "abstract",
+        "title",
+    ),
 )
 LABELS = (
-    *("label", "labels", "class", "target", "category", "sentiment", "intent", "emotion", "emotions", "topic", "polarity"),
+    *(
+        "label",
+        "labels",
+        "class",
+        "target",
+        "category",
+        "sentiment",
+        "intent",
+        "emotion",
+        "emotions",
+        "topic",
+        "polarity",
+    ),
     *("gold_label", "score", "rating", "stars", "tags", "tag", "y"),
 )
 # Row numbers that spreadsheets and pandas add; they never stand for a text or a label.
@@ -40,10 +74,12 @@ def find_columns(
     label_column: str | None = None,
     need_labels: bool = True,
 ) -> Columns:
-    """Columns by name, then by the tables above (letter case does not matter, the first entry that fits wins).
+    """Columns by name, then by the tables above (letter case does not matter, the first entry that fits
+    wins).
 
-    A pair is taken on its own only where no text column was named. Where only one of two columns was recognised, the other
-    is the missing one; row numbers ("id", "index", ...) do not count as columns for that rule.
+    A pair is taken on its own only where no text column was named. Where only one of two columns was
+    recognised, the other is the missing one; row numbers ("id", "index", ...) do not count as columns for
+    that rule.
 
     Raises:
         DataError: duplicate names, a named column that is not there, or no text or label column found.
@@ -56,11 +92,16 @@ def find_columns(
             raise DataError(f"{source}: no column {name!r}; it has {_listed(names)}", "name one of these")
     named = [name for name in (text_column, text_pair_column, label_column) if name is not None]
     if len(set(named)) < len(named):
-        raise DataError(f"{source}: one column is named for two purposes", "name different columns for text, pair and label")
+        raise DataError(
+            f"{source}: one column is named for two purposes",
+            "name different columns for text, pair and label",
+        )
     free = {name.lower(): name for name in reversed(names) if name not in named}
     text, pair, label = text_column, text_pair_column, label_column
     if text is None and pair is None:
-        text, pair = next(((free.pop(a), free.pop(b)) for a, b in PAIRS if a in free and b in free), (None, None))
+        text, pair = next(
+            ((free.pop(a), free.pop(b)) for a, b in PAIRS if a in free and b in free), (None, None)
+        )
     if text is None:
         text = next((free.pop(name) for name in TEXTS if name in free), None)
     if label is None:
@@ -76,7 +117,9 @@ def find_columns(
             "name it with --text-column; the first line must hold the names",
         )
     if label is None and need_labels:
-        raise DataError(f"{source}: no label column found among {_listed(names)}", "name it with --label-column")
+        raise DataError(
+            f"{source}: no label column found among {_listed(names)}", "name it with --label-column"
+        )
     return Columns(text, pair, label)
 
 
@@ -95,7 +138,8 @@ def header_fields(line: str, delimiter: str) -> list[str]:
 
 
 def sniff_delimiter(line: str, tab_first: bool) -> str:
-    """The most frequent of , ; tab | outside quotes in a header line; on a tie the earlier one, in a .tsv always the tab."""
+    """The most frequent of , ; tab | outside quotes in a header line; on a tie the earlier one, in a .tsv
+    always the tab."""
     bare = "".join(line.split('"')[::2])
     if tab_first and "\t" in bare:
         return "\t"

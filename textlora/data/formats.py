@@ -16,7 +16,8 @@ from textlora.core.errors import DataError, UsageError
 from textlora.data.columns import DELIMITERS, sniff_delimiter
 from textlora.data.rows import clean_text, place
 
-# A quote that never closes must not swallow a whole file; no text to classify is longer than this many characters.
+# A quote that never closes must not swallow a whole file; no text to classify is longer than this many
+# characters.
 FIELD_LIMIT = 1 << 23
 BLOCK = 1 << 16
 
@@ -31,11 +32,14 @@ def check_encoding(encoding: str) -> None:
     try:
         "a".encode(encoding)
     except (LookupError, UnicodeError) as error:
-        raise UsageError(f"unknown encoding {encoding!r}", "use a name such as utf-8, cp1252, cp949 or utf-16") from error
+        raise UsageError(
+            f"unknown encoding {encoding!r}", "use a name such as utf-8, cp1252, cp949 or utf-16"
+        ) from error
 
 
 def is_line_wise(encoding: str) -> bool:
-    """Whether bytes can be parted at LF and each line decoded alone: not in UTF-16 and not where earlier lines set a state."""
+    """Whether bytes can be parted at LF and each line decoded alone: not in UTF-16 and not where earlier
+    lines set a state."""
     stateful = codecs.lookup(encoding).name.startswith(("iso2022", "hz", "utf-7"))
     return not stateful and "\n".encode(encoding) in (b"\n", codecs.BOM_UTF8 + b"\n")
 
@@ -45,15 +49,17 @@ def open_binary(path: Path) -> BinaryIO:
     try:
         return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}", "check the path and its permissions") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}", "check the path and its permissions"
+        ) from error
 
 
 class Lines:
     """Physical lines of a binary file as text, endings kept; a line ends at LF, CR or CRLF; a BOM is dropped.
 
-    With `strict`, a byte that is not `encoding` and a NUL raise DataError with the line. Without, the line comes with
-    U+FFFD in place of what could not be read, and `bad[line number]` says why. `number` is the last line handed out;
-    `back(lines)` returns lines to be handed out again.
+    With `strict`, a byte that is not `encoding` and a NUL raise DataError with the line. Without, the line
+    comes with U+FFFD in place of what could not be read, and `bad[line number]` says why. `number` is the
+    last line handed out; `back(lines)` returns lines to be handed out again.
     """
 
     def __init__(self, file: BinaryIO, encoding: str, name: str, strict: bool):
@@ -81,17 +87,26 @@ class Lines:
         try:
             yield from self._by_line(file) if is_line_wise(self._encoding) else self._by_block(file)
         except UnicodeError as error:
-            raise DataError(f"{self._name}: the bytes are not {self._encoding} ({error})", "name the right one with --encoding") from error
+            raise DataError(
+                f"{self._name}: the bytes are not {self._encoding} ({error})",
+                "name the right one with --encoding",
+            ) from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{self._name}: not a whole gzip file ({error})", "compress it again or drop the .gz ending") from error
+            raise DataError(
+                f"{self._name}: not a whole gzip file ({error})", "compress it again or drop the .gz ending"
+            ) from error
         except OSError as error:
-            raise DataError(f"cannot read {self._name}: {error.strerror or error}", "check the file") from error
+            raise DataError(
+                f"cannot read {self._name}: {error.strerror or error}", "check the file"
+            ) from error
 
     def _by_block(self, file: BinaryIO) -> Iterator[str]:
         decoder, rest, block = codecs.getincrementaldecoder(self._encoding)(), "", b" "
         while block:
             block = file.read(BLOCK)
-            *whole, rest = io.StringIO(rest + decoder.decode(block, not block), newline="").readlines() or [""]
+            *whole, rest = io.StringIO(rest + decoder.decode(block, not block), newline="").readlines() or [
+                ""
+            ]
             for line in whole:  # the last one may go on in the next block, even after a CR
                 yield self._checked(line, None)
         if rest:
@@ -121,14 +136,22 @@ class Lines:
             problem = "NUL bytes"
         if problem is not None:
             if self._strict:
-                fix = "name the right one with --encoding" if problem != "NUL bytes" else "is it UTF-16? then give --encoding utf-16"
+                fix = (
+                    "name the right one with --encoding"
+                    if problem != "NUL bytes"
+                    else "is it UTF-16? then give --encoding utf-16"
+                )
                 raise DataError(f"{place(self._name, self._fresh)}: {problem}", fix)
             self.bad[self._fresh] = problem
         return line
 
     def problem(self, start: int) -> str | None:
         """Why one of the lines from `start` up to the last one handed out could not be read; forgets it."""
-        found = [self.bad.pop(line) for line in range(start, self.number + 1) if line in self.bad] if self.bad else []
+        found = (
+            [self.bad.pop(line) for line in range(start, self.number + 1) if line in self.bad]
+            if self.bad
+            else []
+        )
         return found[0] if found else None
 
 
@@ -185,7 +208,8 @@ def _csv_problem(error: csv.Error) -> str:
 def csv_header(lines: Lines, name: str, suffix: str) -> tuple[str, list[str]]:
     """Delimiter and column names, without outer blanks; the names' line is consumed.
 
-    `suffix` is the file's extension. Excel's `sep=;` line is understood. Raises DataError if there is no header.
+    `suffix` is the file's extension. Excel's `sep=;` line is understood. Raises DataError if there is no
+    header.
     """
     first = next((line for line in lines if line.strip()), None)
     if first is None:
@@ -213,10 +237,12 @@ def ragged(fields: list[str], names: list[str]) -> str | None:
 
 
 def csv_quoting(path: Path, encoding: str, delimiter: str) -> int:
-    """How quotes are meant in a tab-separated file: csv.QUOTE_MINIMAL, or csv.QUOTE_NONE where they are ordinary characters.
+    """How quotes are meant in a tab-separated file: csv.QUOTE_MINIMAL, or csv.QUOTE_NONE where they are
+    ordinary characters.
 
-    Many TSV files are written without any quoting. One whose quotes do not parse, but whose every line has the header's
-    number of fields when quotes mean nothing, is taken as such. Files parted by other characters always have quoting.
+    Many TSV files are written without any quoting. One whose quotes do not parse, but whose every line has
+    the header's number of fields when quotes mean nothing, is taken as such. Files parted by other characters
+    always have quoting.
     """
     if delimiter != "\t":
         return csv.QUOTE_MINIMAL
@@ -224,7 +250,10 @@ def csv_quoting(path: Path, encoding: str, delimiter: str) -> int:
         with open_binary(path) as file:
             lines = Lines(file, encoding, path.name, strict=False)
             _, names = csv_header(lines, path.name, extension(path))
-            if all(problem is None and len(fields) == len(names) for _, fields, problem in csv_records(lines, delimiter, quoting)):
+            if all(
+                problem is None and len(fields) == len(names)
+                for _, fields, problem in csv_records(lines, delimiter, quoting)
+            ):
                 return quoting
     return csv.QUOTE_MINIMAL
 
@@ -236,7 +265,9 @@ def parse_json(line: str) -> tuple[dict[str, object], str | None]:
     except RecursionError:
         return {}, "JSON nested too deeply"
     except ValueError as error:
-        return {}, f"not JSON: {error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        return {}, f"not JSON: {error.msg} at character {error.pos + 1}" if isinstance(
+            error, json.JSONDecodeError
+        ) else str(error)
     if not isinstance(value, dict):
         return {}, f"a JSON object is needed, not {type(value).__name__}"
     return (_clean(value) if "\\u" in line else value), None
@@ -288,7 +319,13 @@ def _json_list(text: str, name: str) -> Iterator[tuple[int, dict[str, object], s
     except (ValueError, RecursionError) as error:
         spot = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{name}{spot}: not JSON: {reason}", "give one list of objects, or one object a line") from error
+        raise DataError(
+            f"{name}{spot}: not JSON: {reason}", "give one list of objects, or one object a line"
+        ) from error
     for index, item in enumerate(items, 1):
-        value, problem = (item, None) if isinstance(item, dict) else ({}, f"a JSON object is needed, not {type(item).__name__}")
+        value, problem = (
+            (item, None)
+            if isinstance(item, dict)
+            else ({}, f"a JSON object is needed, not {type(item).__name__}")
+        )
         yield index, _clean(value), problem

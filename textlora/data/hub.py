@@ -7,7 +7,11 @@ from pathlib import Path
 from textlora.core.errors import DataError
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
-SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
 
 
 def is_hub_id(source: str) -> bool:
@@ -17,7 +21,9 @@ def is_hub_id(source: str) -> bool:
 
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `folder` was written by `save_to_disk`."""
-    return (folder / "dataset_dict.json").is_file() or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file())
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
 
 
 def load_saved(folder: Path):
@@ -27,7 +33,10 @@ def load_saved(folder: Path):
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # the library raises its own, pyarrow's and json's errors alike
-        raise DataError(f"{folder} cannot be read as a saved data set: {_first_line(error)}", "save it again with save_to_disk") from error
+        raise DataError(
+            f"{folder} cannot be read as a saved data set: {_first_line(error)}",
+            "save it again with save_to_disk",
+        ) from error
 
 
 def load_hub(name: str, split: str):
@@ -51,7 +60,8 @@ def load_hub(name: str, split: str):
 
 
 def _require_hub(repo: str) -> None:
-    """Ask the hub once for the data set: `datasets` would retry a dead connection for half a minute, with a line for each try."""
+    """Ask the hub once for the data set: `datasets` would retry a dead connection for half a minute, with a
+    line for each try."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -61,11 +71,16 @@ def _require_hub(repo: str) -> None:
     except OfflineModeIsEnabled:  # wanted: what is in the cache is used
         return
     except RepositoryNotFoundError as error:
-        raise DataError(f"{repo}: no file here and no such data set on the hub (or it is private)", local) from error
+        raise DataError(
+            f"{repo}: no file here and no such data set on the hub (or it is private)", local
+        ) from error
     except HfHubHTTPError:  # `datasets` may still have it in its cache, or says more
         return
     except Exception as error:  # no connection
-        raise DataError(f"{repo}: no file here, and the hub cannot be reached", f"{local}; HF_HUB_OFFLINE=1 uses what was fetched before") from error
+        raise DataError(
+            f"{repo}: no file here, and the hub cannot be reached",
+            f"{local}; HF_HUB_OFFLINE=1 uses what was fetched before",
+        ) from error
 
 
 def arrow_table(dataset, split: str, name: str):
@@ -78,7 +93,9 @@ def arrow_table(dataset, split: str, name: str):
         wanted = next((names for names in SPLITS.values() if split in names), (split,))
         key = next((key for key in wanted if key in dataset), None)
         if key is None:
-            raise DataError(f"{name} has no split {split!r}; it has {', '.join(map(str, dataset))}", "give one of these")
+            raise DataError(
+                f"{name} has no split {split!r}; it has {', '.join(map(str, dataset))}", "give one of these"
+            )
         dataset = dataset[key]
     return dataset.with_format("arrow")[:], class_names(dataset.features.to_dict())
 
@@ -92,7 +109,8 @@ def stored_features(schema) -> dict:
 
 
 def class_names(features: dict) -> dict[str, list[str]]:
-    """Column to class names, for ClassLabel columns and for lists of them, from `datasets.Features.to_dict()`."""
+    """Column to class names, for ClassLabel columns and for lists of them, from
+    `datasets.Features.to_dict()`."""
     found = {}
     for column, feature in features.items() if isinstance(features, dict) else ():
         inner = feature
@@ -100,7 +118,11 @@ def class_names(features: dict) -> dict[str, list[str]]:
             inner = inner["feature"]
         elif isinstance(inner, list) and len(inner) == 1:
             inner = inner[0]
-        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and isinstance(inner.get("names"), list):
+        if (
+            isinstance(inner, dict)
+            and inner.get("_type") == "ClassLabel"
+            and isinstance(inner.get("names"), list)
+        ):
             found[column] = inner["names"]
     return found
 
@@ -109,7 +131,10 @@ def _library():
     try:
         import datasets
     except ImportError as error:
-        raise DataError("saved and hub data sets need the datasets package", 'install it with pip install "textlora[data]"') from error
+        raise DataError(
+            "saved and hub data sets need the datasets package",
+            'install it with pip install "textlora[data]"',
+        ) from error
     return datasets
 
 

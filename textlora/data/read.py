@@ -26,22 +26,24 @@ def read_table(
     """Read rows of text, optional pair and label.
 
     Args:
-        source: a CSV, TSV, JSON Lines or Parquet file (text formats also as .gz); several, parted by commas; a folder of them
-            (where file names tell splits apart, those of `split`); a folder of `datasets.save_to_disk`; a hub id "owner/name",
-            "owner/name:split" or "owner/name:config:split"; a list of (text, label), (text, pair, label) or dictionaries;
-            a pandas.DataFrame; a datasets.Dataset or DatasetDict.
+        source: a CSV, TSV, JSON Lines or Parquet file (text formats also as .gz); several, parted by commas;
+            a folder of them (where file names tell splits apart, those of `split`); a folder of
+            `datasets.save_to_disk`; a hub id "owner/name", "owner/name:split" or "owner/name:config:split"; a
+            list of (text, label), (text, pair, label) or dictionaries; a pandas.DataFrame; a datasets.Dataset
+            or DatasetDict.
         split: which split to take from a source that has several.
         text_column, text_pair_column, label_column: names; found by `textlora.data.columns` where None.
         label_separator: parts a string label into several, blanks around each dropped.
         encoding: of CSV and JSON Lines; a BOM is dropped.
         need_labels: whether a missing label is an error.
 
-    Only an empty CSV field, a JSON or Parquet null and NaN are missing; "NA" and "null" are ordinary text. A number in a text
-    column is spelled out; a missing text is "" (`require_texts` refuses it). With a separator, an empty string is a row
-    without labels. ClassLabel numbers become their names.
+    Only an empty CSV field, a JSON or Parquet null and NaN are missing; "NA" and "null" are ordinary text. A
+    number in a text column is spelled out; a missing text is "" (`require_texts` refuses it). With a
+    separator, an empty string is a row without labels. ClassLabel numbers become their names.
 
     Raises:
-        DataError: no such source, a record that cannot be read, no rows, no such column, or a missing label, with its place.
+        DataError: no such source, a record that cannot be read, no rows, no such column, or a missing label,
+            with its place.
         UsageError: no such encoding.
     """
     check_encoding(encoding)
@@ -59,7 +61,10 @@ def read_table(
             need_labels=need_labels,
         )
         if columns is not None and found != columns:
-            raise DataError(f"{part.name} has other columns than the file before it", "name them with --text-column and --label-column")
+            raise DataError(
+                f"{part.name} has other columns than the file before it",
+                "name them with --text-column and --label-column",
+            )
         columns = found
         before = len(rows)
         rows.extend(_rows(part, found, label_separator, need_labels))
@@ -97,7 +102,9 @@ def _rows(part: Part, columns: Columns, separator: str | None, need_labels: bool
         if has_label:
             label = _label(values[-1], separator, part.name, where, columns.label)
             if label is None and need_labels:
-                raise DataError(f"{place(part.name, where, columns.label)}: no label", "fill it in or remove the row")
+                raise DataError(
+                    f"{place(part.name, where, columns.label)}: no label", "fill it in or remove the row"
+                )
         yield Row(text, pair, label, where, part.name)
 
 
@@ -114,7 +121,9 @@ def as_text(value: object, source: str, where: int, column: str) -> str:
     if isinstance(value, (list, tuple, dict, bytes, set)) or hasattr(value, "tolist"):
         value = _scalar(value)
         if not isinstance(value, (int, float, str)):
-            raise DataError(f"{place(source, where, column)}: {type(value).__name__} in place of text", "give strings")
+            raise DataError(
+                f"{place(source, where, column)}: {type(value).__name__} in place of text", "give strings"
+            )
     return str(value)
 
 
@@ -130,12 +139,18 @@ def _label(value: object, separator: str | None, source: str, where: int, column
     if isinstance(value, (list, tuple, set)):
         items = [_scalar(item) for item in (sorted(value, key=str) if isinstance(value, set) else value)]
         if any(is_null(item) or isinstance(item, (list, dict, bytes)) for item in items):
-            raise DataError(f"{place(source, where, column)}: a list label holds something that is no name", "give lists of strings")
+            raise DataError(
+                f"{place(source, where, column)}: a list label holds something that is no name",
+                "give lists of strings",
+            )
         return [clean_text(item) if isinstance(item, str) else item for item in items]
     if isinstance(value, (int, float)):
         return value
     if isinstance(value, (dict, bytes)):
-        raise DataError(f"{place(source, where, column)}: {type(value).__name__} in place of a label", "give strings, numbers or lists")
+        raise DataError(
+            f"{place(source, where, column)}: {type(value).__name__} in place of a label",
+            "give strings, numbers or lists",
+        )
     return str(value)
 
 

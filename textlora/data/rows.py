@@ -37,7 +37,8 @@ class Columns:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in file order. `sha256` is of texts, pairs and labels in order, so the same rows as CSV and as Parquet agree."""
+    """Rows in file order. `sha256` is of texts, pairs and labels in order, so the same rows as CSV and as
+    Parquet agree."""
 
     rows: list[Row]
     columns: Columns
@@ -54,7 +55,11 @@ def place(source: str, where: int, column: str | None = None) -> str:
 
 def is_null(value: object) -> bool:
     """None, NaN and pandas' NA and NaT, without importing pandas."""
-    return value is None or (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
+    return (
+        value is None
+        or (isinstance(value, float) and value != value)
+        or type(value).__name__ in ("NAType", "NaTType")
+    )
 
 
 def clean_text(text: str) -> str:
@@ -69,7 +74,8 @@ def clean_text(text: str) -> str:
 
 
 def number(value: object) -> float | None:
-    """The finite number that `value` is or spells in ASCII, else None. Booleans, "nan", "inf" and "1_000" are no numbers."""
+    """The finite number that `value` is or spells in ASCII, else None. Booleans, "nan", "inf" and "1_000" are
+    no numbers."""
     if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
         found = float(value)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -83,7 +89,8 @@ def number(value: object) -> float | None:
 
 
 def label_text(value: object) -> str:
-    """The class name of one raw label: strings without outer blanks, 1 and 1.0 as "1", booleans as "true" and "false"."""
+    """The class name of one raw label: strings without outer blanks, 1 and 1.0 as "1", booleans as "true" and
+    "false"."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, bool):
@@ -94,7 +101,8 @@ def label_text(value: object) -> str:
 
 
 def rows_sha256(rows: Iterable[Row]) -> str:
-    """SHA-256 over the contents of rows in order; each piece is preceded by its length, so nothing can run together."""
+    """SHA-256 over the contents of rows in order; each piece is preceded by its length, so nothing can run
+    together."""
     digest = hashlib.sha256()
 
     def add(piece: str | None) -> None:

@@ -30,7 +30,8 @@ class LabelSchema:
         object.__setattr__(self, "_index", {label: index for index, label in enumerate(self.labels)})
 
     def names(self, row: Row, column: str = "label") -> list[str]:
-        """Class names of a row, known or not: one for single-label, any number for multi-label, none for regression.
+        """Class names of a row, known or not: one for single-label, any number for multi-label, none for
+        regression.
 
         Raises:
             DataError: no label, or a list where one is needed and the other way round.
@@ -49,7 +50,9 @@ class LabelSchema:
             value = _target(row, column)
             if value is None:
                 said = "no label" if row.label is None else f"{_short(row.label)} is not a finite number"
-                raise DataError(f"{place(row.source, row.where, column)}: {said}", "mend it or remove the row")
+                raise DataError(
+                    f"{place(row.source, row.where, column)}: {said}", "mend it or remove the row"
+                )
             return value
         indices = []
         for name in self.names(row, column):
@@ -78,11 +81,15 @@ class LabelSchema:
             for index, row in enumerate(rows):
                 encoded[index] = self.encode(row, column)
             return encoded
-        return np.array([self.encode(row, column) for row in rows], dtype=np.int64 if self.problem_type == SINGLE else np.float32)
+        return np.array(
+            [self.encode(row, column) for row in rows],
+            dtype=np.int64 if self.problem_type == SINGLE else np.float32,
+        )
 
 
 def problem_type_name(name: str) -> str:
-    """The long name of "single-label", "multi-label" or "regression"; long names pass. Raises UsageError for others."""
+    """The long name of "single-label", "multi-label" or "regression"; long names pass. Raises UsageError for
+    others."""
     if name in PROBLEM_TYPES.values():
         return name
     if name not in PROBLEM_TYPES:
@@ -90,20 +97,26 @@ def problem_type_name(name: str) -> str:
     return PROBLEM_TYPES[name]
 
 
-def infer_schema(rows: Sequence[Row], problem_type: str | None = None, label_separator: str | None = None, column: str = "label") -> LabelSchema:
+def infer_schema(
+    rows: Sequence[Row],
+    problem_type: str | None = None,
+    label_separator: str | None = None,
+    column: str = "label",
+) -> LabelSchema:
     """Problem type and classes of the training rows.
 
     The rule, where `problem_type` is None:
       1. any label is a list, or a separator is given: multi-label;
-      2. else all labels are numbers and at least one is not whole: regression (where a NaN or infinity is an error, not a class);
-      3. else single-label.
+      2. else all labels are numbers and at least one is not whole: regression (where a NaN or infinity is an
+      error, not a class); 3. else single-label.
 
-    Class names are the labels as text: "01" stays "01", 1 and 1.0 are "1" (a string "1.0" stays), True is "true". They stand
-    in numeric order where all are integers (ties by text), else in code point order, whatever the order of the rows.
+    Class names are the labels as text: "01" stays "01", 1 and 1.0 are "1" (a string "1.0" stays), True is
+    "true". They stand in numeric order where all are integers (ties by text), else in code point order,
+    whatever the order of the rows.
 
     Raises:
-        DataError: no rows, a missing label, fewer than two classes (multi-label: fewer than one), or labels that do not fit
-            `problem_type`.
+        DataError: no rows, a missing label, fewer than two classes (multi-label: fewer than one), or labels
+            that do not fit `problem_type`.
         UsageError: no such problem type, or a separator with another type than multi-label.
     """
     if not rows:
@@ -137,7 +150,9 @@ def _infer_type(rows: Sequence[Row], separator: str | None) -> str:
     fraction = False
     for row in rows:
         value = number(row.label)
-        if value is None and not (isinstance(row.label, (str, float)) and NOT_FINITE.fullmatch(str(row.label).strip())):
+        if value is None and not (
+            isinstance(row.label, (str, float)) and NOT_FINITE.fullmatch(str(row.label).strip())
+        ):
             return SINGLE
         fraction = fraction or (value is not None and not value.is_integer())
     return REGRESSION if fraction else SINGLE
@@ -146,18 +161,25 @@ def _infer_type(rows: Sequence[Row], separator: str | None) -> str:
 def _names(row: Row, kind: str, separator: str | None, column: str) -> list[str]:
     label = row.label
     where = place(row.source, row.where, column)
-    if label is None or (kind == SINGLE and isinstance(label, (str, float)) and label_text_or_none(label) is None):
+    if label is None or (
+        kind == SINGLE and isinstance(label, (str, float)) and label_text_or_none(label) is None
+    ):
         raise DataError(f"{where}: no label", "fill it in or remove the row")
     if kind == SINGLE:
         if isinstance(label, list):
             if len(label) != 1:
-                raise DataError(f"{where}: {len(label)} labels where one is needed", "use the problem type multi-label")
+                raise DataError(
+                    f"{where}: {len(label)} labels where one is needed", "use the problem type multi-label"
+                )
             label = label[0]
         return [label_text(label)]
     if isinstance(label, str) and separator is not None:
         label = label.split(separator)
     if not isinstance(label, list):
-        raise DataError(f"{where}: {_short(label)} is no list of labels", "give --label-separator, or lists in JSON Lines or Parquet")
+        raise DataError(
+            f"{where}: {_short(label)} is no list of labels",
+            "give --label-separator, or lists in JSON Lines or Parquet",
+        )
     return list(dict.fromkeys(name for name in map(label_text, label) if name))
 
 
@@ -170,7 +192,10 @@ def label_text_or_none(label: str | float) -> str | None:
 
 def _target(row: Row, column: str) -> float | None:
     if isinstance(row.label, list):
-        raise DataError(f"{place(row.source, row.where, column)}: a list in place of a number", "use the problem type multi-label")
+        raise DataError(
+            f"{place(row.source, row.where, column)}: a list in place of a number",
+            "use the problem type multi-label",
+        )
     value = number(row.label)
     return value if value is not None and abs(value) <= FLOAT32_MAX else None
 

@@ -15,9 +15,18 @@ from textlora.core.files import atomic_path
 from textlora.data.formats import extension
 
 KNOWN = ".csv, .tsv, .jsonl (each also with .gz) and .parquet"
-FORMATS = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "txt": "jsonl", "parquet": "parquet"}
+FORMATS = {
+    "csv": "csv",
+    "tsv": "tsv",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "json": "jsonl",
+    "txt": "jsonl",
+    "parquet": "parquet",
+}
 GROUP = 2000  # rows of a Parquet row group, all that is held in memory
-PATIENCE = 10  # so many groups are held where all rows so far were bad, and so the types of the predictions are not known
+# so many groups are held where all rows so far were bad, and so the types of the predictions are not known
+PATIENCE = 10
 
 
 class Sink(abc.ABC):
@@ -53,10 +62,14 @@ def open_sink(
     """Open `target`, or the text stream `stdout` where it is None, for writing predictions.
 
     Args:
-        target: a path; its extension decides the format, else `format` does. The file appears whole at the end or not at all.
-        format: `Stream.format`. "lines" is written as JSON Lines, and so is "parquet" to `stdout`, which takes text only.
-        fieldnames: original columns. CSV and Parquet hold these and no others; JSON Lines holds whatever a row has.
-        extra_columns: names of what is predicted; one that stands in `fieldnames` gets the suffix "_predicted".
+        target: a path; its extension decides the format, else `format` does. The file appears whole at the
+            end or not at all.
+        format: `Stream.format`. "lines" is written as JSON Lines, and so is "parquet" to `stdout`, which
+            takes text only.
+        fieldnames: original columns. CSV and Parquet hold these and no others; JSON Lines holds whatever a
+            row has.
+        extra_columns: names of what is predicted; one that stands in `fieldnames` gets the suffix
+            "_predicted".
         delimiter: of CSV, kept from the input; a .tsv has tabs.
         arrow_schema: types of the original columns in Parquet; else found from the first rows.
 
@@ -89,7 +102,9 @@ def open_sink(
             raw = stack.enter_context(open(part, "wb"))
             # No name and no time in the gzip header: the same rows give the same bytes.
             binary = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0)) if zipped else raw
-            text = stack.enter_context(io.TextIOWrapper(binary, encoding="utf-8", errors="replace", newline=""))
+            text = stack.enter_context(
+                io.TextIOWrapper(binary, encoding="utf-8", errors="replace", newline="")
+            )
             sink = _text_sink(kind, text, fieldnames, extra_columns, delimiter)
         yield sink
         sink.close()
@@ -102,7 +117,9 @@ def free_name(name: str, taken: Sequence[str] | Mapping[str, object]) -> str:
     return name
 
 
-def _text_sink(kind: str, stream: TextIO, fieldnames: Sequence[str], extra_columns: Sequence[str], delimiter: str) -> Sink:
+def _text_sink(
+    kind: str, stream: TextIO, fieldnames: Sequence[str], extra_columns: Sequence[str], delimiter: str
+) -> Sink:
     if kind == "jsonl":
         return _JsonSink(stream, fieldnames, extra_columns)
     return _CsvSink(stream, kind, fieldnames, extra_columns, "\t" if kind == "tsv" else delimiter)
@@ -122,16 +139,29 @@ class _JsonSink(Sink):
 
 
 class _CsvSink(Sink):
-    def __init__(self, stream: TextIO, kind: str, fieldnames: Sequence[str], extra_columns: Sequence[str], delimiter: str):
+    def __init__(
+        self,
+        stream: TextIO,
+        kind: str,
+        fieldnames: Sequence[str],
+        extra_columns: Sequence[str],
+        delimiter: str,
+    ):
         super().__init__(kind, fieldnames, extra_columns)
         self.flush = stream.flush
         self._writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
-        # Python's csv does not quote a CR that is not in the line terminator, and readers take a bare one for a line's end.
+        # Python's csv does not quote a CR that is not in the line terminator, and readers take a bare one for
+        # a line's end.
         self._quoting = csv.writer(stream, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL)
         self._row([*self.fieldnames, *self.names.values()])
 
     def write(self, fields: Mapping[str, object], extra: Mapping[str, object]) -> None:
-        self._row([*(_cell(fields.get(name)) for name in self.fieldnames), *(_cell(extra.get(name)) for name in self.names)])
+        self._row(
+            [
+                *(_cell(fields.get(name)) for name in self.fieldnames),
+                *(_cell(extra.get(name)) for name in self.names),
+            ]
+        )
 
     def _row(self, cells: list[str]) -> None:
         (self._quoting if any("\r" in cell for cell in cells) else self._writer).writerow(cells)
@@ -193,7 +223,9 @@ class _ParquetSink(Sink):
                 array = pa.array(values, type=self._types.get(name))
             except (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError) as error:
                 reason = (str(error) or "mixed types").splitlines()[0]
-                raise DataError(f"column {name!r} cannot be held in Parquet: {reason}", "write .jsonl") from error
+                raise DataError(
+                    f"column {name!r} cannot be held in Parquet: {reason}", "write .jsonl"
+                ) from error
             if pa.types.is_null(array.type):
                 array = array.cast(pa.string())
                 self._text.add(name)

@@ -12,12 +12,27 @@ from pathlib import Path
 
 from textlora.core.errors import DataError
 from textlora.data import hub
-from textlora.data.formats import Lines, csv_header, csv_quoting, csv_records, extension, json_records, open_binary, ragged
+from textlora.data.formats import (
+    Lines,
+    csv_header,
+    csv_quoting,
+    csv_records,
+    extension,
+    json_records,
+    open_binary,
+    ragged,
+)
 from textlora.data.rows import place
 
 EXTENSIONS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet")
 KNOWN = ".csv, .tsv, .jsonl, .json (each also with .gz) and .parquet"
-FOLDER_KINDS = ("csv", "tsv", "jsonl", "ndjson", "parquet")  # a .json beside data is most often a description of them
+FOLDER_KINDS = (
+    "csv",
+    "tsv",
+    "jsonl",
+    "ndjson",
+    "parquet",
+)  # a .json beside data is most often a description of them
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,10 @@ def open_parts(source: object, split: str, encoding: str) -> list[Part]:
         return _path_parts(os.fspath(source), split, encoding)
     if isinstance(source, (list, tuple)):
         return [_list_part(source)]
-    raise DataError(f"rows cannot be read from {type(source).__name__}", "give a path, a hub id, a list, a DataFrame or a Dataset")
+    raise DataError(
+        f"rows cannot be read from {type(source).__name__}",
+        "give a path, a hub id, a list, a DataFrame or a Dataset",
+    )
 
 
 def _path_parts(source: str, split: str, encoding: str) -> list[Part]:
@@ -60,16 +78,30 @@ def _path_parts(source: str, split: str, encoding: str) -> list[Part]:
     if there:
         return [_file_part(path, encoding)]
     if "," in source and not Path(source.split(",")[0]).is_dir():
-        return [part for item in source.split(",") if item.strip() for part in _path_parts(item.strip(), split, encoding)]
-    if hub.is_hub_id(source) and extension(source.split(":")[0]) not in EXTENSIONS and not Path(source.split("/")[0]).is_dir():
+        return [
+            part
+            for item in source.split(",")
+            if item.strip()
+            for part in _path_parts(item.strip(), split, encoding)
+        ]
+    if (
+        hub.is_hub_id(source)
+        and extension(source.split(":")[0]) not in EXTENSIONS
+        and not Path(source.split("/")[0]).is_dir()
+    ):
         return [arrow_part(*hub.arrow_table(hub.load_hub(source, split), split, source), source)]
     raise DataError(f"no such file: {source}", "give a file, a folder or a hub id such as owner/name")
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    """The data files of `folder`, else of its direct subfolders; where their names tell splits apart, those of `split`."""
+    """The data files of `folder`, else of its direct subfolders; where their names tell splits apart, those
+    of `split`."""
     for pattern in ("*", "*/*"):
-        files = sorted(p for p in folder.glob(pattern) if p.is_file() and p.name[0] != "." and extension(p) in FOLDER_KINDS)
+        files = sorted(
+            p
+            for p in folder.glob(pattern)
+            if p.is_file() and p.name[0] != "." and extension(p) in FOLDER_KINDS
+        )
         if files:
             break
     else:
@@ -80,10 +112,15 @@ def _split_files(folder: Path, split: str) -> list[Path]:
         files = [file for file in files if marks[file] == wanted]
         if not files:
             there = ", ".join(sorted({mark for mark in marks.values() if mark}))
-            raise DataError(f"no file in {folder} is named after the split {split!r}; there are {there}", "name the file itself")
+            raise DataError(
+                f"no file in {folder} is named after the split {split!r}; there are {there}",
+                "name the file itself",
+            )
     kinds = sorted({extension(file) for file in files})
     if len(kinds) > 1:
-        raise DataError(f"{folder} holds {' and '.join(kinds)} files", "name the files themselves, parted by commas")
+        raise DataError(
+            f"{folder} holds {' and '.join(kinds)} files", "name the files themselves, parted by commas"
+        )
     return files
 
 
@@ -135,7 +172,11 @@ def _json_part(path: Path, encoding: str) -> Part:
             found.append((where, value))
     if not found:
         raise DataError(f"{path.name} is empty", "give a file with rows")
-    return Part(path.name, _keys(value for _, value in found), lambda names: ((w, [v.get(n) for n in names]) for w, v in found))
+    return Part(
+        path.name,
+        _keys(value for _, value in found),
+        lambda names: ((w, [v.get(n) for n in names]) for w, v in found),
+    )
 
 
 def _keys(items: Iterable[dict[str, object]]) -> list[str]:
@@ -153,24 +194,33 @@ def _parquet_part(path: Path) -> Part:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path.name} cannot be read as Parquet: {str(error).splitlines()[0]}", "is the file whole?") from error
+        raise DataError(
+            f"{path.name} cannot be read as Parquet: {str(error).splitlines()[0]}", "is the file whole?"
+        ) from error
 
     def records(names: Sequence[str]) -> Iterator[tuple[int, Sequence[object]]]:
         try:
             with pq.ParquetFile(path) as file:
                 table = file.read(columns=list(names))
-            yield from arrow_part(table, hub.class_names(hub.stored_features(schema)), path.name).records(names)
+            yield from arrow_part(table, hub.class_names(hub.stored_features(schema)), path.name).records(
+                names
+            )
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path.name} cannot be read as Parquet: {str(error).splitlines()[0]}", "is the file whole?") from error
+            raise DataError(
+                f"{path.name} cannot be read as Parquet: {str(error).splitlines()[0]}", "is the file whole?"
+            ) from error
 
     return Part(path.name, list(schema.names), records)
 
 
 def arrow_part(table, classes: dict[str, list[str]], name: str) -> Part:
-    """A pyarrow table as a part. `classes` names, per column, what its class numbers stand for; -1 stands for no label."""
+    """A pyarrow table as a part. `classes` names, per column, what its class numbers stand for; -1 stands for
+    no label."""
 
     def records(names: Sequence[str]) -> Iterator[tuple[int, Sequence[object]]]:
-        values = [_named(table.column(column).to_pylist(), classes.get(column), name, column) for column in names]
+        values = [
+            _named(table.column(column).to_pylist(), classes.get(column), name, column) for column in names
+        ]
         return enumerate(zip(*values, strict=True), 1)
 
     return Part(name, list(table.column_names), records)
@@ -186,7 +236,10 @@ def _named(values: list[object], classes: list[str] | None, name: str, column: s
         if not isinstance(value, int) or value == -1:
             return None if value == -1 else value
         if not 0 <= value < len(classes):
-            raise DataError(f"{place(name, where, column)}: class number {value} has no name among {len(classes)}", "mend the data set")
+            raise DataError(
+                f"{place(name, where, column)}: class number {value} has no name among {len(classes)}",
+                "mend the data set",
+            )
         return classes[value]
 
     return [one(value, where) for where, value in enumerate(values, 1)]
@@ -197,7 +250,9 @@ def _frame_part(frame) -> Part:
     return Part(
         "DataFrame",
         columns,
-        lambda names: enumerate(zip(*(frame.iloc[:, columns.index(n)].tolist() for n in names), strict=True), 1),
+        lambda names: enumerate(
+            zip(*(frame.iloc[:, columns.index(n)].tolist() for n in names), strict=True), 1
+        ),
     )
 
 
@@ -212,13 +267,22 @@ def _list_part(items: Sequence[object]) -> Part:
     elif isinstance(first, (tuple, list)) and len(first) in (2, 3):
         columns = ["text", "label"] if len(first) == 2 else ["text", "text_pair", "label"]
     else:
-        raise DataError(f"row 1 is {type(first).__name__}", "give (text, label), (text, pair, label), dictionaries, or strings")
+        raise DataError(
+            f"row 1 is {type(first).__name__}",
+            "give (text, label), (text, pair, label), dictionaries, or strings",
+        )
 
     def records(names: Sequence[str]) -> Iterator[tuple[int, Sequence[object]]]:
         for where, item in enumerate(items, 1):
-            if type(item) is not type(first) or (isinstance(item, (tuple, list)) and len(item) != len(columns)):
+            if type(item) is not type(first) or (
+                isinstance(item, (tuple, list)) and len(item) != len(columns)
+            ):
                 raise DataError(f"row {where} is not of the kind of row 1", "give all rows the same form")
-            whole = item if isinstance(item, dict) else dict(zip(columns, [item] if isinstance(item, str) else item, strict=True))
+            whole = (
+                item
+                if isinstance(item, dict)
+                else dict(zip(columns, [item] if isinstance(item, str) else item, strict=True))
+            )
             yield where, [whole.get(name) for name in names]
 
     return Part("rows", columns, records)

@@ -48,8 +48,8 @@ class Record:
 class Stream:
     """Records of one source, to be iterated once; `close` (or leaving a `with` block) lets the file go.
 
-    `format` is "csv", "tsv", "jsonl", "parquet" or "lines". `fieldnames` are the columns (of the first object in JSON Lines).
-    `arrow_schema` is a Parquet file's, else None.
+    `format` is "csv", "tsv", "jsonl", "parquet" or "lines". `fieldnames` are the columns (of the first object
+    in JSON Lines). `arrow_schema` is a Parquet file's, else None.
     """
 
     name: str
@@ -85,15 +85,17 @@ def open_stream(
 ) -> Stream:
     """Open a CSV, TSV, JSON Lines, Parquet or text file, or standard input for "-".
 
-    Standard input that starts with "{" is JSON Lines; else, if its first line is a header with a known text column or
-    `text_column` is given, CSV; else each line is a text. In a `.txt` file each line is a text. Columns are found as by
-    `read_table`. Memory does not grow with the number of records, except for a `.json` file that is one list.
+    Standard input that starts with "{" is JSON Lines; else, if its first line is a header with a known text
+    column or `text_column` is given, CSV; else each line is a text. In a `.txt` file each line is a text.
+    Columns are found as by `read_table`. Memory does not grow with the number of records, except for a
+    `.json` file that is one list.
 
-    A record that cannot be used (another number of fields than the header, quotes or JSON that do not parse, wrong bytes, no
-    text) comes with its `problem`, and reading goes on with the next line.
+    A record that cannot be used (another number of fields than the header, quotes or JSON that do not parse,
+    wrong bytes, no text) comes with its `problem`, and reading goes on with the next line.
 
     Raises:
-        DataError: no such file, unknown kind, no text column, or the file as a whole cannot be read; also while iterating.
+        DataError: no such file, unknown kind, no text column, or the file as a whole cannot be read; also
+            while iterating.
         UsageError: no such encoding.
     """
     check_encoding(encoding)
@@ -124,10 +126,17 @@ def open_stream(
 def _from_stdin(file: BinaryIO, encoding: str, named: dict[str, str | None]) -> Stream:
     raw = file.readline()
     if raw.startswith((b"PAR1", b"\x1f\x8b")):
-        kind, fix = ("Parquet", "give the file's path") if raw.startswith(b"PAR1") else ("gzip", "unpack it first, as zcat does")
+        kind, fix = (
+            ("Parquet", "give the file's path")
+            if raw.startswith(b"PAR1")
+            else ("gzip", "unpack it first, as zcat does")
+        )
         raise DataError(f"{STDIN} is {kind}", fix)
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or not is_line_wise(encoding):
-        raise DataError(f"{STDIN} is in an encoding that cannot be read line by line", "give the file's path, or convert it to utf-8 first")
+        raise DataError(
+            f"{STDIN} is in an encoding that cannot be read line by line",
+            "give the file's path, or convert it to utf-8 first",
+        )
     lines = Lines(itertools.chain([raw] if raw else [], file), encoding, STDIN, strict=False)
     first = next((line for line in lines if line.strip()), None)
     if first is None:
@@ -140,7 +149,9 @@ def _from_stdin(file: BinaryIO, encoding: str, named: dict[str, str | None]) -> 
     return _plain(lines, STDIN, None)
 
 
-def _record(fields: dict[str, object], columns: Columns, name: str, where: int, problem: str | None) -> Record:
+def _record(
+    fields: dict[str, object], columns: Columns, name: str, where: int, problem: str | None
+) -> Record:
     if problem is not None:
         return Record(fields, None, None, where, problem)
     pair = None
@@ -155,7 +166,14 @@ def _record(fields: dict[str, object], columns: Columns, name: str, where: int, 
     return Record(fields, text, pair, where, None)
 
 
-def _csv(lines: Lines, name: str, suffix: str, named: dict[str, str | None], file: BinaryIO | None, again: tuple[Path, str] | None) -> Stream:
+def _csv(
+    lines: Lines,
+    name: str,
+    suffix: str,
+    named: dict[str, str | None],
+    file: BinaryIO | None,
+    again: tuple[Path, str] | None,
+) -> Stream:
     delimiter, names = csv_header(lines, name, suffix)
     columns = find_columns(names, name, **named, need_labels=False)
     quoting = csv.QUOTE_MINIMAL if again is None else csv_quoting(*again, delimiter)
@@ -165,7 +183,9 @@ def _csv(lines: Lines, name: str, suffix: str, named: dict[str, str | None], fil
             fields = dict(zip(names, values, strict=False))
             yield _record(fields, columns, name, where, problem or ragged(values, names))
 
-    return Stream(name, "tsv" if delimiter == "\t" else "csv", names, columns, delimiter, None, records(), file)
+    return Stream(
+        name, "tsv" if delimiter == "\t" else "csv", names, columns, delimiter, None, records(), file
+    )
 
 
 def _json(lines: Lines, name: str, named: dict[str, str | None], file: BinaryIO | None) -> Stream:
@@ -178,7 +198,9 @@ def _json(lines: Lines, name: str, named: dict[str, str | None], file: BinaryIO 
     else:
         if not begun:
             raise DataError(f"{name} is empty", "give one JSON object a line")
-        raise DataError(f"{name}: no JSON object in the first {len(begun)} records", "give one JSON object a line")
+        raise DataError(
+            f"{name}: no JSON object in the first {len(begun)} records", "give one JSON object a line"
+        )
     names = [str(key) for key in begun[-1][1]]
     columns = find_columns(names, name, **named, need_labels=False)
 
@@ -194,7 +216,9 @@ def _plain(lines: Lines, name: str, file: BinaryIO | None) -> Stream:
 
     def records() -> Iterator[Record]:
         for line in lines:
-            yield _record({"text": line.rstrip("\r\n")}, columns, name, lines.number, lines.problem(lines.number))
+            yield _record(
+                {"text": line.rstrip("\r\n")}, columns, name, lines.number, lines.problem(lines.number)
+            )
 
     return Stream(name, "lines", ["text"], columns, ",", None, records(), file)
 
@@ -204,10 +228,13 @@ def _parquet(path: Path, named: dict[str, str | None]) -> Stream:
     import pyarrow.parquet as pq
 
     def broken(error: Exception) -> DataError:
-        return DataError(f"{path.name} cannot be read as Parquet: {str(error).splitlines()[0]}", "is the file whole?")
+        return DataError(
+            f"{path.name} cannot be read as Parquet: {str(error).splitlines()[0]}", "is the file whole?"
+        )
 
     try:
-        # Buffered reading keeps one page of each column in memory, where the default would hold a whole row group.
+        # Buffered reading keeps one page of each column in memory, where the default would hold a whole row
+        # group.
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise broken(error) from error

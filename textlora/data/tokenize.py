@@ -17,7 +17,8 @@ CHUNK = 1024  # texts tokenized at a time
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids (L,) and type ids (L,) of one text or pair, special tokens included, `full` tokens before truncation."""
+    """Token ids (L,) and type ids (L,) of one text or pair, special tokens included, `full` tokens before
+    truncation."""
 
     ids: np.ndarray
     type_ids: np.ndarray
@@ -38,7 +39,9 @@ class Layout:
 
     def __init__(self, batch: "PackedBatch", cu_seqlens: Tensor | None = None, longest: int | None = None):
         self._batch = batch
-        self.cu_seqlens = batch.cu_seqlens.to(batch.ids.device, torch.int32) if cu_seqlens is None else cu_seqlens
+        self.cu_seqlens = (
+            batch.cu_seqlens.to(batch.ids.device, torch.int32) if cu_seqlens is None else cu_seqlens
+        )
         self.longest = int(batch.cu_seqlens.diff().max()) if longest is None else longest
 
     @cached_property
@@ -57,8 +60,10 @@ class PackedBatch:
         type_ids: (T,) int64 segment ids.
         cu_seqlens: (B+1,) int64 on the CPU; text b is `cu_seqlens[b]:cu_seqlens[b+1]`.
         rows: (B,) int64 on the CPU; where text b stood in the list that was packed.
-        labels: class ids (B,) int64, indicators (B, C) float32, or targets (B,) float32; None when predicting.
-        hidden: (T, H) hidden states at the input of block `depth`, where somebody has computed them before; None from the start.
+        labels: class ids (B,) int64, indicators (B, C) float32, or targets (B,) float32; None when
+            predicting.
+        hidden: (T, H) hidden states at the input of block `depth`, where somebody has computed them before;
+            None from the start.
         given_layout: instead of `cu_seqlens`, where lengths change under a batch that stays (recorded.py).
     """
 
@@ -98,7 +103,9 @@ class PackedBatch:
         return found
 
 
-def pack(encoded: Sequence[Encoded], labels: np.ndarray | None = None, device: torch.device | str = "cpu") -> PackedBatch:
+def pack(
+    encoded: Sequence[Encoded], labels: np.ndarray | None = None, device: torch.device | str = "cpu"
+) -> PackedBatch:
     """Pack texts into one batch. `labels[i]` belongs to `encoded[i]`.
 
     Raises:
@@ -137,8 +144,11 @@ def token_batches(lengths: Sequence[int], order: Sequence[int], max_tokens: int)
         yield batch
 
 
-def even_batches(lengths: Sequence[int], order: Sequence[int], max_tokens: int, workers: int, least: int) -> list[list[int]]:
-    """Cut `order` into batches of nearly equal tokens, about `max_tokens` at most: as many for each worker, where each gets `least` tokens or more."""
+def even_batches(
+    lengths: Sequence[int], order: Sequence[int], max_tokens: int, workers: int, least: int
+) -> list[list[int]]:
+    """Cut `order` into batches of nearly equal tokens, about `max_tokens` at most: as many for each worker,
+    where each gets `least` tokens or more."""
     ends = np.cumsum(np.asarray(lengths)[order])
     total = int(ends[-1])
     workers = min(workers, max(1, total // least))
@@ -155,7 +165,8 @@ class TextTokenizer:
         backend: its own truncation and padding are switched off (all-MiniLM-L6-v2 ships with both on).
         max_length: tokens kept, special tokens included.
         truncation: "head" keeps the start of a text, "tail" the end, "head-tail" the first quarter and the
-            last three quarters (Sun et al. 2019, arXiv 1905.05583, keep 128 of 510 in front). Pairs lose tokens of the longer text first.
+            last three quarters (Sun et al. 2019, arXiv 1905.05583, keep 128 of 510 in front). Pairs lose
+            tokens of the longer text first.
     """
 
     def __init__(self, backend: Tokenizer, max_length: int, truncation: str = "head"):
@@ -170,7 +181,8 @@ class TextTokenizer:
             raise UsageError(f"--max-length {max_length}: too short for the special tokens of a pair")
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None) -> list[Encoded]:
-        """Encode texts, each with its pair where that is not None; some at a time, since the library's own form of a text takes many times the room."""
+        """Encode texts, each with its pair where that is not None; some at a time, since the library's own
+        form of a text takes many times the room."""
         found: list[Encoded] = []
         for at in range(0, len(texts), CHUNK):
             found += self._encode(texts[at : at + CHUNK], None if pairs is None else pairs[at : at + CHUNK])
@@ -180,9 +192,12 @@ class TextTokenizer:
         first = [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         if pairs is None or all(p is None for p in pairs):
             return [self._build(self._single, [ids]) for ids in first]
-        second = [e.ids for e in self.backend.encode_batch_fast([p or "" for p in pairs], add_special_tokens=False)]
+        second = [
+            e.ids for e in self.backend.encode_batch_fast([p or "" for p in pairs], add_special_tokens=False)
+        ]
         return [
-            self._build(self._single, [a]) if p is None else self._build(self._pair, [a, b]) for a, b, p in zip(first, second, pairs, strict=True)
+            self._build(self._single, [a]) if p is None else self._build(self._pair, [a, b])
+            for a, b, p in zip(first, second, pairs, strict=True)
         ]
 
     def _build(self, template: "_Template", parts: list[list[int]]) -> Encoded:
@@ -265,11 +280,17 @@ def load_tokenizer(folder: Path, model_type: str) -> Tokenizer:
         raise ModelError(f"{path}: not a tokenizer file ({error})") from error
     older = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "spm.model")
     if not any((folder / name).is_file() for name in older):
-        raise ModelError(f"{folder}: no tokenizer.json", f"a base model folder needs one (or one of {', '.join(older)})")
+        raise ModelError(
+            f"{folder}: no tokenizer.json", f"a base model folder needs one (or one of {', '.join(older)})"
+        )
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).backend_tokenizer
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
     except Exception as error:  # transformers raises many kinds for a broken folder
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder}: the tokenizer cannot be read ({first})", "save it again as tokenizer.json") from error
+        raise ModelError(
+            f"{folder}: the tokenizer cannot be read ({first})", "save it again as tokenizer.json"
+        ) from error

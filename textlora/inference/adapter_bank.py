@@ -1,7 +1,8 @@
-"""Thousands of adapters registered, few of them in memory: read when first used, least recently used out, never one in use.
+"""Thousands of adapters registered, few of them in memory: read when first used, least recently used out,
+never one in use.
 
-Registering reads `textlora.json` only. The whole check (hashes, names, shapes, golden examples) comes when an adapter is made resident,
-outside the bank's lock, so that running batches go on.
+Registering reads `textlora.json` only. The whole check (hashes, names, shapes, golden examples) comes when an
+adapter is made resident, outside the bank's lock, so that running batches go on.
 """
 
 import threading
@@ -85,7 +86,8 @@ class AdapterBank:
     Args:
         base: folder, hub id, or minilm.
         resident_bytes: budget of adapters in memory; those in use count, and are never put out.
-        precision: of the base, one of `config.PRECISIONS`; golden examples are recomputed in float32 all the same.
+        precision: of the base, one of `config.PRECISIONS`; golden examples are recomputed in float32 all the
+            same.
         verify: recompute golden examples when an adapter is made resident.
 
     Raises:
@@ -94,27 +96,44 @@ class AdapterBank:
     """
 
     def __init__(
-        self, base: str = "minilm", *, device: str = "auto", resident_bytes: int = RESIDENT_BYTES, precision: str = "float32", verify: bool = True
+        self,
+        base: str = "minilm",
+        *,
+        device: str = "auto",
+        resident_bytes: int = RESIDENT_BYTES,
+        precision: str = "float32",
+        verify: bool = True,
     ):
         self.files, self.device = find_base(base), choose_device(device)
         spec = read_spec(self.files.config)
         if isinstance(spec, str):
-            raise ModelError(f"{base}: {spec}, so its adapters cannot share batches", "serve a merged model, or use TextClassifier")
+            raise ModelError(
+                f"{base}: {spec}, so its adapters cannot share batches",
+                "serve a merged model, or use TextClassifier",
+            )
         weights = read_weights(self.files.folder, spec, pooler=True)
-        self.weights = BaseWeights(spec, {name: t.to(self.device) for name, t in weights.tensors.items()}, weights.hash)
+        self.weights = BaseWeights(
+            spec, {name: t.to(self.device) for name, t in weights.tensors.items()}, weights.hash
+        )
         if precision == "int8":
             require_int8(self.device)
         self.encoder = PackedEncoder(self.weights)
         self.running = self.encoder.for_inference(precision)
         # an adapter with mean pooling was trained without the base's pooler, and its hash is without it
-        self._hashes = {"first": weights.hash, "mean": read_weights(self.files.folder, spec, pooler=False).hash}
+        self._hashes = {
+            "first": weights.hash,
+            "mean": read_weights(self.files.folder, spec, pooler=False).hash,
+        }
         self.resident_bytes, self.verify, self.precision = resident_bytes, verify, precision
         self._entries: dict[str, _Entry] = {}
         self._resident: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._held = 0
         self._put_out: set[str] = set()
         self._changed = threading.Condition()
-        self._proved: set[str] = set()  # hashes of side files, which hash the rest: put out and read again, an adapter is not computed again
+        self._proved: set[str] = (
+            set()
+            # hashes of side files, which hash the rest: put out and read again, an adapter is not computed again
+        )
         self._tokenizers: dict[tuple[str, int, str], TextTokenizer] = {}
 
     @cached_property
@@ -122,10 +141,17 @@ class AdapterBank:
         """The base alone, for rows that name no adapter."""
         meta = AdapterMeta((), "features", False, "first", min(512, self.weights.spec.max_length), "head", {})
         model = _PlainModel(self.running, self.device)
-        return Resident(_PlainClassifier(model, self._tokenizer(self.files.folder, meta, model.encoder.spec.max_length), meta), ScaledAdapter({}), 0)
+        return Resident(
+            _PlainClassifier(
+                model, self._tokenizer(self.files.folder, meta, model.encoder.spec.max_length), meta
+            ),
+            ScaledAdapter({}),
+            0,
+        )
 
     def add(self, path: str | Path, name: str, *, replace: bool = False, load: bool = False) -> AdapterMeta:
-        """Register a folder under a name. Reads `textlora.json` only, unless `load` asks for the whole check first.
+        """Register a folder under a name. Reads `textlora.json` only, unless `load` asks for the whole check
+        first.
 
         Args:
             replace: take the place of what the name stood for; batches that run with it end with it.
@@ -139,9 +165,14 @@ class AdapterBank:
             raise UsageError(f"adapter name {name!r:.80}: use letters, digits, '.', '_' and '-', at most 128")
         meta = read_meta(path)
         if meta is None:
-            raise AdapterError(f"{path}: no textlora.json", "`textlora convert` makes an adapter folder of other formats")
+            raise AdapterError(
+                f"{path}: no textlora.json", "`textlora convert` makes an adapter folder of other formats"
+            )
         if meta.base["hash"] != self._hashes[meta.pooling]:
-            raise AdapterError(f"{path} was trained on another base than {self.files.folder} (weights differ)", f"it needs {meta.base['hash'][:19]}")
+            raise AdapterError(
+                f"{path} was trained on another base than {self.files.folder} (weights differ)",
+                f"it needs {meta.base['hash'][:19]}",
+            )
         entry = _Entry(name, path, meta)
         if load:
             entry.resident = self._read(entry)
@@ -159,7 +190,8 @@ class AdapterBank:
         return meta
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; returns when its last user is done. Raises UnknownAdapterError where there is none of that name."""
+        """Forget an adapter; returns when its last user is done. Raises UnknownAdapterError where there is
+        none of that name."""
         self.retire(name)(None)
 
     def retire(self, name: str) -> Callable[[float | None], bool]:
@@ -203,7 +235,11 @@ class AdapterBank:
     def state(self) -> dict[str, int]:
         """Numbers for metrics: registered, resident, resident_bytes."""
         with self._changed:
-            return {"registered": len(self._entries), "resident": len(self._resident), "resident_bytes": self._held}
+            return {
+                "registered": len(self._entries),
+                "resident": len(self._resident),
+                "resident_bytes": self._held,
+            }
 
     @contextmanager
     def use(self, names: Sequence[str]) -> Iterator[list[Resident]]:
@@ -235,7 +271,9 @@ class AdapterBank:
             return self._entries[name]
         except KeyError:
             some = ", ".join(sorted(self._entries)[:10]) or "none"
-            raise UnknownAdapterError(f"no adapter '{name:.80}'", f"there are: {some}{', ...' if len(self._entries) > 10 else ''}") from None
+            raise UnknownAdapterError(
+                f"no adapter '{name:.80}'", f"there are: {some}{', ...' if len(self._entries) > 10 else ''}"
+            ) from None
 
     def _open(self, entry: _Entry) -> Resident:
         with entry.loading:
@@ -280,10 +318,19 @@ class AdapterBank:
         proof = sha256_file(entry.path / SIDE_FILE) if (entry.path / SIDE_FILE).is_file() else ""
         folder = read_adapter(entry.path)
         if folder.meta is None or folder.meta.base["hash"] != self._hashes[folder.meta.pooling]:
-            raise AdapterError(f"{entry.path}: was replaced by an adapter of another base since it was registered")
+            raise AdapterError(
+                f"{entry.path}: was replaced by an adapter of another base since it was registered"
+            )
         meta = folder.meta
         try:
-            model = PackedModel(self.weights, lora_config(folder), len(meta.labels), meta.pooling, device=self.device, encoder=self.encoder)
+            model = PackedModel(
+                self.weights,
+                lora_config(folder),
+                len(meta.labels),
+                meta.pooling,
+                device=self.device,
+                encoder=self.encoder,
+            )
             model.load_trainable(folder.tensors)
         except (AdapterError, UsageError) as error:
             raise AdapterError(f"{entry.path}: {error.message}", error.fix) from error
@@ -312,5 +359,7 @@ class AdapterBank:
         found = self._tokenizers.get(key)
         if found is None:
             where = path if "tokenizer.json" in meta.files else self.files.folder
-            found = self._tokenizers[key] = TextTokenizer(load_tokenizer(where, self.files.config["model_type"]), key[1], key[2])
+            found = self._tokenizers[key] = TextTokenizer(
+                load_tokenizer(where, self.files.config["model_type"]), key[1], key[2]
+            )
         return found

@@ -1,7 +1,8 @@
 """Requests of many clients to batches, by a token budget. Knows no HTTP, no adapter and prints nothing.
 
-The event loop puts work into a bounded queue; threads take whatever waits and run it. The next batch starts as soon as a thread is
-free, so that batches grow with the load; only an idle thread waits a moment for company. Work that nobody waits for is not run.
+The event loop puts work into a bounded queue; threads take whatever waits and run it. The next batch starts
+as soon as a thread is free, so that batches grow with the load; only an idle thread waits a moment for
+company. Work that nobody waits for is not run.
 """
 
 import asyncio
@@ -64,9 +65,11 @@ class Batcher:
     """A queue and the threads that empty it. Make it, and call `submit`, on one event loop.
 
     Args:
-        run: texts, adapters and pairs of equal length to one answer or `TextloraError` for each, as `AdapterEngine.answers`.
+        run: texts, adapters and pairs of equal length to one answer or `TextloraError` for each, as
+            `AdapterEngine.answers`.
         batch_tokens: estimated tokens of a batch; a larger task is a batch of its own.
-        queue_rows: rows (text x adapter) that may wait; one request larger than this is taken by an empty queue.
+        queue_rows: rows (text x adapter) that may wait; one request larger than this is taken by an empty
+            queue.
         wait: seconds an idle thread waits for more work after the first.
         on_batch: told of each batch, from its thread.
         threads: batches at a time.
@@ -90,7 +93,10 @@ class Batcher:
         self._rate = 100.0  # rows a second, of the batches before
         self._changed = threading.Condition()
         self._closed = False
-        self._threads = [threading.Thread(target=self._work, name=f"textlora-batches-{k}", daemon=True) for k in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"textlora-batches-{k}", daemon=True)
+            for k in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -106,7 +112,11 @@ class Batcher:
     def check_room(self) -> None:
         """Raise OverloadError where the queue is full, before a request is even read."""
         if self._rows >= self.queue_rows:
-            raise OverloadError("too many requests are waiting", "come again later", max(1, math.ceil(self._rows / self._rate)))
+            raise OverloadError(
+                "too many requests are waiting",
+                "come again later",
+                max(1, math.ceil(self._rows / self._rate)),
+            )
 
     async def submit(self, tasks: Sequence[Task], seconds: float) -> list[Result]:
         """Answers of one request's tasks, in order. Cancelling this drops those that wait.
@@ -125,7 +135,11 @@ class Batcher:
             if self._closed:
                 raise Interrupted("the server is shutting down", "ask another one")
             if self._rows and self._rows + rows > self.queue_rows:
-                raise OverloadError("too many requests are waiting", "come again later", max(1, math.ceil(self._rows / self._rate)))
+                raise OverloadError(
+                    "too many requests are waiting",
+                    "come again later",
+                    max(1, math.ceil(self._rows / self._rate)),
+                )
             waiting = [_Waiting(task, now, self._loop.create_future()) for task in tasks]
             self._queue.extend(waiting)
             self._rows += rows
@@ -134,7 +148,9 @@ class Batcher:
             async with asyncio.timeout(seconds):
                 return [await one.future for one in waiting]
         except TimeoutError:
-            raise DeadlineError(f"no answer within {seconds:g} s", "send less at once, or come again later") from None
+            raise DeadlineError(
+                f"no answer within {seconds:g} s", "send less at once, or come again later"
+            ) from None
         finally:
             self._drop(waiting)
 
@@ -161,7 +177,11 @@ class Batcher:
             self._changed.wait_for(lambda: self._queue or self._closed)
             if idle and self.wait and not self._closed:
                 until = time.monotonic() + self.wait
-                enough = lambda: self._closed or sum(one.task.tokens * len(one.task.adapters) for one in self._queue) >= self.batch_tokens
+                enough = lambda: (
+                    self._closed
+                    or sum(one.task.tokens * len(one.task.adapters) for one in self._queue)
+                    >= self.batch_tokens
+                )
                 self._changed.wait_for(enough, until - time.monotonic())
             taken: list[_Waiting] = []
             tokens = 0
@@ -190,14 +210,24 @@ class Batcher:
             try:
                 answers = self._answers(batch)
             except Exception as error:  # one text that breaks something must not fail those beside it
-                answers = [self._alone(one) for one in batch] if len(batch) > 1 else [self._broken(batch[0], error)]
+                answers = (
+                    [self._alone(one) for one in batch] if len(batch) > 1 else [self._broken(batch[0], error)]
+                )
             seconds = time.monotonic() - begun
             queued = [begun - one.arrived for one in batch]
             rows = sum(len(one.task.adapters) for one in batch)
             self._rate += 0.2 * (rows / max(seconds, 1e-4) - self._rate)
-            results = [Result(answer, waited, seconds) for answer, waited in zip(answers, queued, strict=True)]
-            self._on_batch(BatchFacts(rows, sum(one.task.tokens * len(one.task.adapters) for one in batch), seconds, queued))
-            self._loop.call_soon_threadsafe(_deliver, batch, results)  # last: who has an answer finds its batch counted
+            results = [
+                Result(answer, waited, seconds) for answer, waited in zip(answers, queued, strict=True)
+            ]
+            self._on_batch(
+                BatchFacts(
+                    rows, sum(one.task.tokens * len(one.task.adapters) for one in batch), seconds, queued
+                )
+            )
+            self._loop.call_soon_threadsafe(
+                _deliver, batch, results
+            )  # last: who has an answer finds its batch counted
 
     def _answers(self, batch: list[_Waiting]) -> list[list[Any]]:
         tasks = [one.task for one in batch]

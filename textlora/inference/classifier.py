@@ -23,9 +23,15 @@ from textlora.model.base import BaseFiles, find_base
 from textlora.model.interface import Model
 from textlora.model.open import open_model
 
-EVAL_TOKENS = {"cpu": 1024, "cuda": 65536}  # of a forward when predicting: more is slower on a CPU, and holds more memory (docs/log.md)
+EVAL_TOKENS = {
+    "cpu": 1024,
+    "cuda": 65536,
+}  # of a forward when predicting: more is slower on a CPU, and holds more memory (docs/log.md)
 EVAL_TOKENS_AT_ONCE = 1024  # where a forward is one call: threads without a batch help with it
-MIN_SHARE, MIN_SHARE_ONE_CORE = 192, 32  # tokens of a thread below which one batch on all cores is faster (docs/log.md)
+MIN_SHARE, MIN_SHARE_ONE_CORE = (
+    192,
+    32,
+)  # tokens of a thread below which one batch on all cores is faster (docs/log.md)
 GOLDEN_TOLERANCE = 1e-3
 GOLDEN_FLOOR = 0.01  # a smaller scale of logits counts as this
 
@@ -57,15 +63,18 @@ class TextClassifier:
         """Load an adapter onto its base and check that it answers as it did when it was saved.
 
         Args:
-            path: folder written by textlora, or by PEFT (then `labels` must be given where its base does not name them), or the hub id of one.
+            path: folder written by textlora, or by PEFT (then `labels` must be given where its base does not
+                name them), or the hub id of one.
             revision: branch, tag or commit of an adapter on the hub.
             base: folder or hub id of the base model; default: the one the adapter names.
             labels: label names in class order, only for a folder without `textlora.json`.
             problem_type: task of such a folder; default single-label, or regression for one label.
-            precision: of predictions, after the check. "high" has faster products on CPUs with AMX, logits within 1e-4, and is float32 on others
-                (docs/decisions/native.md); "bfloat16" is for GPUs; "int8" runs the base's dense layers in 8 bits (docs/decisions/int8.md):
-                on CPUs only, 1.3 to 1.8 times as fast. Logits differ in the second digit.
-            verify: recompute the golden examples in float32; a logit may differ by 1e-3 x max(|logit|, s), s the largest of them, at most 1.
+            precision: of predictions, after the check. "high" has faster products on CPUs with AMX, logits
+                within 1e-4, and is float32 on others (docs/decisions/native.md); "bfloat16" is for GPUs;
+                "int8" runs the base's dense layers in 8 bits (docs/decisions/int8.md): on CPUs only, 1.3 to
+                1.8 times as fast. Logits differ in the second digit.
+            verify: recompute the golden examples in float32; a logit may differ by 1e-3 x max(|logit|, s), s
+                the largest of them, at most 1.
 
         Raises:
             AdapterError: the adapter is not there, damaged, incomplete, or does not fit the base.
@@ -76,19 +85,30 @@ class TextClassifier:
         files = find_adapter_base(folder, base)
         meta = folder.meta or _foreign_meta(folder, files, labels, problem_type)
         if folder.meta is not None and labels is not None and tuple(labels) != meta.labels:
-            raise UsageError(f"{path} has its own labels", "`textlora inspect --relabel old=new` renames them")
+            raise UsageError(
+                f"{path} has its own labels", "`textlora inspect --relabel old=new` renames them"
+            )
         device = choose_device(device)
         kind = files.config["model_type"]
         if kind != meta.base.get("model_type"):
-            raise AdapterError(f"{path} was trained on a {meta.base.get('model_type')}, {files.folder} is a {kind}", "pass its own base as --model")
+            raise AdapterError(
+                f"{path} was trained on a {meta.base.get('model_type')}, {files.folder} is a {kind}",
+                "pass its own base as --model",
+            )
         try:
-            model, _ = open_model(files, lora_config(folder), len(meta.labels), pooling=meta.pooling, device=device)
+            model, _ = open_model(
+                files, lora_config(folder), len(meta.labels), pooling=meta.pooling, device=device
+            )
         except UsageError as error:  # layers that this base does not have
-            raise AdapterError(f"{path} does not fit {files.folder}: {error.message}", "pass the base it was trained on as --model") from error
+            raise AdapterError(
+                f"{path} does not fit {files.folder}: {error.message}",
+                "pass the base it was trained on as --model",
+            ) from error
         if meta.base.get("hash") and model.base_hash() != meta.base["hash"]:
             named = meta.base.get("id") or meta.base.get("model_type")
             raise AdapterError(
-                f"{path} was trained on another base than {files.folder} (weights differ)", f"it needs {named}, {meta.base['hash'][:19]}"
+                f"{path} was trained on another base than {files.folder} (weights differ)",
+                f"it needs {named}, {meta.base['hash'][:19]}",
             )
         try:
             model.load_trainable(folder.tensors)
@@ -105,14 +125,20 @@ class TextClassifier:
         return classifier
 
     def verify(self, name: str = "this adapter") -> float:
-        """Recompute the golden examples in plain float32; the largest difference of a logit. Raises AdapterError beyond the tolerance."""
+        """Recompute the golden examples in plain float32; the largest difference of a logit. Raises
+        AdapterError beyond the tolerance."""
         stored = np.array([row["logits"] for row in self.meta.golden], dtype=np.float64)
         with exact_float32(), torch_threads(1):  # little work
-            now = self.plain_logits([row["text"] for row in self.meta.golden], [row["text_pair"] for row in self.meta.golden])
+            now = self.plain_logits(
+                [row["text"] for row in self.meta.golden], [row["text_pair"] for row in self.meta.golden]
+            )
         if stored.shape != now.shape:
-            raise AdapterError(f"{name}: golden examples have {stored.shape[-1]} logits, the model gives {now.shape[-1]}")
+            raise AdapterError(
+                f"{name}: golden examples have {stored.shape[-1]} logits, the model gives {now.shape[-1]}"
+            )
         difference = np.abs(stored - now)
-        # Rounding grows with the logits: an adapter whose logits are all small is held to their size, or damage would pass (docs/adapter-format.md).
+        # Rounding grows with the logits: an adapter whose logits are all small is held to their size, or
+        # damage would pass (docs/adapter-format.md).
         scale = np.maximum(np.abs(stored), np.clip(np.abs(stored).max(), GOLDEN_FLOOR, 1))
         if not (difference <= GOLDEN_TOLERANCE * scale).all():
             worst = int(difference.max(axis=1).argmax())
@@ -123,21 +149,31 @@ class TextClassifier:
         return float(difference.max())
 
     def require_pairs(self, all_given: bool, any_given: bool) -> None:
-        """Refuse single texts for a pair task and pairs for any other. Raises UsageError; a folder of PEFT's own does not say, and takes both."""
+        """Refuse single texts for a pair task and pairs for any other. Raises UsageError; a folder of PEFT's
+        own does not say, and takes both."""
         if self.meta.pairs and not all_given:
-            raise UsageError("this adapter was trained on text pairs and got single texts", "give the second texts (--text-pair-column)")
+            raise UsageError(
+                "this adapter was trained on text pairs and got single texts",
+                "give the second texts (--text-pair-column)",
+            )
         if any_given and not self.meta.pairs and self.meta.textlora_version:
-            raise UsageError("this adapter was trained on single texts and got pairs", "name the one column of the text with --text-column")
+            raise UsageError(
+                "this adapter was trained on single texts and got pairs",
+                "name the one column of the text with --text-column",
+            )
 
     def logits(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None) -> np.ndarray:
         """Logits (N, C) float32, rows in the order given."""
         return encoded_logits(self.running, self.tokenizer.encode(texts, pairs))
 
     def plain_logits(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None) -> np.ndarray:
-        """The same by the model as it was trained, the adapter beside the base, in float32: what proofs compare with."""
+        """The same by the model as it was trained, the adapter beside the base, in float32: what proofs
+        compare with."""
         return encoded_logits(self.model, self.tokenizer.encode(texts, pairs))
 
-    def predict(self, texts: Sequence[str] | str, pairs: Sequence[str | None] | None = None) -> list[Prediction]:
+    def predict(
+        self, texts: Sequence[str] | str, pairs: Sequence[str | None] | None = None
+    ) -> list[Prediction]:
         """Predict texts, or text pairs.
 
         Raises:
@@ -159,7 +195,11 @@ class TextClassifier:
     def predictions(self, logits: np.ndarray) -> list[Prediction]:
         """What logits (N, C) say, with the adapter's labels, temperature and thresholds."""
         probs = probabilities(logits, self.meta.problem_type, self.meta.temperature)
-        decided = decide(probs, self.meta.problem_type, None if self.meta.thresholds is None else np.array(self.meta.thresholds))
+        decided = decide(
+            probs,
+            self.meta.problem_type,
+            None if self.meta.thresholds is None else np.array(self.meta.thresholds),
+        )
         return [self._prediction(*row) for row in zip(logits, probs, decided, strict=True)]
 
     def _prediction(self, logits: np.ndarray, probs: np.ndarray, decided: Any) -> Prediction:
@@ -185,8 +225,11 @@ class TextClassifier:
         return row | {"logits": list(prediction.logits)} if with_logits else row
 
 
-def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | None = None, states: Any = None) -> np.ndarray:
-    """Logits (N, C) of encoded texts in the order given; computed by length in batches of about `eval_tokens` tokens.
+def encoded_logits(
+    model: Model, encoded: Sequence[Encoded], workers: Workers | None = None, states: Any = None
+) -> np.ndarray:
+    """Logits (N, C) of encoded texts in the order given; computed by length in batches of about `eval_tokens`
+    tokens.
 
     Args:
         workers: who computes the batches; default: `side_by_side`.
@@ -207,8 +250,15 @@ def encoded_logits(model: Model, encoded: Sequence[Encoded], workers: Workers | 
             batch = batch if states is None else states.attach(batch, rows)
             return np.asarray(rows)[batch.rows.numpy()], model.forward(batch).float()
 
-    with bounded_memory(model), contextlib.nullcontext(workers) if workers else side_by_side(device, model.path == "packed") as workers:
-        parts = workers.map(compute, even_batches(lengths, order, eval_tokens(model), workers.count, min_share(model)))
+    with (
+        bounded_memory(model),
+        contextlib.nullcontext(workers)
+        if workers
+        else side_by_side(device, model.path == "packed") as workers,
+    ):
+        parts = workers.map(
+            compute, even_batches(lengths, order, eval_tokens(model), workers.count, min_share(model))
+        )
     result = np.empty((len(encoded), parts[0][1].shape[1]), dtype=np.float32)
     for rows, logits in parts:  # only now are they waited for: a GPU works while the next batch is packed
         result[rows] = logits.cpu().numpy()
@@ -227,8 +277,11 @@ def eval_tokens(model: Runs) -> int:
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Matrix products in full float32, no TF32 or bfloat16 inside and no autocast; torch's settings, old style and new, are put back."""
-    backends = [b for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(b, "fp32_precision")]  # torch >= 2.9
+    """Matrix products in full float32, no TF32 or bfloat16 inside and no autocast; torch's settings, old
+    style and new, are put back."""
+    backends = [
+        b for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(b, "fp32_precision")
+    ]  # torch >= 2.9
     found = [backend.fp32_precision for backend in backends]
     try:
         before = torch.get_float32_matmul_precision()
@@ -263,10 +316,14 @@ def find_adapter_base(folder: AdapterFolder, base: str | None = None) -> BaseFil
         used = None
     if isinstance(used, str) and Path(used).is_dir():  # its weights are still compared by hash
         return find_base(used)
-    raise AdapterError(f"{folder.path} names no base model (it was trained on a local folder)", "pass that folder as --model")
+    raise AdapterError(
+        f"{folder.path} names no base model (it was trained on a local folder)", "pass that folder as --model"
+    )
 
 
-def _foreign_meta(folder: AdapterFolder, files: BaseFiles, labels: Sequence[str] | None, problem_type: str | None) -> AdapterMeta:
+def _foreign_meta(
+    folder: AdapterFolder, files: BaseFiles, labels: Sequence[str] | None, problem_type: str | None
+) -> AdapterMeta:
     facts = find_facts(folder, files.config, labels, problem_type)
     length = find_length([folder.path], files.config.get("max_position_embeddings", 512))
     return AdapterMeta(

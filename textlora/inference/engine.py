@@ -1,7 +1,7 @@
 """Requests to packed mixed-adapter batches to predictions. Knows no HTTP and prints nothing.
 
-A batch may hold texts of any adapters of the base. A text that several adapters ask for is run once through the blocks that none of
-the batch's adapters changes, then once for each of them.
+A batch may hold texts of any adapters of the base. A text that several adapters ask for is run once through
+the blocks that none of the batch's adapters changes, then once for each of them.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,8 @@ class AdapterEngine:
     Args:
         base: folder, hub id, or minilm.
         resident_bytes: budget of adapters in memory.
-        precision: "high" has faster products on CPUs with AMX (docs/decisions/native.md); "int8" runs the base's dense layers in 8 bits, on CPUs (docs/decisions/int8.md).
+        precision: "high" has faster products on CPUs with AMX (docs/decisions/native.md); "int8" runs the
+            base's dense layers in 8 bits, on CPUs (docs/decisions/int8.md).
 
     Raises:
         ModelError: the base cannot be read, or its architecture has no packed path.
@@ -47,9 +48,17 @@ class AdapterEngine:
     """
 
     def __init__(
-        self, base: str = "minilm", *, device: str = "auto", resident_bytes: int = RESIDENT_BYTES, precision: str = "float32", verify: bool = True
+        self,
+        base: str = "minilm",
+        *,
+        device: str = "auto",
+        resident_bytes: int = RESIDENT_BYTES,
+        precision: str = "float32",
+        verify: bool = True,
     ):
-        self.bank = AdapterBank(base, device=device, resident_bytes=resident_bytes, precision=precision, verify=verify)
+        self.bank = AdapterBank(
+            base, device=device, resident_bytes=resident_bytes, precision=precision, verify=verify
+        )
 
     def add(self, path: str | Path, name: str) -> AdapterMeta:
         """Register an adapter folder. Raises as `AdapterBank.add` does."""
@@ -59,13 +68,19 @@ class AdapterEngine:
         """Forget an adapter when its last batch is done. Raises UsageError where there is none."""
         self.bank.remove(name)
 
-    def predict(self, texts: Sequence[str], adapters: str | Sequence[str | None], pairs: Sequence[str | None] | None = None) -> list[Prediction]:
+    def predict(
+        self,
+        texts: Sequence[str],
+        adapters: str | Sequence[str | None],
+        pairs: Sequence[str | None] | None = None,
+    ) -> list[Prediction]:
         """One prediction per text by its adapter.
 
         Args:
-            texts: to ask several adapters about one text, name the text once for each; the engine computes what they share once.
-            adapters: a name for all texts, or one for each. None is the plain base: its prediction has no label, and the last hidden state
-                of the first token, (H,), as logits.
+            texts: to ask several adapters about one text, name the text once for each; the engine computes
+                what they share once.
+            adapters: a name for all texts, or one for each. None is the plain base: its prediction has no
+                label, and the last hidden state of the first token, (H,), as logits.
             pairs: second texts, for adapters trained on pairs.
 
         Raises:
@@ -79,9 +94,13 @@ class AdapterEngine:
         return [answer.prediction for answer in answers if isinstance(answer, Answer)]
 
     def answers(
-        self, texts: Sequence[str], adapters: str | Sequence[str | None], pairs: Sequence[str | None] | None = None
+        self,
+        texts: Sequence[str],
+        adapters: str | Sequence[str | None],
+        pairs: Sequence[str | None] | None = None,
     ) -> list[Answer | TextloraError]:
-        """As `predict`, with what went wrong in the place of a row's answer: rows of other people share a batch.
+        """As `predict`, with what went wrong in the place of a row's answer: rows of other people share a
+        batch.
 
         Raises:
             UsageError: the three lists differ in length.
@@ -89,7 +108,10 @@ class AdapterEngine:
         names = [adapters] * len(texts) if isinstance(adapters, str) else list(adapters)
         seconds = [None] * len(texts) if pairs is None else list(pairs)
         if not len(names) == len(texts) == len(seconds):
-            raise UsageError(f"{len(texts)} texts, {len(names)} adapters and {len(seconds)} pairs", "give one of each per text")
+            raise UsageError(
+                f"{len(texts)} texts, {len(names)} adapters and {len(seconds)} pairs",
+                "give one of each per text",
+            )
         with ExitStack() as held:
             opened = {name: self._open(held, name) for name in dict.fromkeys(names)}
             found = [self._refusal(i, texts[i], seconds[i], opened[name]) for i, name in enumerate(names)]
@@ -100,9 +122,13 @@ class AdapterEngine:
             logits = self._logits([texts[i] for i in good], [seconds[i] for i in good], owners, residents)
             for k, resident in enumerate(residents):
                 mine = [j for j, own in enumerate(owners) if own == k]
-                for j, prediction in zip(mine, resident.classifier.predictions(np.stack([logits[j][0] for j in mine])), strict=True):
+                for j, prediction in zip(
+                    mine, resident.classifier.predictions(np.stack([logits[j][0] for j in mine])), strict=True
+                ):
                     encoded = logits[j][1]
-                    found[good[j]] = Answer(prediction, resident.classifier.meta.problem_type, len(encoded.ids), encoded.full)
+                    found[good[j]] = Answer(
+                        prediction, resident.classifier.meta.problem_type, len(encoded.ids), encoded.full
+                    )
             return [answer for answer in found if answer is not None]
 
     def _open(self, held: ExitStack, name: str | None) -> Resident | TextloraError:
@@ -113,10 +139,14 @@ class AdapterEngine:
         except TextloraError as error:
             return error
         except OSError as error:  # deleted or replaced while it was read
-            return AdapterError(f"adapter '{name}' cannot be read: {error.strerror or error}", "copy it again")
+            return AdapterError(
+                f"adapter '{name}' cannot be read: {error.strerror or error}", "copy it again"
+            )
 
     @staticmethod
-    def _refusal(i: int, text: str, second: str | None, resident: Resident | TextloraError) -> TextloraError | None:
+    def _refusal(
+        i: int, text: str, second: str | None, resident: Resident | TextloraError
+    ) -> TextloraError | None:
         """Why row `i` cannot be answered; None where it can."""
         if not isinstance(text, str) or not text.strip():
             return UsageError(f"text {i + 1}: {'empty' if isinstance(text, str) else 'not a string'}")
@@ -137,8 +167,17 @@ class AdapterEngine:
         jobs: list[tuple[_Job, list[int]]] = []
         with bounded_memory(self.bank.running), side_by_side(self.bank.device) as workers:
             for group in self._groups(residents):
-                jobs += self._jobs(texts, pairs, [i for i, k in enumerate(owners) if k in group], owners, residents, workers.count)
-            for (job, rows), answers in zip(jobs, workers.map(lambda job: self._run(job[0], residents), jobs), strict=True):
+                jobs += self._jobs(
+                    texts,
+                    pairs,
+                    [i for i, k in enumerate(owners) if k in group],
+                    owners,
+                    residents,
+                    workers.count,
+                )
+            for (job, rows), answers in zip(
+                jobs, workers.map(lambda job: self._run(job[0], residents), jobs), strict=True
+            ):
                 for i, (text, _), answer in zip(rows, job.rows, answers, strict=True):
                     found[i] = answer, job.texts[text]
         return [found[i] for i in range(len(texts))]
@@ -152,13 +191,25 @@ class AdapterEngine:
         return list(groups.values())
 
     def _jobs(
-        self, texts: Sequence[str], pairs: Sequence[str | None], chosen: list[int], owners: list[int], residents: list[Resident], workers: int
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str | None],
+        chosen: list[int],
+        owners: list[int],
+        residents: list[Resident],
+        workers: int,
     ) -> list[tuple[_Job, list[int]]]:
         """Batches of the chosen rows by length, about `eval_tokens` tokens each."""
         asked: dict[tuple[int, str, str | None], list[int]] = {}
         for i in chosen:
-            asked.setdefault((id(residents[owners[i]].classifier.tokenizer), texts[i], pairs[i]), []).append(i)
-        groups = [rows[at : at + MOST_SHARING] for rows in asked.values() for at in range(0, len(rows), MOST_SHARING)]
+            asked.setdefault((id(residents[owners[i]].classifier.tokenizer), texts[i], pairs[i]), []).append(
+                i
+            )
+        groups = [
+            rows[at : at + MOST_SHARING]
+            for rows in asked.values()
+            for at in range(0, len(rows), MOST_SHARING)
+        ]
         encoded: list[Encoded | None] = [None] * len(groups)
         by_tokenizer: dict[int, list[int]] = {}
         for g, rows in enumerate(groups):
@@ -166,19 +217,34 @@ class AdapterEngine:
         for members in by_tokenizer.values():
             tokenizer = residents[owners[groups[members[0]][0]]].classifier.tokenizer
             firsts = [groups[g][0] for g in members]
-            for g, one in zip(members, tokenizer.encode([texts[i] for i in firsts], [pairs[i] for i in firsts]), strict=True):
+            for g, one in zip(
+                members, tokenizer.encode([texts[i] for i in firsts], [pairs[i] for i in firsts]), strict=True
+            ):
                 encoded[g] = one
         lengths = [len(one.ids) for one in encoded if one is not None]
-        loads = [(length + 1) * len(rows) for length, rows in zip(lengths, groups, strict=True)]  # a row costs about a token more
-        above = 1 - min(residents[owners[i]].model.depth for i in chosen) / max(1, self.bank.weights.spec.layers)
-        work = sum(length * (1 + (len(rows) - 1) * above) for length, rows in zip(lengths, groups, strict=True))  # what rows share counts once
+        loads = [
+            (length + 1) * len(rows) for length, rows in zip(lengths, groups, strict=True)
+        ]  # a row costs about a token more
+        above = 1 - min(residents[owners[i]].model.depth for i in chosen) / max(
+            1, self.bank.weights.spec.layers
+        )
+        work = sum(
+            length * (1 + (len(rows) - 1) * above) for length, rows in zip(lengths, groups, strict=True)
+        )  # what rows share counts once
         least = min_share(self.bank.running)
         workers = min(workers, max(1, int(work) // least))
         jobs = []
-        for members in even_batches(loads, np.argsort(lengths, kind="stable"), eval_tokens(self.bank.running), workers, least):
+        for members in even_batches(
+            loads, np.argsort(lengths, kind="stable"), eval_tokens(self.bank.running), workers, least
+        ):
             asking = [(t, i) for t, g in enumerate(members) for i in groups[g]]
             asking.sort(key=lambda one: owners[one[1]])  # an adapter's rows side by side
-            jobs.append((_Job([encoded[g] for g in members], [(t, owners[i]) for t, i in asking]), [i for _, i in asking]))
+            jobs.append(
+                (
+                    _Job([encoded[g] for g in members], [(t, owners[i]) for t, i in asking]),
+                    [i for _, i in asking],
+                )
+            )
         return jobs
 
     def _run(self, job: _Job, residents: list[Resident]) -> list[np.ndarray]:
@@ -189,7 +255,9 @@ class AdapterEngine:
             batch = self._batch(job, min(model.depth for model in models))
             number, rows = {k: n for n, k in enumerate(used)}, batch.rows.tolist()
             owners = [number[job.rows[i][1]] for i in rows]
-            adapters = AdapterBatch([residents[k].folded for k in used], owners, batch.cu_seqlens.diff().tolist())
+            adapters = AdapterBatch(
+                [residents[k].folded for k in used], owners, batch.cu_seqlens.diff().tolist()
+            )
             x = models[0].encoder.forward(batch, adapters, pooling=models[0].pooling)
             pooling = [model for model in models if model.pools_as_base]
             pooled = pooling[0].pool(x) if pooling else x
@@ -204,7 +272,8 @@ class AdapterEngine:
             return answers
 
     def _batch(self, job: _Job, depth: int) -> PackedBatch:
-        """Rows packed; where a text stands for several rows, with the states of the blocks below `depth`, computed once per text."""
+        """Rows packed; where a text stands for several rows, with the states of the blocks below `depth`,
+        computed once per text."""
         batch = pack([job.texts[t] for t, _ in job.rows], device=self.bank.device)
         if depth == 0 or len(job.rows) == len(job.texts):
             return batch
@@ -212,5 +281,8 @@ class AdapterEngine:
         states = self.bank.running.prefix(shared, depth)
         start = dict(zip(shared.rows.tolist(), shared.cu_seqlens[:-1].tolist(), strict=True))
         begins = np.array([start[job.rows[i][0]] for i in batch.rows.tolist()])
-        index: Tensor = torch.from_numpy(np.repeat(begins, batch.cu_seqlens.diff().numpy())).to(states.device) + batch.positions
+        index: Tensor = (
+            torch.from_numpy(np.repeat(begins, batch.cu_seqlens.diff().numpy())).to(states.device)
+            + batch.positions
+        )
         return replace(batch, hidden=states[index], depth=depth)

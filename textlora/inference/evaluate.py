@@ -14,8 +14,11 @@ from textlora.metrics.calibration import decide, probabilities
 from textlora.metrics.scores import evaluate, intervals
 
 
-def read_rows(data: str, columns: dict[str, str | None], classifier: TextClassifier, limit: int | None, seed: int) -> Table:
-    """Labelled rows for `evaluate`, cut to `limit` rows picked by the seed. Raises DataError as `read_table` does."""
+def read_rows(
+    data: str, columns: dict[str, str | None], classifier: TextClassifier, limit: int | None, seed: int
+) -> Table:
+    """Labelled rows for `evaluate`, cut to `limit` rows picked by the seed. Raises DataError as `read_table`
+    does."""
     named = {name: value for name, value in columns.items() if value is not None}
     named.setdefault("label_separator", classifier.meta.label_separator)
     table = read_table(data, split="test", **named)
@@ -25,11 +28,14 @@ def read_rows(data: str, columns: dict[str, str | None], classifier: TextClassif
     return replace(table, rows=[table.rows[i] for i in picked])
 
 
-def evaluate_table(classifier: TextClassifier, table: Table, rows_output: Path | None = None) -> dict[str, Any]:
+def evaluate_table(
+    classifier: TextClassifier, table: Table, rows_output: Path | None = None
+) -> dict[str, Any]:
     """Metrics with 95% intervals, thresholds and temperature as stored.
 
     Args:
-        rows_output: where to write each row with its prediction (CSV, TSV, JSONL or Parquet by its extension).
+        rows_output: where to write each row with its prediction (CSV, TSV, JSONL or Parquet by its
+            extension).
 
     Returns:
         {"rows", "tokens", "test": metrics, "intervals", and the training facts stored with the adapter}.
@@ -44,20 +50,42 @@ def evaluate_table(classifier: TextClassifier, table: Table, rows_output: Path |
     labels = schema.encode_all(table.rows, table.columns.label or "label")
     pairs = [row.text_pair for row in table.rows]
     texts = [row.text for row in table.rows]
-    # in float32 by the forward of training, so that a score is the one that training reported, to the last digit
-    logits = (classifier.plain_logits if classifier.precision == "float32" else classifier.logits)(texts, pairs)
+    # in float32 by the forward of training, so that a score is the one that training reported, to the last
+    # digit
+    logits = (classifier.plain_logits if classifier.precision == "float32" else classifier.logits)(
+        texts, pairs
+    )
     thresholds = None if meta.thresholds is None else np.array(meta.thresholds)
     calibration: dict[str, Any] = {"temperature": meta.temperature, "thresholds": thresholds}
     metrics = evaluate(meta.problem_type, labels, logits, meta.labels, **calibration)
     ranges = intervals(meta.problem_type, labels, logits, **calibration)
     if rows_output is not None:
         _write_rows(classifier, table, logits, thresholds, rows_output)
-    stored = ("train_seconds", "tokens", "tokens_per_second", "peak_memory_bytes", "epochs", "adapter_parameters", "head_parameters")
+    stored = (
+        "train_seconds",
+        "tokens",
+        "tokens_per_second",
+        "peak_memory_bytes",
+        "epochs",
+        "adapter_parameters",
+        "head_parameters",
+    )
     facts = {name: meta.training.get(name) for name in stored}
-    return {"rows": len(table.rows), "test": metrics, "intervals": {k: None if v is None else list(v) for k, v in ranges.items()}, **facts}
+    return {
+        "rows": len(table.rows),
+        "test": metrics,
+        "intervals": {k: None if v is None else list(v) for k, v in ranges.items()},
+        **facts,
+    }
 
 
-def _write_rows(classifier: TextClassifier, table: Table, logits: np.ndarray, thresholds: Sequence[float] | None, path: Path) -> None:
+def _write_rows(
+    classifier: TextClassifier,
+    table: Table,
+    logits: np.ndarray,
+    thresholds: Sequence[float] | None,
+    path: Path,
+) -> None:
     meta = classifier.meta
     probs = probabilities(logits, meta.problem_type, meta.temperature)
     decided = decide(probs, meta.problem_type, thresholds)
@@ -77,4 +105,10 @@ def _write_rows(classifier: TextClassifier, table: Table, logits: np.ndarray, th
                 if meta.thresholds is not None or np.ndim(d)
                 else [meta.labels[int(d)]]
             )
-            sink.write(fields, {"predicted": (meta.label_separator or ",").join(chosen), **dict(zip(extra, map(float, p), strict=True))})
+            sink.write(
+                fields,
+                {
+                    "predicted": (meta.label_separator or ",").join(chosen),
+                    **dict(zip(extra, map(float, p), strict=True)),
+                },
+            )

@@ -1,4 +1,5 @@
-"""Predict rows of a file or stream in windows: constant memory, rows in order, bad rows reported and passed over."""
+"""Predict rows of a file or stream in windows: constant memory, rows in order, bad rows reported and passed
+over."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -12,8 +13,11 @@ from textlora.inference.classifier import TextClassifier
 WINDOW = 1024  # rows held at once: enough to batch by length, little enough to stream
 
 
-def predict_stream(classifier: TextClassifier, stream: Stream, on_problem: Callable[[Record], None]) -> Iterator[tuple[Record, Prediction]]:
-    """Yield each good row with its prediction, in order; hand bad ones to `on_problem` (its `problem` says why)."""
+def predict_stream(
+    classifier: TextClassifier, stream: Stream, on_problem: Callable[[Record], None]
+) -> Iterator[tuple[Record, Prediction]]:
+    """Yield each good row with its prediction, in order; hand bad ones to `on_problem` (its `problem` says
+    why)."""
     rows = iter(stream)
     while window := list(islice(rows, WINDOW)):
         good = []
@@ -23,7 +27,9 @@ def predict_stream(classifier: TextClassifier, stream: Stream, on_problem: Calla
             else:
                 on_problem(record)
         if good:
-            yield from zip(good, classifier.predict([r.text for r in good], [r.text_pair for r in good]), strict=True)
+            yield from zip(
+                good, classifier.predict([r.text for r in good], [r.text_pair for r in good]), strict=True
+            )
 
 
 def output_columns(classifier: TextClassifier) -> list[str]:
@@ -42,5 +48,9 @@ def output_values(classifier: TextClassifier, prediction: Prediction) -> dict[st
         return {"value": prediction.score}
     scores = {f"score_{label}": score for label, score in prediction.scores.items()}
     if kind == MULTI_LABEL:
-        return {"labels": (meta.label_separator or ",").join(prediction.labels), "score": prediction.score, **scores}
+        return {
+            "labels": (meta.label_separator or ",").join(prediction.labels),
+            "score": prediction.score,
+            **scores,
+        }
     return {"label": prediction.label, "score": prediction.score, **scores}

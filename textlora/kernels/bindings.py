@@ -1,8 +1,10 @@
-"""What torch has no fast way for, in C: products on the matrix units (amx.c), attention (attention.c), the small products of many
-adapters (lora.c), what lies between the products of a block (passes.c), products with what follows them (product.c). train.py has all blocks in training,
-encode.py when predicting, in one call, which several threads may share (crew.c).
+"""What torch has no fast way for, in C: products on the matrix units (amx.c), attention (attention.c), the
+small products of many adapters (lora.c), what lies between the products of a block (passes.c), products with
+what follows them (product.c). train.py has all blocks in training, encode.py when predicting, in one call,
+which several threads may share (crew.c).
 
-They are there where the package was built with a C compiler on x86 Linux and the processor has what they use; everything works without.
+They are there where the package was built with a C compiler on x86 Linux and the processor has what they use;
+everything works without.
 """
 
 import ctypes
@@ -33,8 +35,8 @@ def structure(name: str, **fields: type) -> type[ctypes.Structure]:
 
 
 class _Room:
-    """Memory for C to work in: as many pieces as calls at the same time, each as large as was asked for. They belong to no thread, since threads come and
-    go."""
+    """Memory for C to work in: as many pieces as calls at the same time, each as large as was asked for. They
+    belong to no thread, since threads come and go."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
@@ -58,14 +60,16 @@ attention_room, scratch_room, split_room = _Room(), _Room(), _Room()
 
 
 class ThreadTeam:
-    """Threads that do work of their own and then help with what others of them are at (crew.c): a call of C is cut into chunks that anybody may take."""
+    """Threads that do work of their own and then help with what others of them are at (crew.c): a call of C
+    is cut into chunks that anybody may take."""
 
     def __init__(self, size: int):
         self.size, self._busy, self._lock = size, ctypes.c_int(size), threading.Lock()
 
     @contextmanager
     def member(self, number: int) -> Iterator[None]:
-        """What a thread does meanwhile is its own work; then it helps until all have done theirs. Each number below the size is taken once."""
+        """What a thread does meanwhile is its own work; then it helps until all have done theirs. Each number
+        below the size is taken once."""
         if library() is None:
             yield
             return
@@ -80,14 +84,15 @@ class ThreadTeam:
 
 
 def hands(rows: int) -> int:
-    """Threads that a call on so many rows may have: of this thread's crew, for its cores, or as many as torch has here."""
+    """Threads that a call on so many rows may have: of this thread's crew, for its cores, or as many as torch
+    has here."""
     known = library().textlora_hands()
     return max(1, min(HELPERS if known else HANDS, known or torch.get_num_threads(), rows // HAND_ROWS))
 
 
 def share_cores(count: int) -> None:
-    """Calls of this thread, and of others that say the same, have as many threads together as there are cores: one that runs alone has them all, and
-    gives them back when another begins."""
+    """Calls of this thread, and of others that say the same, have as many threads together as there are
+    cores: one that runs alone has them all, and gives them back when another begins."""
     if library() is not None:
         library().textlora_cores(count)
 
@@ -104,14 +109,24 @@ def attention(projected: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, he
     _attention(projected, None, out, out.shape, cu_seqlens, texts, heads)
 
 
-def attention_back(projected: Tensor, grad: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, heads: int) -> None:
+def attention_back(
+    projected: Tensor, grad: Tensor, out: Tensor, cu_seqlens: Tensor, texts: int, heads: int
+) -> None:
     """The gradient of `projected`, (T, 3H), from that of what `attention` gives, (T, H); the rest as there."""
     check(grad)
     check(out, projected.shape)
     _attention(projected, grad, out, grad.shape, cu_seqlens, texts, heads)
 
 
-def _attention(projected: Tensor, grad: Tensor | None, out: Tensor, shape: torch.Size, cu_seqlens: Tensor, texts: int, heads: int) -> None:
+def _attention(
+    projected: Tensor,
+    grad: Tensor | None,
+    out: Tensor,
+    shape: torch.Size,
+    cu_seqlens: Tensor,
+    texts: int,
+    heads: int,
+) -> None:
     rows, width = shape
     check(projected, (rows, 3 * width))
     check_texts(cu_seqlens[: texts + 1], rows)
@@ -119,14 +134,17 @@ def _attention(projected: Tensor, grad: Tensor | None, out: Tensor, shape: torch
         raise ValueError(f"{heads} heads in a width of {width}: not for this function")
     d = width // heads
     with attention_room.lent(library().textlora_attention_scratch()) as room:
-        library().textlora_attention(*_addresses(projected, grad, out, cu_seqlens, room), texts, heads, 0, heads, d, d**-0.5, lanes())
+        library().textlora_attention(
+            *_addresses(projected, grad, out, cu_seqlens, room), texts, heads, 0, heads, d, d**-0.5, lanes()
+        )
 
 
 class AdaptedLayer(NamedTuple):
     """A dense layer of an adapter, as lora.c reads it.
 
     Attributes:
-        A: (r, in); B: (r, out), with s in it; scale: DoRA's factor (out,) or None. Float32, on the CPU, contiguous.
+        A: (r, in); B: (r, out), with s in it; scale: DoRA's factor (out,) or None. Float32, on the CPU,
+            contiguous.
         column: of the outputs that lie side by side, the first of this layer.
         words: addresses of the three, r and column.
     """
@@ -139,11 +157,21 @@ class AdaptedLayer(NamedTuple):
 
     @classmethod
     def of(cls, A: Tensor, B: Tensor, scale: Tensor | None, column: int) -> "AdaptedLayer | None":
-        """None where lora.c cannot take it: nothing compiled, another type or device, a width that is no multiple of 8, a rank above 256."""
-        fits = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous()) for t in (A, B, scale))
+        """None where lora.c cannot take it: nothing compiled, another type or device, a width that is no
+        multiple of 8, a rank above 256."""
+        fits = all(
+            t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous())
+            for t in (A, B, scale)
+        )
         if not fits or A.shape[1] % LANES or B.shape[1] % LANES or len(A) > MOST_RANK or library() is None:
             return None
-        return cls(A, B, scale, column, (A.data_ptr(), B.data_ptr(), 0 if scale is None else scale.data_ptr(), len(A), column))
+        return cls(
+            A,
+            B,
+            scale,
+            column,
+            (A.data_ptr(), B.data_ptr(), 0 if scale is None else scale.data_ptr(), len(A), column),
+        )
 
 
 def add_adapted(x: Tensor, y: Tensor, jobs: Sequence[tuple[int, int, AdaptedLayer]]) -> None:
@@ -161,18 +189,28 @@ def add_adapted(x: Tensor, y: Tensor, jobs: Sequence[tuple[int, int, AdaptedLaye
     table = np.array([(row, rows, *layer.words) for row, rows, layer in jobs], dtype=np.int64)
     alike = all(layer.A.shape[1] == x.shape[1] and layer.B.shape[1] == out for _, _, layer in jobs)
     first, rows, column = table[:, 0], table[:, 1], table[:, -1]
-    if not alike or min(first.min(), rows.min(), column.min()) < 0 or (first + rows).max() > len(y) or column.max() + out > y.shape[1]:
+    if (
+        not alike
+        or min(first.min(), rows.min(), column.min()) < 0
+        or (first + rows).max() > len(y)
+        or column.max() + out > y.shape[1]
+    ):
         raise ValueError("a layer of another width, or rows that are not there")
-    library().textlora_lora(x.data_ptr(), y.data_ptr(), table.ctypes.data, len(jobs), x.shape[1], y.shape[1], out)
+    library().textlora_lora(
+        x.data_ptr(), y.data_ptr(), table.ctypes.data, len(jobs), x.shape[1], y.shape[1], out
+    )
 
 
 def has_passes(x: Tensor) -> bool:
     """Whether `gelu`, `norm`, `mean` and their ways back take tensors like this one, (..., width)."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not x.shape[-1] % PASS_LANES and lanes() > 0
+    return (
+        x.dtype == torch.float32 and x.device.type == "cpu" and not x.shape[-1] % PASS_LANES and lanes() > 0
+    )
 
 
 def gelu(h: Tensor, bias: Tensor | None, out: Tensor, slope: bool) -> None:
-    """`out = gelu(h + bias)`, on one core; `h` becomes GELU's slope there or stays. (T, width) float32; `out` may be `h` where no slope is wanted."""
+    """`out = gelu(h + bias)`, on one core; `h` becomes GELU's slope there or stays. (T, width) float32; `out`
+    may be `h` where no slope is wanted."""
     check(h)
     check(out, h.shape)
     check(bias, (h.shape[1],))
@@ -182,9 +220,18 @@ def gelu(h: Tensor, bias: Tensor | None, out: Tensor, slope: bool) -> None:
     library().textlora_gelu(*_addresses(h, bias, out), *h.shape, slope, lanes())
 
 
-def norm(y: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, out: Tensor, scale: Tensor, eps: float) -> None:
-    """`out = layer_norm(y + bias + residual) weight + shift`, on one core. What `norm_back` needs: `y` becomes the sum normed, scale (T,) one by its
-    deviation. (T, width) float32; the rest (width,)."""
+def norm(
+    y: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    eps: float,
+) -> None:
+    """`out = layer_norm(y + bias + residual) weight + shift`, on one core. What `norm_back` needs: `y`
+    becomes the sum normed, scale (T,) one by its deviation. (T, width) float32; the rest (width,)."""
     check(y)
     for tensor in (residual, out):
         check(tensor, y.shape)
@@ -232,12 +279,20 @@ def _texts_of(cu_seqlens: Tensor, rows: int) -> int:
     """Number of texts, one behind the other and of any length, in all of so many rows. Raises ValueError."""
     check(cu_seqlens, dtype=torch.int32)
     starts = cu_seqlens.numpy()
-    if starts.ndim != 1 or not starts.size or starts[0] != 0 or starts[-1] != rows or (starts[1:] <= starts[:-1]).any():
+    if (
+        starts.ndim != 1
+        or not starts.size
+        or starts[0] != 0
+        or starts[-1] != rows
+        or (starts[1:] <= starts[:-1]).any()
+    ):
         raise ValueError(f"texts in no order, or not all of {rows} rows: {starts.tolist()}")
     return len(starts) - 1
 
 
-def embed(places: Sequence[Tensor], tables: Sequence[Tensor], weight: Tensor, shift: Tensor, eps: float) -> Tensor:
+def embed(
+    places: Sequence[Tensor], tables: Sequence[Tensor], weight: Tensor, shift: Tensor, eps: float
+) -> Tensor:
     """`layer_norm` of the sum of rows, one of each table: (T, width), on one core.
 
     Args:
@@ -266,7 +321,8 @@ def embed(places: Sequence[Tensor], tables: Sequence[Tensor], weight: Tensor, sh
 
 
 class Product:
-    """Products with a frozen weight (out, in), float32 and on the CPU, or with it turned, on one core. No gradients."""
+    """Products with a frozen weight (out, in), float32 and on the CPU, or with it turned, on one core. No
+    gradients."""
 
     def __init__(self, weight: Tensor, turned: bool = False):
         if not lanes():
@@ -274,17 +330,31 @@ class Product:
         plain = weight.detach().contiguous()
         check(plain)
         rows, columns = plain.shape
-        self.inner, self.out, steps = (rows, columns, (columns, 1)) if turned else (columns, rows, (1, columns))
-        self.panels = torch.empty(library().textlora_product_size(self.inner, self.out, lanes()))  # torch aligns to 64 bytes
+        self.inner, self.out, steps = (
+            (rows, columns, (columns, 1)) if turned else (columns, rows, (1, columns))
+        )
+        self.panels = torch.empty(
+            library().textlora_product_size(self.inner, self.out, lanes())
+        )  # torch aligns to 64 bytes
         self.address = self.panels.data_ptr()
-        library().textlora_product_lay_out(plain.data_ptr(), self.address, self.inner, self.out, *steps, 1.0, lanes())
+        library().textlora_product_lay_out(
+            plain.data_ptr(), self.address, self.inner, self.out, *steps, 1.0, lanes()
+        )
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x W^T + b`: (T, in) to (T, out), contiguous."""
         y = x.new_empty(x.shape[0], self.out)
         check(x, (x.shape[0], self.inner))
         check(bias, (self.out,))
-        places = (x.data_ptr(), self.inner, self.address, None if bias is None else bias.data_ptr(), y.data_ptr(), self.out, None)
+        places = (
+            x.data_ptr(),
+            self.inner,
+            self.address,
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            self.out,
+            None,
+        )
         library().textlora_product(*places, x.shape[0], self.inner, self.out, 0, lanes())
         return y
 
@@ -298,32 +368,47 @@ class Panels:
         self.out, self.inner = weight.shape
         plain = weight.detach().contiguous()
         check(plain)
-        self._laid_out = torch.empty(library().textlora_amx_bytes(self.out, self.inner), dtype=torch.uint8)  # torch aligns to 64 bytes
+        self._laid_out = torch.empty(
+            library().textlora_amx_bytes(self.out, self.inner), dtype=torch.uint8
+        )  # torch aligns to 64 bytes
         self.address = self._laid_out.data_ptr()
         library().textlora_amx_lay_out(plain.data_ptr(), self.out, self.inner, self.address)
 
     def product(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool) -> Tensor:
-        """`f(x W^T + b) + residual`, f GELU or nothing: x (T, in) to (T, out), on one core, without gradients."""
+        """`f(x W^T + b) + residual`, f GELU or nothing: x (T, in) to (T, out), on one core, without
+        gradients."""
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         y = x.new_empty(len(x), self.out)
         check(x, (len(x), self.inner))
         check(bias, (self.out,))
         check(residual, y.shape)
         with split_room.lent(library().textlora_amx_scratch()) as room:
-            library().textlora_amx_product(*_addresses(x, self._laid_out, bias, residual, y, room), len(x), self.inner, self.out, gelu)
+            library().textlora_amx_product(
+                *_addresses(x, self._laid_out, bias, residual, y, room), len(x), self.inner, self.out, gelu
+            )
         return y
 
 
-def check(tensor: Tensor | None, shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32) -> None:
+def check(
+    tensor: Tensor | None, shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32
+) -> None:
     """Nothing else reaches C. Raises ValueError."""
     if tensor is None:
         return
-    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous() or (shape is not None and tensor.shape != shape):
-        raise ValueError(f"{dtype} {shape} on the CPU wanted, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")
+    if (
+        tensor.dtype != dtype
+        or tensor.device.type != "cpu"
+        or not tensor.is_contiguous()
+        or (shape is not None and tensor.shape != shape)
+    ):
+        raise ValueError(
+            f"{dtype} {shape} on the CPU wanted, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        )
 
 
 def check_texts(cu_seqlens: Tensor, rows: int, least: int = 0) -> None:
-    """Texts of `least` to `LONGEST` tokens, one behind the other, in so many rows; in all of them where none may be empty. Raises ValueError."""
+    """Texts of `least` to `LONGEST` tokens, one behind the other, in so many rows; in all of them where none
+    may be empty. Raises ValueError."""
     check(cu_seqlens, dtype=torch.int32)
     starts = cu_seqlens.numpy()
     lengths = starts[1:] - starts[:-1]

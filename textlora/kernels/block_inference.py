@@ -1,5 +1,5 @@
-"""The blocks of the frozen encoder for prediction (encode.c), with the adapters that own the texts of a batch: one call a batch,
-on as many cores as torch has threads where it is called."""
+"""The blocks of the frozen encoder for prediction (encode.c), with the adapters that own the texts of a
+batch: one call a batch, on as many cores as torch has threads where it is called."""
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -47,9 +47,11 @@ class Jobs:
     """What adapters add in a batch, product by product.
 
     Attributes:
-        words: (n, 7) int64: first row, rows, addresses of A (r, in), B (r, out) with s in it and DoRA's factor (out,) or 0, r, first column.
-            In the last block, where only first tokens are wanted, rows are texts.
-        ends: (4 blocks + 1,) int64: the jobs of product p of block i are `ends[4 i + p]` to `ends[4 i + p + 1]`.
+        words: (n, 7) int64: first row, rows, addresses of A (r, in), B (r, out) with s in it and DoRA's
+            factor (out,) or 0, r, first column. In the last block, where only first tokens are wanted, rows
+            are texts.
+        ends: (4 blocks + 1,) int64: the jobs of product p of block i are `ends[4 i + p]` to `ends[4 i + p +
+            1]`.
         widths: (n, 2) int64, in and out of each.
     """
 
@@ -60,7 +62,11 @@ class Jobs:
     @classmethod
     @cache
     def none(cls, blocks: int) -> "Jobs":
-        return cls(np.zeros((0, 7), np.int64), np.zeros(len(PRODUCTS) * blocks + 1, np.int64), np.zeros((0, 2), np.int64))
+        return cls(
+            np.zeros((0, 7), np.int64),
+            np.zeros(len(PRODUCTS) * blocks + 1, np.int64),
+            np.zeros((0, 2), np.int64),
+        )
 
 
 class Blocks:
@@ -74,12 +80,20 @@ class Blocks:
         ValueError: heads, widths or processor that encode.c does not take.
     """
 
-    def __init__(self, blocks: Sequence[Mapping[str, Tensor]], weights: Sequence[Mapping[str, Product | Panels]], heads: int, eps: float):
+    def __init__(
+        self,
+        blocks: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[Mapping[str, Product | Panels]],
+        heads: int,
+        eps: float,
+    ):
         inner, width = weights[0]["intermediate"].out, weights[0]["intermediate"].inner
         self._shapes = np.array([(width, 3 * width), (width, width), (width, inner), (inner, width)])
         kinds = {type(weight) for block in weights for weight in block.values()}
         fits = all(
-            (block[name].inner, block[name].out) == tuple(shape) for block in weights for name, shape in zip(PRODUCTS, self._shapes, strict=True)
+            (block[name].inner, block[name].out) == tuple(shape)
+            for block in weights
+            for name, shape in zip(PRODUCTS, self._shapes, strict=True)
         )
         if (
             not fits
@@ -110,9 +124,27 @@ class Blocks:
             place.pointers[:] = pointers
         self._blocks = made
         addresses = [tensor.data_ptr() for tensor in last]
-        self._encoder = _Encoder(ctypes.addressof(made), *addresses, self.layers, width, inner, heads, eps, bindings.lanes(), kinds == {Panels})
+        self._encoder = _Encoder(
+            ctypes.addressof(made),
+            *addresses,
+            self.layers,
+            width,
+            inner,
+            heads,
+            eps,
+            bindings.lanes(),
+            kinds == {Panels},
+        )
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, jobs: Jobs, first: int = 0, last: int | None = None, only_first: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        jobs: Jobs,
+        first: int = 0,
+        last: int | None = None,
+        only_first: bool = False,
+    ) -> Tensor:
         """The output of block `last - 1`, (T, width), or of the first token of each text, (B, width).
 
         Args:
@@ -133,9 +165,14 @@ class Blocks:
             rows=rows, texts=texts, first=first, last=last, firsts=only_first, hands=hands(rows),
         )  # fmt: skip
         given = ctypes.byref(self._encoder), ctypes.byref(batch)
-        scratch, room = 4 * library().textlora_encode_scratch(*given), batch.hands * library().textlora_attention_scratch()
+        scratch = 4 * library().textlora_encode_scratch(*given)
+        room = batch.hands * library().textlora_attention_scratch()
         halves = batch.hands * library().textlora_amx_scratch() if self._encoder.halves else 0
-        with scratch_room.lent(scratch) as numbers, attention_room.lent(room) as rooms, split_room.lent(halves) as split:
+        with (
+            scratch_room.lent(scratch) as numbers,
+            attention_room.lent(room) as rooms,
+            split_room.lent(halves) as split,
+        ):
             batch.scratch, batch.rooms, batch.halves = numbers.data_ptr(), rooms.data_ptr(), split.data_ptr()
             library().textlora_encode(*given)
         return y
@@ -145,8 +182,17 @@ class Blocks:
         if jobs is Jobs.none(self.layers):
             return
         words, ends, count = jobs.words, jobs.ends, len(PRODUCTS) * self.layers
-        ordered = ends.shape == (count + 1,) and ends[0] == 0 and ends[-1] == len(words) and (np.diff(ends) >= 0).all()
-        if not ordered or any(not a.flags.c_contiguous or a.dtype != np.int64 for a in (words, ends)) or words.shape[1:] != (7,):
+        ordered = (
+            ends.shape == (count + 1,)
+            and ends[0] == 0
+            and ends[-1] == len(words)
+            and (np.diff(ends) >= 0).all()
+        )
+        if (
+            not ordered
+            or any(not a.flags.c_contiguous or a.dtype != np.int64 for a in (words, ends))
+            or words.shape[1:] != (7,)
+        ):
             raise ValueError("jobs in no order")
         if not len(words):
             return
@@ -157,6 +203,13 @@ class Blocks:
         stacked = product % len(PRODUCTS) == 0
         fits = (jobs.widths[:, 0] == inner) & (jobs.widths[:, 1] == np.where(stacked, self.width, out))
         placed = np.where(stacked, (column % self.width == 0) & (column < out), column == 0) & (column >= 0)
-        there = (first >= 0) & (amount >= 0) & (first + amount <= most) & (rank > 0) & (rank <= MOST_RANK) & (words[:, 2:4] != 0).all(1)
+        there = (
+            (first >= 0)
+            & (amount >= 0)
+            & (first + amount <= most)
+            & (rank > 0)
+            & (rank <= MOST_RANK)
+            & (words[:, 2:4] != 0).all(1)
+        )
         if not (fits & placed & there).all():
             raise ValueError("a layer of another width, or rows that are not there")

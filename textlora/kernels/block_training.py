@@ -1,4 +1,5 @@
-"""The blocks of the frozen encoder with LoRA on query, key or value (train.c), forward and back, a call each for a piece of a step."""
+"""The blocks of the frozen encoder with LoRA on query, key or value (train.c), forward and back, a call each
+for a piece of a step."""
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,18 @@ import torch
 from torch import Tensor
 
 from textlora.kernels import bindings
-from textlora.kernels.bindings import HEADS, PASS_LANES, Product, attention_room, check, check_texts, hands, library, scratch_room, structure
+from textlora.kernels.bindings import (
+    HEADS,
+    PASS_LANES,
+    Product,
+    attention_room,
+    check,
+    check_texts,
+    hands,
+    library,
+    scratch_room,
+    structure,
+)
 from textlora.kernels.block_inference import NORMS, PRODUCTS
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -17,7 +29,9 @@ _Block = structure("_Block", pointers=_pointer * (3 * len(PRODUCTS) + 2 * len(NO
 _Encoder = structure(
     "_Encoder", blocks=_pointer, firsts=_pointer * 9, layers=_long, width=_long, inner=_long, heads=_long, eps=_float, lanes=_int
 )  # fmt: skip
-_Adapter = structure("_Adapter", A=_pointer, B=_pointer, dA=_pointer, dB=_pointer, r=_long, column=_long, scaling=_float)
+_Adapter = structure(
+    "_Adapter", A=_pointer, B=_pointer, dA=_pointer, dB=_pointer, r=_long, column=_long, scaling=_float
+)
 _Call = structure(
     "_Call", x=_pointer, starts=_pointer, kept=_pointer, y=_pointer, grad=_pointer, dx=_pointer, scratch=_pointer, rooms=_pointer, adapters=_pointer,
     ends=_pointer, rows=_long, texts=_long, first=_long, last=_long, lowest=_long, firsts=_int, again=_int, hands=_int,
@@ -34,7 +48,8 @@ class Both:
 
 @dataclass(frozen=True)
 class Adapted:
-    """LoRA on `width` outputs of the stacked q, k, v of a block, from `column` on: A (r, width), B (width, r)."""
+    """LoRA on `width` outputs of the stacked q, k, v of a block, from `column` on: A (r, width), B (width,
+    r)."""
 
     A: Tensor
     B: Tensor
@@ -75,12 +90,30 @@ class Blocks:
         ValueError: heads, widths or processor that train.c does not take.
     """
 
-    def __init__(self, blocks: Sequence[Mapping[str, Tensor]], weights: Sequence[Mapping[str, Both]], heads: int, eps: float):
+    def __init__(
+        self,
+        blocks: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[Mapping[str, Both]],
+        heads: int,
+        eps: float,
+    ):
         inner, width = weights[0]["intermediate"].forward.out, weights[0]["intermediate"].forward.inner
-        shapes = dict(zip(PRODUCTS, ((3 * width, width), (width, width), (inner, width), (width, inner)), strict=True))
+        shapes = dict(
+            zip(PRODUCTS, ((3 * width, width), (width, width), (inner, width), (width, inner)), strict=True)
+        )
         both = [(block[name], shapes[name]) for block in weights for name in PRODUCTS]
-        fits = all((one.forward.out, one.forward.inner) == (one.back.inner, one.back.out) == shape for one, shape in both)
-        if not fits or width % heads or width // heads not in HEADS or width % PASS_LANES or inner % PASS_LANES or not bindings.lanes():
+        fits = all(
+            (one.forward.out, one.forward.inner) == (one.back.inner, one.back.out) == shape
+            for one, shape in both
+        )
+        if (
+            not fits
+            or width % heads
+            or width // heads not in HEADS
+            or width % PASS_LANES
+            or inner % PASS_LANES
+            or not bindings.lanes()
+        ):
             raise ValueError(f"{heads} heads in a width of {width}, {inner} inside: not for this function")
         self.layers, self.width = len(blocks), width
         made = (_Block * len(blocks))()
@@ -88,7 +121,11 @@ class Blocks:
             pointers = []
             for name in PRODUCTS:
                 check(block[f"{name}.bias"], shapes[name][:1])
-                pointers += [laid_out[name].forward.address, laid_out[name].back.address, block[f"{name}.bias"].data_ptr()]
+                pointers += [
+                    laid_out[name].forward.address,
+                    laid_out[name].back.address,
+                    block[f"{name}.bias"].data_ptr(),
+                ]
             for name in NORMS:
                 for part in ("weight", "bias"):
                     check(block[f"{name}.{part}"], (width,))
@@ -96,35 +133,57 @@ class Blocks:
             place.pointers[:] = pointers
         query, key, value = blocks[-1]["qkv.weight"].split(width)
         last = [Product(query).panels, Product(query, turned=True).panels]
-        for weight, keys in ((key, True), (value, False)):  # of key and value of first tokens the roles of in and out are turned for keys
-            last += [torch.cat([Product(rows, turned=turned).panels for rows in weight.split(width // heads)]) for turned in (keys, not keys)]
+        for weight, keys in (
+            (key, True),
+            (value, False),
+        ):  # of key and value of first tokens the roles of in and out are turned for keys
+            last += [
+                torch.cat([Product(rows, turned=turned).panels for rows in weight.split(width // heads)])
+                for turned in (keys, not keys)
+            ]
         self._held = (blocks, weights, made, last)  # C has their addresses
         addresses = [tensor.data_ptr() for tensor in last]
-        firsts = (_pointer * 9)(*(address for k in range(3) for address in (*addresses[2 * k : 2 * k + 2], None)))
-        self._encoder = _Encoder(ctypes.addressof(made), firsts, self.layers, width, inner, heads, eps, bindings.lanes())
+        firsts = (_pointer * 9)(
+            *(address for k in range(3) for address in (*addresses[2 * k : 2 * k + 2], None))
+        )
+        self._encoder = _Encoder(
+            ctypes.addressof(made), firsts, self.layers, width, inner, heads, eps, bindings.lanes()
+        )
 
     def forward(self, x: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
-        """The output of the last of these blocks, (T, width) or (B, width), and what `back` needs. x: (T, width) float32; all rows belong to texts."""
+        """The output of the last of these blocks, (T, width) or (B, width), and what `back` needs. x: (T,
+        width) float32; all rows belong to texts."""
         call = self._call(x, piece)
-        y, kept = x.new_empty(call.texts if call.firsts else call.rows, self.width), x.new_empty(library().textlora_train_kept(*self._given(call)))
+        y = x.new_empty(call.texts if call.firsts else call.rows, self.width)
+        kept = x.new_empty(library().textlora_train_kept(*self._given(call)))
         call.y, call.kept = y.data_ptr(), kept.data_ptr()
         self._run(library().textlora_train, call)
         return y, kept
 
-    def back(self, grad: Tensor, kept: Tensor, x: Tensor, piece: Piece, with_input: bool) -> tuple[Tensor | None, list[tuple[Tensor | None, ...]]]:
-        """From the gradient of the output that of x, where it is wanted, and of A and B of every adapter, None below `lowest`. Writes over `kept`."""
-        found = [(None, None) if one.block < piece.lowest else (torch.empty_like(one.A), torch.empty_like(one.B)) for one in piece.adapters]
+    def back(
+        self, grad: Tensor, kept: Tensor, x: Tensor, piece: Piece, with_input: bool
+    ) -> tuple[Tensor | None, list[tuple[Tensor | None, ...]]]:
+        """From the gradient of the output that of x, where it is wanted, and of A and B of every adapter,
+        None below `lowest`. Writes over `kept`."""
+        found = [
+            (None, None) if one.block < piece.lowest else (torch.empty_like(one.A), torch.empty_like(one.B))
+            for one in piece.adapters
+        ]
         call = self._call(x, piece, found)
         check(grad, (call.texts if call.firsts else call.rows, self.width))
         check(kept, (library().textlora_train_kept(*self._given(call)),))
         if with_input and piece.lowest != piece.first:
             raise ValueError(f"a gradient of x behind block {piece.lowest}")
         dx = x.new_empty(x.shape) if with_input else None
-        call.kept, call.grad, call.dx = kept.data_ptr(), grad.data_ptr(), None if dx is None else dx.data_ptr()
+        call.kept = kept.data_ptr()
+        call.grad = grad.data_ptr()
+        call.dx = None if dx is None else dx.data_ptr()
         self._run(library().textlora_train_back, call)
         return dx, found
 
-    def _call(self, x: Tensor, piece: Piece, found: Sequence[tuple[Tensor | None, ...]] = ()) -> ctypes.Structure:
+    def _call(
+        self, x: Tensor, piece: Piece, found: Sequence[tuple[Tensor | None, ...]] = ()
+    ) -> ctypes.Structure:
         """A call. Nothing else reaches C: raises ValueError."""
         rows, starts = x.shape[0], piece.cu_seqlens
         check(x, (rows, self.width))
@@ -140,9 +199,17 @@ class Blocks:
             r = one.A.shape[0]
             check(one.A, (r, self.width))
             check(one.B, (self.width, r))
-            if one.column not in (0, self.width, 2 * self.width) or not r or not piece.first <= one.block < piece.last:
+            if (
+                one.column not in (0, self.width, 2 * self.width)
+                or not r
+                or not piece.first <= one.block < piece.last
+            ):
                 raise ValueError(f"an adapter of rank {r} on column {one.column} of block {one.block}")
-            place.A, place.B, place.r, place.column, place.scaling = one.A.data_ptr(), one.B.data_ptr(), r, one.column, one.scaling
+            place.A = one.A.data_ptr()
+            place.B = one.B.data_ptr()
+            place.r = r
+            place.column = one.column
+            place.scaling = one.scaling
             ends[one.block + 1] += 1
         places = [(one.block, one.column) for one in piece.adapters]
         if places != sorted(set(places)):
@@ -158,7 +225,8 @@ class Blocks:
         return call
 
     def _run(self, function, call: ctypes.Structure) -> None:
-        size, room = 4 * library().textlora_train_scratch(*self._given(call)), call.hands * library().textlora_attention_scratch()
+        size = 4 * library().textlora_train_scratch(*self._given(call))
+        room = call.hands * library().textlora_attention_scratch()
         with attention_room.lent(room) as rooms, scratch_room.lent(size) as scratch:
             call.rooms, call.scratch = rooms.data_ptr(), scratch.data_ptr()
             function(*self._given(call))

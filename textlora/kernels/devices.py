@@ -26,7 +26,9 @@ def choose_device(name: str) -> str:
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
         raise UsageError(f"--device {name}: not cpu, cuda, cuda:N or auto")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here", "use --device cpu")
+        raise UsageError(
+            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here", "use --device cpu"
+        )
     return name
 
 
@@ -34,7 +36,11 @@ def choose_dtype(precision: str, device: str) -> torch.dtype:
     """`auto` is bfloat16 on GPUs that have it, float32 on every CPU (docs/decisions/precision.md)."""
     if precision != "auto":
         return DTYPES[precision]
-    return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return (
+        torch.bfloat16
+        if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float32
+    )
 
 
 def peak_memory(device: str) -> int:
@@ -49,8 +55,9 @@ def peak_memory(device: str) -> int:
 def torch_threads(count: int) -> Iterator[None]:
     """So many threads for torch's operations in the calling thread while this lasts.
 
-    One for work that takes less than a millisecond: all threads of an operation wait for the slowest of them, which beside a busy process is the
-    one whose core the other has (an optimizer's step on 74,000 numbers: 73 ms, 0.04 on one thread). Changing the number costs 0.1 us.
+    One for work that takes less than a millisecond: all threads of an operation wait for the slowest of them,
+    which beside a busy process is the one whose core the other has (an optimizer's step on 74,000 numbers: 73
+    ms, 0.04 on one thread). Changing the number costs 0.1 us.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -61,14 +68,16 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 class Workers:
-    """Several threads, the calling one among them, that each run torch on one core: on a CPU faster than one thread that spreads every operation
-    over all cores, since small operations are not spread at all (docs/log.md). Results do not depend on which thread did what."""
+    """Several threads, the calling one among them, that each run torch on one core: on a CPU faster than one
+    thread that spreads every operation over all cores, since small operations are not spread at all
+    (docs/log.md). Results do not depend on which thread did what."""
 
     def __init__(self, count: int, cores: int, others: ThreadPoolExecutor | None):
         self.count, self._cores, self._others = count, cores, others
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`function` of each item, begun in order. A single item is computed in the calling thread, with all cores. The first failure ends it."""
+        """`function` of each item, begun in order. A single item is computed in the calling thread, with all
+        cores. The first failure ends it."""
         if self._others is None or len(items) < 2:
             with torch_threads(self._cores):
                 return [function(item) for item in items]
@@ -100,9 +109,11 @@ class Workers:
 
 @contextmanager
 def side_by_side(device: str | torch.device, parallel: bool = True) -> Iterator[Workers]:
-    """As many workers as torch has threads; one, which is the calling thread, on a GPU or where `parallel` is off.
+    """As many workers as torch has threads; one, which is the calling thread, on a GPU or where `parallel` is
+    off.
 
-    On a CPU the calling thread has torch on one core meanwhile, but for what `map` computes: what lies between is little.
+    On a CPU the calling thread has torch on one core meanwhile, but for what `map` computes: what lies
+    between is little.
     """
     cores = torch.get_num_threads()
     if torch.device(device).type != "cpu" or cores == 1:
@@ -117,7 +128,8 @@ def side_by_side(device: str | torch.device, parallel: bool = True) -> Iterator[
 
 
 class _WithoutOneDNN:
-    """torch's switch for oneDNN, off while anybody asks for that: it belongs to the whole process, and threads come and go in any order."""
+    """torch's switch for oneDNN, off while anybody asks for that: it belongs to the whole process, and
+    threads come and go in any order."""
 
     def __init__(self) -> None:
         self._lock, self._asking, self._before = threading.Lock(), 0, True
@@ -154,7 +166,8 @@ class Runs(Protocol):
 
     @property
     def one_core(self) -> bool:
-        """Whether a product takes one core whatever torch is told: little work is then worth sharing out, too."""
+        """Whether a product takes one core whatever torch is told: little work is then worth sharing out,
+        too."""
 
     @property
     def fused_stack(self) -> bool:
@@ -162,10 +175,11 @@ class Runs(Protocol):
 
 
 def bounded_memory(model: Runs) -> AbstractContextManager[None]:
-    """Float32 on a CPU without oneDNN while this lasts, unless the model fills its batches up to whole steps (`in_steps`).
+    """Float32 on a CPU without oneDNN while this lasts, unless the model fills its batches up to whole steps
+    (`in_steps`).
 
-    oneDNN keeps something for each shape it has seen, a buffer of that size for GELU's backward pass, and packed batches hardly repeat one
-    (docs/log.md). bfloat16 and int8 need oneDNN.
+    oneDNN keeps something for each shape it has seen, a buffer of that size for GELU's backward pass, and
+    packed batches hardly repeat one (docs/log.md). bfloat16 and int8 need oneDNN.
     """
     plain = str(model.device) == "cpu" and model.dtype == torch.float32 and not model.in_steps
     return _without_onednn if plain else nullcontext()

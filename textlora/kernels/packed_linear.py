@@ -1,17 +1,22 @@
-"""Products of the frozen base: weights laid out once for the processor, in float32, for training both ways, or in 8-bit integers.
+"""Products of the frozen base: weights laid out once for the processor, in float32, for training both ways,
+or in 8-bit integers.
 
-In training torch's products pack a weight anew in every call, forward and back: a tenth of their time at some 600 rows (docs/log.md). Ours read
-it from panels (product.c).
+In training torch's products pack a weight anew in every call, forward and back: a tenth of their time at some
+600 rows (docs/log.md). Ours read it from panels (product.c).
 
-So do predictions where all blocks are one call (block_inference.py). Elsewhere, with AVX-512 oneDNN runs float32 products 8 to 12% faster on weights laid out for it, and bias, GELU and residual in the same pass. Without,
-its GELU in that pass costs four times one of its own, and MKL on turned weights is a fifth faster (docs/log.md). oneDNN keeps up to a mebibyte
-for each shape it has seen, and packed batches hardly repeat one: so rows come in steps, and products of more rows are cut.
+So do predictions where all blocks are one call (block_inference.py). Elsewhere, with AVX-512 oneDNN runs
+float32 products 8 to 12% faster on weights laid out for it, and bias, GELU and residual in the same pass.
+Without, its GELU in that pass costs four times one of its own, and MKL on turned weights is a fifth faster
+(docs/log.md). oneDNN keeps up to a mebibyte for each shape it has seen, and packed batches hardly repeat one:
+so rows come in steps, and products of more rows are cut.
 
-"high", as torch names it, is float32 with products from two bfloat16 numbers for each, on processors with AMX (amx.c); on others it is float32.
+"high", as torch names it, is float32 with products from two bfloat16 numbers for each, on processors with AMX
+(amx.c); on others it is float32.
 
-In integers weights are rounded once, with a scale per output, and activations as they come, with a scale per token. So a token's result
-depends on no other token of the batch, and integer sums are exact. Symmetric, `q = round(x / s)`, `s = max|x| / 127`, as vector-wise
-quantisation in Dettmers et al. 2022 (arXiv 2208.07339, section 2.1), without its outlier part.
+In integers weights are rounded once, with a scale per output, and activations as they come, with a scale per
+token. So a token's result depends on no other token of the batch, and integer sums are exact. Symmetric, `q =
+round(x / s)`, `s = max|x| / 127`, as vector-wise quantisation in Dettmers et al. 2022 (arXiv 2208.07339,
+section 2.1), without its outlier part.
 """
 
 import platform
@@ -32,7 +37,8 @@ LEVELS = 127
 
 @dataclass(frozen=True)
 class _BesidePlain:
-    """A weight (out, in) of a dense layer as a processor wants it, beside the plain one, of which parts are taken."""
+    """A weight (out, in) of a dense layer as a processor wants it, beside the plain one, of which parts are
+    taken."""
 
     plain: Tensor
 
@@ -54,18 +60,27 @@ class OneDnnWeight(_BesidePlain):
     def of(cls, weight: Tensor) -> "OneDnnWeight":
         return cls(weight, torch.ops.mkldnn._reorder_linear_weight(weight, MOST))
 
-    def product(self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    def product(
+        self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+    ) -> Tensor:
         """`f(x W^T + b) + residual`, or the plain weight's where T is no whole number of steps."""
         if len(x) % STEP or (residual is not None and activation is not None):
             return dense(x, self.plain, bias, activation, residual)
         if len(x) > MOST:
             rests = [None] * -(-len(x) // MOST) if residual is None else residual.split(MOST)
-            return torch.cat([self.product(part, bias, activation, rest) for part, rest in zip(x.split(MOST), rests, strict=True)])
+            return torch.cat(
+                [
+                    self.product(part, bias, activation, rest)
+                    for part, rest in zip(x.split(MOST), rests, strict=True)
+                ]
+            )
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.laid_out, bias, "add")
         if activation == "gelu":
             return torch.ops.mkldnn._linear_pointwise(x, self.laid_out, bias, "gelu", [], "none")
-        return activate(torch.ops.mkldnn._linear_pointwise(x, self.laid_out, bias, "none", [], ""), activation)
+        return activate(
+            torch.ops.mkldnn._linear_pointwise(x, self.laid_out, bias, "none", [], ""), activation
+        )
 
 
 @dataclass(frozen=True)
@@ -85,17 +100,24 @@ class TransposedWeight:
     def __getitem__(self, rows: slice) -> "TransposedWeight":
         return TransposedWeight(self.turned[:, rows])
 
-    def product(self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    def product(
+        self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+    ) -> Tensor:
         """`f(x W^T + b) + residual`."""
         if residual is not None and activation is None:
-            return torch.addmm(residual, x, self.turned) if bias is None else torch.add(residual, bias).addmm_(x, self.turned)
+            return (
+                torch.addmm(residual, x, self.turned)
+                if bias is None
+                else torch.add(residual, bias).addmm_(x, self.turned)
+            )
         y = activate(x @ self.turned if bias is None else torch.addmm(bias, x, self.turned), activation)
         return y if residual is None else y.add_(residual)
 
 
 @dataclass(frozen=True)
 class Bf16x2Weight(_BesidePlain):
-    """Weight (out, in) of a dense layer, float32, each number as two of bfloat16. One core computes a product."""
+    """Weight (out, in) of a dense layer, float32, each number as two of bfloat16. One core computes a
+    product."""
 
     panels: Panels
 
@@ -103,7 +125,9 @@ class Bf16x2Weight(_BesidePlain):
     def of(cls, weight: Tensor) -> "Bf16x2Weight":
         return cls(weight, Panels(weight))
 
-    def product(self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    def product(
+        self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+    ) -> Tensor:
         """`f(x W^T + b) + residual`."""
         if activation in (None, "gelu"):
             return self.panels.product(x, bias, residual, activation == "gelu")
@@ -113,7 +137,8 @@ class Bf16x2Weight(_BesidePlain):
 
 @dataclass(frozen=True)
 class PackedWeight(_BesidePlain):
-    """Weight (out, in) of a dense layer, float32, laid out for products of our own. One core computes a product."""
+    """Weight (out, in) of a dense layer, float32, laid out for products of our own. One core computes a
+    product."""
 
     panels: Product
 
@@ -121,7 +146,9 @@ class PackedWeight(_BesidePlain):
     def of(cls, weight: Tensor) -> "PackedWeight":
         return cls(weight, Product(weight))
 
-    def product(self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    def product(
+        self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+    ) -> Tensor:
         """`f(x W^T + b) + residual`."""
         y = activate(self.panels(x.contiguous(), bias), activation)
         return y if residual is None else y.add_(residual)
@@ -129,7 +156,8 @@ class PackedWeight(_BesidePlain):
 
 @dataclass(frozen=True)
 class PackedTrainingWeight(_BesidePlain):
-    """Weight (out, in) of a dense layer, float32, laid out for products forward and back, with gradients of x. One core computes a product."""
+    """Weight (out, in) of a dense layer, float32, laid out for products forward and back, with gradients of
+    x. One core computes a product."""
 
     forward: Product
     back: Product
@@ -138,7 +166,9 @@ class PackedTrainingWeight(_BesidePlain):
     def of(cls, weight: Tensor) -> "PackedTrainingWeight":
         return cls(weight, Product(weight), Product(weight, turned=True))
 
-    def product(self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    def product(
+        self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+    ) -> Tensor:
         """`f(x W^T + b) + residual`."""
         late = bias is not None and bias.requires_grad
         y = _TwoWay.apply(x, self, None if late else bias)
@@ -191,33 +221,49 @@ class Int8Weight:
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b`: (T, in) to (T, out)."""
-        scale = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_()).clamp_min_(1e-12).div_(LEVELS)
+        scale = (
+            torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_())
+            .clamp_min_(1e-12)
+            .div_(LEVELS)
+        )
         rounded = (x / scale).round_().to(torch.int8)
         if self.laid_out is None:
             y = torch._int_mm(rounded, self.q.t()) * self.scale
         else:
             more = filled_up(len(x)) - len(x)
-            y = _unsigned_product(F.pad(rounded, (0, 0, 0, more)) if more else rounded, self.laid_out, self.scale)[: len(x)]
+            y = _unsigned_product(
+                F.pad(rounded, (0, 0, 0, more)) if more else rounded, self.laid_out, self.scale
+            )[: len(x)]
         return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
 
 
 def _unsigned_product(x: Tensor, laid_out: Tensor, scale: Tensor) -> Tensor:
     """x (T, in) int8, -127 to 127, times an int8 weight and its scales. Overwrites x.
 
-    oneDNN is fast with unsigned activations only (a thousand times); it takes the offset off again, in integers.
+    oneDNN is fast with unsigned activations only (a thousand times); it takes the offset off again, in
+    integers.
     """
-    unsigned, none = x.view(torch.uint8).bitwise_xor_(LEVELS + 1), torch.zeros_like(scale, dtype=torch.int64)  # plus 128
-    return torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, LEVELS + 1, laid_out, scale, none, None, 1.0, 0, torch.float32, "none", [], "")
+    unsigned, none = (
+        x.view(torch.uint8).bitwise_xor_(LEVELS + 1),
+        torch.zeros_like(scale, dtype=torch.int64),
+    )  # plus 128
+    return torch.ops.onednn.qlinear_pointwise(
+        unsigned, 1.0, LEVELS + 1, laid_out, scale, none, None, 1.0, 0, torch.float32, "none", [], ""
+    )
 
 
 @cache
 def exact_levels() -> int | None:
-    """The largest weight with which such products are exact on this processor, 8 bits or 7: without VNNI pairs are added in 16 bits, which
-    overflow with 8. None where neither is."""
+    """The largest weight with which such products are exact on this processor, 8 bits or 7: without VNNI
+    pairs are added in 16 bits, which overflow with 8. None where neither is."""
     for levels in (LEVELS, LEVELS // 2):
         q = torch.full((64, 64), levels, dtype=torch.int8)
         try:
-            y = _unsigned_product(torch.full((STEP, 64), LEVELS, dtype=torch.int8), torch.ops.onednn.qlinear_prepack(q, None), torch.ones(64))
+            y = _unsigned_product(
+                torch.full((STEP, 64), LEVELS, dtype=torch.int8),
+                torch.ops.onednn.qlinear_prepack(q, None),
+                torch.ones(64),
+            )
         except (RuntimeError, AttributeError):  # no such product here
             return None
         if bool((y == 64 * LEVELS * levels).all()):
@@ -225,7 +271,9 @@ def exact_levels() -> int | None:
     return None
 
 
-Weight = Tensor | Int8Weight | OneDnnWeight | TransposedWeight | Bf16x2Weight | PackedWeight | PackedTrainingWeight
+Weight = (
+    Tensor | Int8Weight | OneDnnWeight | TransposedWeight | Bf16x2Weight | PackedWeight | PackedTrainingWeight
+)
 
 
 def activate(x: Tensor, name: str | None) -> Tensor:
@@ -239,9 +287,17 @@ def activate(x: Tensor, name: str | None) -> Tensor:
     return F.relu(x) if name == "relu" else torch.tanh(x)
 
 
-def dense(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+def dense(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """A frozen dense layer and what follows it, `f(x W^T + b) + residual`: x (T, in) to (T, out)."""
-    if isinstance(weight, OneDnnWeight | TransposedWeight | Bf16x2Weight | PackedWeight | PackedTrainingWeight):
+    if isinstance(
+        weight, OneDnnWeight | TransposedWeight | Bf16x2Weight | PackedWeight | PackedTrainingWeight
+    ):
         return weight.product(x, bias, activation, residual)
     if isinstance(weight, Tensor):
         y = activate(F.linear(x, weight, bias), activation)
@@ -256,22 +312,29 @@ def dense_back(grad: Tensor, weight: Tensor | PackedTrainingWeight) -> Tensor:
 
 
 def lays_out(weight: Tensor) -> bool:
-    """Whether laying out a float32 weight works here and gains: on an x86 processor, with oneDNN in this torch."""
-    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and platform.machine().lower() in ("x86_64", "amd64")
+    """Whether laying out a float32 weight works here and gains: on an x86 processor, with oneDNN in this
+    torch."""
+    fits = (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and platform.machine().lower() in ("x86_64", "amd64")
+    )
     inner = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.onednn, "qlinear_pointwise")
     return fits and torch.backends.mkldnn.is_available() and inner
 
 
 def prepare(weight: Tensor, precision: str, one_core: bool = False) -> Weight:
-    """A weight (out, in) as this processor multiplies it fastest where `lays_out` holds, or in 8 bits; `precision` is one of `config.PRECISIONS`.
-    `one_core`: in panels of our own."""
+    """A weight (out, in) as this processor multiplies it fastest where `lays_out` holds, or in 8 bits;
+    `precision` is one of `config.PRECISIONS`. `one_core`: in panels of our own."""
     if precision == "int8":
         return Int8Weight.of(weight)
     if precision == "high" and has_amx():
         return Bf16x2Weight.of(weight)
     if one_core:
         return PackedWeight.of(weight)
-    return (OneDnnWeight if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else TransposedWeight).of(weight)
+    return (
+        OneDnnWeight if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else TransposedWeight
+    ).of(weight)
 
 
 def prepare_for_training(weight: Tensor) -> Tensor | PackedTrainingWeight:
@@ -299,6 +362,8 @@ def require_int8(device: torch.device | str) -> None:
     try:
         right = bool((torch._int_mm(x, x.t()) == 64 * LEVELS**2).all())
     except (RuntimeError, AttributeError) as error:
-        raise UsageError("--precision int8: this torch has no integer products here", "leave it out") from error
+        raise UsageError(
+            "--precision int8: this torch has no integer products here", "leave it out"
+        ) from error
     if not right:
         raise UsageError("--precision int8: integer products overflow on this processor", "leave it out")

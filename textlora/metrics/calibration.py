@@ -1,7 +1,8 @@
-"""From logits to probabilities and decisions, and the two things fitted on validation rows: temperature and thresholds.
+"""From logits to probabilities and decisions, and the two things fitted on validation rows: temperature and
+thresholds.
 
-Prediction, evaluation and serving all come through `probabilities` and `decide`, so that a score means the same everywhere.
-Needs numpy only. N is the number of rows, C the number of labels; regression has C = 1.
+Prediction, evaluation and serving all come through `probabilities` and `decide`, so that a score means the
+same everywhere. Needs numpy only. N is the number of rows, C the number of labels; regression has C = 1.
 """
 
 from collections.abc import Callable
@@ -15,11 +16,15 @@ from textlora.core.errors import UsageError
 
 LOG_TEMPERATURE_RANGE: Final = (-3.0, 3.0)
 THRESHOLD_RANGE: Final = (0.05, 0.95)
-COMMON_POSITIVES, OWN_POSITIVES = 10.0, 50.0  # positives at which the common and a label's own threshold count half
+COMMON_POSITIVES, OWN_POSITIVES = (
+    10.0,
+    50.0,
+)  # positives at which the common and a label's own threshold count half
 PRIOR_SPREAD: Final = 0.5  # of log T around 0: about twenty rows weigh as much
 UNSEEN_ERRORS: Final = 3.0
 FLOOR_ROWS: Final = 2.0
-# From models of the folds to one of all rows: log T above 0 grows by 4 times the share of wrong rows, at most by 0.4 of itself; factor of log T
+# From models of the folds to one of all rows: log T above 0 grows by 4 times the share of wrong rows, at most
+# by 0.4 of itself; factor of log T
 # below 0; log of the growth of well separated logits. Wrong rows at which log T below 0 counts half.
 GROWN_PER_ERROR, GROWN_SURER, GROWN_LESS_SURE, GROWN_LOGITS = 4.0, 0.4, 0.25, 0.1
 SHARPENING_ERRORS: Final = 10.0
@@ -29,15 +34,19 @@ _GOLDEN = (5**0.5 - 1) / 2
 def check_problem_type(problem_type: str) -> None:
     """Raise UsageError unless `problem_type` is a value of `PROBLEM_TYPES`."""
     if problem_type not in PROBLEM_TYPES.values():
-        raise UsageError(f"unknown problem type {problem_type!r}", f"use one of {', '.join(PROBLEM_TYPES.values())}")
+        raise UsageError(
+            f"unknown problem type {problem_type!r}", f"use one of {', '.join(PROBLEM_TYPES.values())}"
+        )
 
 
 def probabilities(logits: np.ndarray, problem_type: str, temperature: float = 1.0) -> np.ndarray:
-    """Scores of each label: softmax (single-label), sigmoid (multi-label) or the values themselves (regression).
+    """Scores of each label: softmax (single-label), sigmoid (multi-label) or the values themselves
+    (regression).
 
     Args:
         logits: (N, C) floats of any size; no overflow.
-        temperature: divides the logits first (Guo et al. 2017, arXiv:1706.04599); without effect on regression.
+        temperature: divides the logits first (Guo et al. 2017, arXiv:1706.04599); without effect on
+            regression.
 
     Returns:
         (N, C) float64.
@@ -57,10 +66,12 @@ def decide(probs: np.ndarray, problem_type: str, thresholds: np.ndarray | float 
     """Turn scores (N, C) into decisions.
 
     Args:
-        thresholds: multi-label only: a label is given where its score is at least this; one number or (C,); None is 0.5.
+        thresholds: multi-label only: a label is given where its score is at least this; one number or (C,);
+            None is 0.5.
 
     Returns:
-        single-label: (N,) int64, the label with the highest score (the first of equals); multi-label: (N, C) bool;
+        single-label: (N,) int64, the label with the highest score (the first of equals); multi-label: (N, C)
+        bool;
         regression: (N,) float64.
 
     Raises:
@@ -75,8 +86,11 @@ def decide(probs: np.ndarray, problem_type: str, thresholds: np.ndarray | float 
     return probs[:, 0].astype(np.float64)
 
 
-def row_log_loss(logits: np.ndarray, labels: np.ndarray, problem_type: str, temperature: float = 1.0) -> np.ndarray:
-    """Negative log-likelihood of each row in nats, straight from the logits, so that no probability is rounded to 0.
+def row_log_loss(
+    logits: np.ndarray, labels: np.ndarray, problem_type: str, temperature: float = 1.0
+) -> np.ndarray:
+    """Negative log-likelihood of each row in nats, straight from the logits, so that no probability is
+    rounded to 0.
 
     Args:
         logits: (N, C).
@@ -86,7 +100,8 @@ def row_log_loss(logits: np.ndarray, labels: np.ndarray, problem_type: str, temp
         (N,) float64; multi-label is the mean over the C labels, as in `torch.nn.BCEWithLogitsLoss`.
 
     Raises:
-        UsageError: the problem type has no likelihood (regression) or is unknown, or the temperature is not above 0.
+        UsageError: the problem type has no likelihood (regression) or is unknown, or the temperature is not
+            above 0.
     """
     scaled = _scaled(logits, problem_type, temperature)
     if problem_type == SINGLE_LABEL:
@@ -98,43 +113,56 @@ def row_log_loss(logits: np.ndarray, labels: np.ndarray, problem_type: str, temp
 
 
 def class_prior(labels: np.ndarray, count: int, weights: np.ndarray | None = None) -> np.ndarray:
-    """What the training labels (N,) of a single-label task say of a text unread: logits (C,) with mean 0, log of each class's rows and one more,
-    times its weight in the loss."""
-    rows = (np.bincount(labels, minlength=count) + 1.0) * (1.0 if weights is None else np.maximum(weights, 1e-6))
+    """What the training labels (N,) of a single-label task say of a text unread: logits (C,) with mean 0, log
+    of each class's rows and one more, times its weight in the loss."""
+    rows = (np.bincount(labels, minlength=count) + 1.0) * (
+        1.0 if weights is None else np.maximum(weights, 1e-6)
+    )
     return np.log(rows) - np.log(rows).mean()
 
 
 def prior_shift(temperature: float, prior: np.ndarray | None) -> np.ndarray | float:
-    """What is added to logits after their division by a temperature: `(1 - 1 / T) prior` for T above 1, else nothing.
+    """What is added to logits after their division by a temperature: `(1 - 1 / T) prior` for T above 1, else
+    nothing.
 
-    Scores that are less certain then move towards the classes' frequencies, and not towards equal shares, which rows that say little of a
-    rare class would be wrong about.
+    Scores that are less certain then move towards the classes' frequencies, and not towards equal shares,
+    which rows that say little of a rare class would be wrong about.
     """
     return 0.0 if prior is None or temperature <= 1 else (1 - 1 / temperature) * prior
 
 
 def fit_temperature(
-    logits: np.ndarray, labels: np.ndarray, problem_type: str, *, out_of_fold: bool = False, prior: np.ndarray | None = None
+    logits: np.ndarray,
+    labels: np.ndarray,
+    problem_type: str,
+    *,
+    out_of_fold: bool = False,
+    prior: np.ndarray | None = None,
 ) -> float:
-    """A temperature that makes scores as certain as the given held-back rows support, and no more (Guo et al. 2017, section 4.2).
+    """A temperature that makes scores as certain as the given held-back rows support, and no more (Guo et al.
+    2017, section 4.2).
 
     With N rows, log T is the larger of two values:
 
-    - The maximum a posteriori: it minimises `sum of the rows' log loss + (log T)^2 / (2 * 0.5^2)`, so few rows leave T near 1.
-    - A floor: T where the mean claimed chance of a mistake reaches `u / (N + 2 u)`, times `N / (N + 2)`; u is 3 less the wrong rows.
-      N rows without a mistake do not exclude an error of up to 3 / N (rule of three, Hanley and Lippman-Hand 1983); the log loss
-      alone would sharpen such rows without end. A multi-label row is wrong where any of its labels is. Without a wrong row T is at
-      least 1; from three on there is no floor.
+    - The maximum a posteriori: it minimises `sum of the rows' log loss + (log T)^2 / (2 * 0.5^2)`, so few
+      rows leave T near 1.
+    - A floor: T where the mean claimed chance of a mistake reaches `u / (N + 2 u)`, times `N / (N + 2)`; u is
+      3 less the wrong rows. N rows without a mistake do not exclude an error of up to 3 / N (rule of three,
+      Hanley and Lippman-Hand 1983); the log loss alone would sharpen such rows without end. A multi-label row
+      is wrong where any of its labels is. Without a wrong row T is at least 1; from three on there is no
+      floor.
 
-    Rows of cross-validation (`out_of_fold`) come from models that saw fewer rows and took fewer steps than the one to be scaled: its
-    logits are larger, and where it errs it is surer than it should be by more. Then log T of the first is multiplied, above 0 by
-    `1 + min(0.4, 4 * share of wrong rows)` and below by `0.25 w / (w + 10)` for w wrong rows, and the floor's rises by 0.1; measured on ten sets
+    Rows of cross-validation (`out_of_fold`) come from models that saw fewer rows and took fewer steps than
+    the one to be scaled: its logits are larger, and where it errs it is surer than it should be by more. Then
+    log T of the first is multiplied, above 0 by `1 + min(0.4, 4 * share of wrong rows)` and below by `0.25 w
+    / (w + 10)` for w wrong rows, and the floor's rises by 0.1; measured on ten sets
     (docs/decisions/few-rows.md).
 
     Args:
         logits: (N, C) of rows that the model has not been trained on.
         labels: single-label (N,) ints; multi-label (N, C) of 0 and 1.
-        prior: `class_prior` of a single-label task: the logits that are scored are `logits / T + prior_shift(T, prior)`.
+        prior: `class_prior` of a single-label task: the logits that are scored are `logits / T +
+            prior_shift(T, prior)`.
 
     Returns:
         T above 0; 1.0 for regression, without rows, or with logits that are not finite.
@@ -147,7 +175,9 @@ def fit_temperature(
     count = len(logits)
     if problem_type == REGRESSION or count == 0 or logits.shape[1] == 0 or not np.isfinite(logits).all():
         return 1.0
-    parts = logits.shape[1] if problem_type == MULTI_LABEL else 1  # a row's loss is the mean over its labels: here their sum counts
+    parts = (
+        logits.shape[1] if problem_type == MULTI_LABEL else 1
+    )  # a row's loss is the mean over its labels: here their sum counts
 
     def scored(log_t: float) -> np.ndarray:
         temperature = float(np.exp(log_t))
@@ -167,7 +197,9 @@ def fit_temperature(
         error = min(error, (1 - float(np.exp(_log_softmax(prior[None])).max())) / 2)
     floor = _floor(scored, problem_type, error) if unseen else LOG_TEMPERATURE_RANGE[0]
     if out_of_fold:
-        surer = GROWN_LESS_SURE * wrong / (wrong + SHARPENING_ERRORS)  # few mistakes say little of how sure is too sure
+        surer = (
+            GROWN_LESS_SURE * wrong / (wrong + SHARPENING_ERRORS)
+        )  # few mistakes say little of how sure is too sure
         log_t *= 1 + min(GROWN_SURER, GROWN_PER_ERROR * wrong / count) if log_t > 0 else surer
         floor += GROWN_LOGITS
     floor *= count / (count + FLOOR_ROWS)
@@ -183,7 +215,8 @@ def _wrong_rows(logits: np.ndarray, labels: np.ndarray, problem_type: str) -> in
 
 
 def _lowest(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function of one valley is lowest, or the lowest valley that 25 points show: golden-section search. Deterministic."""
+    """Where a function of one valley is lowest, or the lowest valley that 25 points show: golden-section
+    search. Deterministic."""
     points = np.linspace(low, high, 25)
     best = int(np.argmin([function(float(x)) for x in points]))
     low, high = float(points[max(0, best - 1)]), float(points[min(24, best + 1)])
@@ -206,7 +239,11 @@ def _floor(scored: Callable[[float], np.ndarray], problem_type: str, error: floa
 
     def claimed(log_t: float) -> float:
         scores = probabilities(scored(log_t), problem_type)
-        right = scores.max(axis=1) if problem_type == SINGLE_LABEL else np.maximum(scores, 1 - scores).prod(axis=1)
+        right = (
+            scores.max(axis=1)
+            if problem_type == SINGLE_LABEL
+            else np.maximum(scores, 1 - scores).prod(axis=1)
+        )
         return 1 - float(right.mean())
 
     low, high = LOG_TEMPERATURE_RANGE
@@ -218,7 +255,8 @@ def _floor(scored: Callable[[float], np.ndarray], problem_type: str, error: floa
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is done to logits before they are scores, and where a score decides: `logits / temperature + shift`; thresholds of multi-label scores."""
+    """What is done to logits before they are scores, and where a score decides: `logits / temperature +
+    shift`; thresholds of multi-label scores."""
 
     temperature: float = 1.0
     shift: np.ndarray | None = None
@@ -230,9 +268,15 @@ class Calibration:
 
 
 def calibrate(
-    logits: np.ndarray, labels: np.ndarray, problem_type: str, *, out_of_fold: bool = False, prior: np.ndarray | None = None
+    logits: np.ndarray,
+    labels: np.ndarray,
+    problem_type: str,
+    *,
+    out_of_fold: bool = False,
+    prior: np.ndarray | None = None,
 ) -> Calibration:
-    """All that held-back rows decide about scores. Arguments and errors as in `fit_temperature`; nothing for regression."""
+    """All that held-back rows decide about scores. Arguments and errors as in `fit_temperature`; nothing for
+    regression."""
     if problem_type == REGRESSION:
         return Calibration()
     temperature = fit_temperature(logits, labels, problem_type, out_of_fold=out_of_fold, prior=prior)
@@ -246,20 +290,22 @@ def calibrate(
 def fit_thresholds(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Per label, a threshold for a high F1, its own only as far as the label's positives support it.
 
-    First one threshold for all labels: the one with the highest F1 over all decisions together (micro F1), its logit times
-    `K / (K + 10)` for K positives in all, which draws it towards 0.5. Then each label's own with the highest F1: with k positives its
-    logit counts `k / (k + 50)`, that of the common one the rest. On a handful of positives the best threshold of a label is where these
-    happen to lie, and costs more than it gains on other rows (docs/decisions/few-rows.md).
+    First one threshold for all labels: the one with the highest F1 over all decisions together (micro F1),
+    its logit times `K / (K + 10)` for K positives in all, which draws it towards 0.5. Then each label's own
+    with the highest F1: with k positives its logit counts `k / (k + 50)`, that of the common one the rest. On
+    a handful of positives the best threshold of a label is where these happen to lie, and costs more than it
+    gains on other rows (docs/decisions/few-rows.md).
 
-    Candidates are 0.5, both ends of [0.05, 0.95] and the midpoints between neighbouring scores inside; of equally good
-    ones the nearest to 0.5 wins (then the lower).
+    Candidates are 0.5, both ends of [0.05, 0.95] and the midpoints between neighbouring scores inside; of
+    equally good ones the nearest to 0.5 wins (then the lower).
 
     Args:
         probs: (N, C) scores in [0, 1] of rows that the model has not been trained on.
         labels: (N, C) of 0 and 1.
 
     Returns:
-        (C,) float64; 0.5 for a label with scores that are not finite, the common one for a label without a positive row.
+        (C,) float64; 0.5 for a label with scores that are not finite, the common one for a label without a
+        positive row.
     """
     probs, truth = np.asarray(probs, dtype=np.float64), np.asarray(labels) > 0.5
     usable = np.isfinite(probs).all(axis=0)
@@ -268,7 +314,11 @@ def fit_thresholds(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         return thresholds
     positives = truth.sum(axis=0)
     known = int(positives[usable].sum())
-    common = _logit(_best_threshold(probs[:, usable].ravel(), truth[:, usable].ravel())) * known / (known + COMMON_POSITIVES)
+    common = (
+        _logit(_best_threshold(probs[:, usable].ravel(), truth[:, usable].ravel()))
+        * known
+        / (known + COMMON_POSITIVES)
+    )
     for column in np.flatnonzero(usable):
         own = _logit(_best_threshold(probs[:, column], truth[:, column])) if positives[column] else common
         share = positives[column] / (positives[column] + OWN_POSITIVES)

@@ -1,8 +1,10 @@
-"""Whether one classifier is better than another on the same test rows: intervals over seeds, paired bootstrap, Holm.
+"""Whether one classifier is better than another on the same test rows: intervals over seeds, paired
+bootstrap, Holm.
 
-A score has two kinds of luck: which rows were in the test set, and which seed trained the model. The rows are drawn again
-with replacement (paired: the same draw for every method); the seeds, of which there are only a few, enter as a t variable.
-N is the number of test rows, R the number of resamples, S the number of seeds of a method.
+A score has two kinds of luck: which rows were in the test set, and which seed trained the model. The rows are
+drawn again with replacement (paired: the same draw for every method); the seeds, of which there are only a
+few, enter as a t variable. N is the number of test rows, R the number of resamples, S the number of seeds of
+a method.
 """
 
 import math
@@ -15,7 +17,17 @@ import numpy as np
 from textlora.metrics.calibration import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from textlora.metrics.rows import Rows
 
-__all__ = ["DECIDED", "Difference", "PairedScores", "holm", "paired_scores", "summarize", "t_975", "t_interval", "t_test"]
+__all__ = [
+    "DECIDED",
+    "Difference",
+    "PairedScores",
+    "holm",
+    "paired_scores",
+    "summarize",
+    "t_975",
+    "t_interval",
+    "t_test",
+]
 
 RESAMPLES: Final = 5000
 _CHUNK = 100  # resamples held at once, as in `metrics.intervals`
@@ -32,7 +44,8 @@ Predictions = Sequence[Any] | np.ndarray
 def t_975(freedom: int) -> float:
     """The 97.5 % point of Student's t with `freedom` degrees of freedom (an int of 1 or more).
 
-    Bisection on the closed form of P(|t| <= x) for whole degrees of freedom (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
+    Bisection on the closed form of P(|t| <= x) for whole degrees of freedom (Abramowitz and Stegun 1964,
+    26.7.3 and 26.7.4).
     """
     low, high = 0.0, math.pi / 2
     while high - low > 1e-15:
@@ -52,14 +65,16 @@ def _within(angle: float, freedom: int) -> float:
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of the values and half the width of its 95 % t interval; None for that where there is one value only."""
+    """Mean of the values and half the width of its 95 % t interval; None for that where there is one value
+    only."""
     count = len(values)
     half = t_975(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else None
     return float(np.mean(values)), half
 
 
 def t_test(values: Sequence[float]) -> float | None:
-    """Two-sided p of a one-sample t test that the values' mean is 0; None for one value, 1 or 0 where they are all the same."""
+    """Two-sided p of a one-sample t test that the values' mean is 0; None for one value, 1 or 0 where they
+    are all the same."""
     error, freedom = _standard_error(values)
     if len(values) < 2 or not error:
         return None if len(values) < 2 else float(not np.mean(values))
@@ -67,7 +82,8 @@ def t_test(values: Sequence[float]) -> float | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979): all below 0.05 together with a chance of at most 5 % of even one mistake."""
+    """Holm's step-down adjustment (1979): all below 0.05 together with a chance of at most 5 % of even one
+    mistake."""
     adjusted, highest = [0.0] * len(p_values), 0.0
     for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         highest = max(highest, min(1.0, p_values[i] * (len(p_values) - place)))
@@ -77,7 +93,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """One score minus another: value, 95 % interval, two-sided p, and the R draws they come from, in the metric's own unit."""
+    """One score minus another: value, 95 % interval, two-sided p, and the R draws they come from, in the
+    metric's own unit."""
 
     value: float
     low: float
@@ -92,7 +109,8 @@ class PairedScores:
 
     Attributes:
         values: method to seed to score on the rows as they are.
-        draws: method to (R,) scores on the resampled rows, mean over seeds; resample i is the same rows for every method.
+        draws: method to (R,) scores on the resampled rows, mean over seeds; resample i is the same rows for
+            every method.
     """
 
     values: Mapping[str, Mapping[Any, float]]
@@ -102,11 +120,12 @@ class PairedScores:
     def difference(self, method: str, other: str) -> Difference | None:
         """`method` minus `other`; None where a score has no value (a correlation with constant predictions).
 
-        A draw is the difference on resampled rows plus the seeds' luck: a t variable times the standard error of the mean over
-        seeds, of paired differences where both have the same seeds (S - 1 degrees of freedom), else of the two means (Welch).
-        A method with one seed adds no luck: its seeds' spread is not known. Some noise of single rows is counted with both, so
-        the interval errs to the wide side. Without the seeds' part, equal methods differ "significantly" in far more than 5 %
-        of comparisons as soon as seeds matter.
+        A draw is the difference on resampled rows plus the seeds' luck: a t variable times the standard error
+        of the mean over seeds, of paired differences where both have the same seeds (S - 1 degrees of
+        freedom), else of the two means (Welch). A method with one seed adds no luck: its seeds' spread is not
+        known. Some noise of single rows is counted with both, so the interval errs to the wide side. Without
+        the seeds' part, equal methods differ "significantly" in far more than 5 % of comparisons as soon as
+        seeds matter.
         """
         mine, theirs = self.values[method], self.values[other]
         if set(mine) == set(theirs):
@@ -122,13 +141,16 @@ class PairedScores:
 
 
 def summarize(value: float, draws: np.ndarray) -> Difference | None:
-    """A difference with its percentile interval and the p that belongs to it: twice the share of draws beyond 0."""
+    """A difference with its percentile interval and the p that belongs to it: twice the share of draws beyond
+    0."""
     known = draws[np.isfinite(draws)]
     if not (math.isfinite(value) and len(known)):
         return None
     low, high = np.percentile(known, [2.5, 97.5])
     beyond = min((known <= 0).sum(), (known >= 0).sum())
-    return Difference(value, float(low), float(high), float(min(1.0, 2 * (beyond + 1) / (len(known) + 1))), draws)
+    return Difference(
+        value, float(low), float(high), float(min(1.0, 2 * (beyond + 1) / (len(known) + 1))), draws
+    )
 
 
 def paired_scores(
@@ -140,7 +162,8 @@ def paired_scores(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> PairedScores:
-    """Score every method and seed on R resamples of the same test rows (paired bootstrap, Efron and Tibshirani 1993).
+    """Score every method and seed on R resamples of the same test rows (paired bootstrap, Efron and
+    Tibshirani 1993).
 
     Args:
         metric: one of `DECIDED[problem_type]`.
@@ -148,10 +171,15 @@ def paired_scores(
         predictions: method to seed to decisions in the form of the labels.
         seed: fixes the draws; different data sets need different seeds.
     """
-    scorers = {m: {s: _scorer(problem_type, metric, labels, made) for s, made in by_seed.items()} for m, by_seed in predictions.items()}
+    scorers = {
+        m: {s: _scorer(problem_type, metric, labels, made) for s, made in by_seed.items()}
+        for m, by_seed in predictions.items()
+    }
     count, random = len(labels), np.random.default_rng([seed, 0])
     plain = np.ones((1, count))
-    values = {m: {s: float(score(plain)[0]) for s, score in by_seed.items()} for m, by_seed in scorers.items()}
+    values = {
+        m: {s: float(score(plain)[0]) for s, score in by_seed.items()} for m, by_seed in scorers.items()
+    }
     draws = {m: [] for m in predictions}
     for start in range(0, resamples, _CHUNK):
         rows = (random.integers(count, size=count) for _ in range(min(_CHUNK, resamples - start)))
@@ -161,7 +189,9 @@ def paired_scores(
     return PairedScores(values, {m: np.concatenate(parts) for m, parts in draws.items()}, seed)
 
 
-def _scorer(problem_type: str, metric: str, labels: Predictions, made: Predictions) -> Callable[[np.ndarray], np.ndarray]:
+def _scorer(
+    problem_type: str, metric: str, labels: Predictions, made: Predictions
+) -> Callable[[np.ndarray], np.ndarray]:
     """A function of row weights (R, N) that gives the metric (R,), by the one definition in `Rows`."""
     labels, made = np.asarray(labels), np.asarray(made)
     if problem_type == SINGLE_LABEL:
@@ -190,7 +220,10 @@ def _standard_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _welch(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """Standard error of a difference of two means, and the degrees of freedom of Welch (1947) and Satterthwaite."""
+    """Standard error of a difference of two means, and the degrees of freedom of Welch (1947) and
+    Satterthwaite."""
     parts = [(error**2, freedom) for error, freedom in (_standard_error(mine), _standard_error(theirs))]
     variance = sum(part for part, _ in parts)
-    return math.sqrt(variance), variance**2 / sum(part**2 / freedom for part, freedom in parts) if variance else 1.0
+    return math.sqrt(variance), variance**2 / sum(
+        part**2 / freedom for part, freedom in parts
+    ) if variance else 1.0

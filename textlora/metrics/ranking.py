@@ -1,14 +1,17 @@
-"""Rank metrics for many bootstrap resamples at once: the rows are sorted once, each resample is a vector of row weights.
+"""Rank metrics for many bootstrap resamples at once: the rows are sorted once, each resample is a vector of
+row weights.
 
-N rows, R resamples; a weight (R, N) says how often the resample drew the row (all ones: the plain metric). Rows with equal
-scores form one group, so ties count as scikit-learn and SciPy count them. A resample without a value gives nan.
+N rows, R resamples; a weight (R, N) says how often the resample drew the row (all ones: the plain metric).
+Rows with equal scores form one group, so ties count as scikit-learn and SciPy count them. A resample without
+a value gives nan.
 """
 
 import numpy as np
 
 
 def _groups(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order of the rows by ascending score (N,), and where each group of equal scores starts in that order (G,)."""
+    """Order of the rows by ascending score (N,), and where each group of equal scores starts in that order
+    (G,)."""
     order = np.argsort(scores, kind="stable")
     ranked = scores[order]
     return order, np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
@@ -20,7 +23,8 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def roc_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve (R,): chance that a positive row scores above a negative one, ties counting half.
+    """Area under the ROC curve (R,): chance that a positive row scores above a negative one, ties counting
+    half.
 
     Args:
         positive: (N,) bool.
@@ -49,7 +53,8 @@ def average_precision(positive: np.ndarray, scores: np.ndarray, weights: np.ndar
 
 
 def spearman(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation (R,) of two (N,) float arrays: Pearson's of the ranks, equal values sharing their mean rank."""
+    """Spearman's rank correlation (R,) of two (N,) float arrays: Pearson's of the ranks, equal values sharing
+    their mean rank."""
     total = weights.sum(axis=1, keepdims=True)
     x, y = _centred_ranks(first, weights, total), _centred_ranks(second, weights, total)
     spread = np.sqrt((weights * x * x).sum(axis=1) * (weights * y * y).sum(axis=1))
@@ -59,7 +64,8 @@ def spearman(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.n
 def _centred_ranks(values: np.ndarray, weights: np.ndarray, total: np.ndarray) -> np.ndarray:
     order, starts = _groups(values)
     sizes = np.add.reduceat(weights[:, order], starts, axis=1)
-    # Copies of a row are ties: a group's mean rank is the middle of the places it takes. Exact halves, so constants give 0.
+    # Copies of a row are ties: a group's mean rank is the middle of the places it takes. Exact halves, so
+    # constants give 0.
     ranks = sizes.cumsum(axis=1) - sizes / 2 - total / 2
     result = np.empty_like(weights)
     result[:, order] = np.repeat(ranks, np.diff(np.append(starts, len(values))), axis=1)

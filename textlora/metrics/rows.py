@@ -6,7 +6,15 @@ from typing import Any, Final
 import numpy as np
 
 from textlora.core.errors import UsageError
-from textlora.metrics.calibration import MULTI_LABEL, REGRESSION, SINGLE_LABEL, check_problem_type, decide, probabilities, row_log_loss
+from textlora.metrics.calibration import (
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    check_problem_type,
+    decide,
+    probabilities,
+    row_log_loss,
+)
 from textlora.metrics.ranking import average_precision, ratio, roc_auc, spearman
 
 ECE_BINS: Final = 15
@@ -19,13 +27,17 @@ class Rows:
         UsageError: the problem type is unknown, or labels and logits do not fit together.
     """
 
-    def __init__(self, problem_type: str, labels: Any, logits: Any, temperature: float, thresholds: np.ndarray | None):
+    def __init__(
+        self, problem_type: str, labels: Any, logits: Any, temperature: float, thresholds: np.ndarray | None
+    ):
         self.problem_type = problem_type
         self.labels, self.logits = _checked(problem_type, labels, logits)
         self.temperature, self.count = temperature, len(self.logits)
         self.probs = probabilities(self.logits, problem_type, temperature)
         self.decisions = decide(self.probs, problem_type, thresholds) if self.count else self.labels
-        self.usable = self.count > 0 and bool(np.isfinite(self.logits).all() and np.isfinite(self.labels).all())
+        self.usable = self.count > 0 and bool(
+            np.isfinite(self.logits).all() and np.isfinite(self.labels).all()
+        )
         self.cells, self.cell_counts = (np.empty((2, 0), np.int64), np.empty(0, np.int64))
         self.correct = np.zeros(self.count, dtype=bool)
         if problem_type == SINGLE_LABEL and self.usable:
@@ -37,7 +49,8 @@ class Rows:
             self.correct = (self.labels == self.decisions).all(axis=1)
 
     def count_metrics(self, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Single-label metrics of confusion matrices, given as counts (R, K) of the K cells that are not empty."""
+        """Single-label metrics of confusion matrices, given as counts (R, K) of the K cells that are not
+        empty."""
         if self.problem_type != SINGLE_LABEL:
             return {}
         one_hot = np.eye(self.logits.shape[1])
@@ -61,7 +74,11 @@ class Rows:
         total = weights.sum(axis=1)
         if self.problem_type == REGRESSION:
             return self._regression(weights, total)
-        found = {"log_loss": weights @ row_log_loss(self.logits, self.labels, self.problem_type, self.temperature) / total}
+        found = {
+            "log_loss": weights
+            @ row_log_loss(self.logits, self.labels, self.problem_type, self.temperature)
+            / total
+        }
         if self.problem_type == SINGLE_LABEL:
             confidence = self.probs.max(axis=1)
             gaps = np.zeros((self.count, ECE_BINS))
@@ -70,7 +87,8 @@ class Rows:
         truth, given = self.labels, self.decisions
         hits, support, predicted = weights @ (truth & given), weights @ truth, weights @ given
         f1 = ratio(2 * hits, support + predicted)
-        # A label that is nowhere true or predicted counts 0, as in scikit-learn; one that only this resample lacks is left out.
+        # A label that is nowhere true or predicted counts 0, as in scikit-learn; one that only this resample
+        # lacks is left out.
         f1[:, ~(truth | given).any(axis=0)] = 0
         return found | {
             "micro_f1": np.nan_to_num(ratio(2 * hits.sum(axis=1), (support + predicted).sum(axis=1))),
@@ -84,10 +102,17 @@ class Rows:
         squared, absolute = weights @ errors**2 / total, weights @ np.abs(errors) / total
         # Centred first: a spread taken from raw squares loses its digits where the mean is large.
         x, y = self.labels - self.labels.mean(), self.decisions - self.decisions.mean()
-        mean_x, mean_y, xx, yy, xy = (weights @ np.stack([x, y, x * x, y * y, x * y], axis=1) / total[:, None]).T
+        mean_x, mean_y, xx, yy, xy = (
+            weights @ np.stack([x, y, x * x, y * y, x * y], axis=1) / total[:, None]
+        ).T
         var_x, var_y = (_variance(*moments) for moments in ((mean_x, xx, x), (mean_y, yy, y)))
         pearson = ratio(xy - mean_x * mean_y, np.sqrt(var_x * var_y))
-        return {"pearson": np.clip(pearson, -1, 1), "mse": squared, "mae": absolute, "r2": 1 - ratio(squared, var_x)}
+        return {
+            "pearson": np.clip(pearson, -1, 1),
+            "mse": squared,
+            "mae": absolute,
+            "r2": 1 - ratio(squared, var_x),
+        }
 
     def rank_metrics(self, weights: np.ndarray, wanted: set[str]) -> dict[str, np.ndarray]:
         """Metrics that need the rows in the order of their scores."""
@@ -115,7 +140,9 @@ def _checked(problem_type: str, labels: Any, logits: Any) -> tuple[np.ndarray, n
         logits = logits[:, None]
     wanted = logits.shape if problem_type == MULTI_LABEL else logits.shape[:1]
     if logits.ndim != 2 or labels.shape != wanted or (problem_type == REGRESSION and logits.shape[1] != 1):
-        raise UsageError(f"{problem_type} labels of shape {labels.shape} do not fit logits of shape {logits.shape}")
+        raise UsageError(
+            f"{problem_type} labels of shape {labels.shape} do not fit logits of shape {logits.shape}"
+        )
     if problem_type == REGRESSION:
         return labels.astype(np.float64), logits
     if problem_type == MULTI_LABEL:
@@ -123,7 +150,9 @@ def _checked(problem_type: str, labels: Any, logits: Any) -> tuple[np.ndarray, n
     labels = labels.astype(np.int64)
     if len(labels) and not (labels.min() >= 0 and labels.max() < logits.shape[1]):
         row = int(np.flatnonzero((labels < 0) | (labels >= logits.shape[1]))[0])
-        raise UsageError(f"label {labels[row]} of row {row} is not among the {logits.shape[1]} labels of the logits")
+        raise UsageError(
+            f"label {labels[row]} of row {row} is not among the {logits.shape[1]} labels of the logits"
+        )
     return labels, logits
 
 
@@ -150,6 +179,7 @@ def number(value: Any) -> float | None:
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """(C, C) counts; row = true label, column = predicted label. Both arguments are (N,) ints below `classes`."""
+    """(C, C) counts; row = true label, column = predicted label. Both arguments are (N,) ints below
+    `classes`."""
     flat = np.asarray(labels, dtype=np.int64) * classes + np.asarray(predictions, dtype=np.int64)
     return np.bincount(flat, minlength=classes * classes).reshape(classes, classes)

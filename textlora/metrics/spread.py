@@ -1,12 +1,15 @@
 """From an estimate and its bootstrap spread to a 95 % interval that also holds on few rows.
 
-A percentile bootstrap only draws what it has seen: four rows without a mistake give it an interval of no width. So each interval
-here is made of two parts: the bootstrap's standard error, and what the same number of rows leaves open at any rate. The share of
-the first grows with what the rows show of both outcomes; on many rows it decides alone.
+A percentile bootstrap only draws what it has seen: four rows without a mistake give it an interval of no
+width. So each interval here is made of two parts: the bootstrap's standard error, and what the same number of
+rows leaves open at any rate. The share of the first grows with what the rows show of both outcomes; on many
+rows it decides alone.
 
-- Shares (F1, AUC, average precision, Hamming loss; MCC as `(mcc + 1) / 2`): Wilson's interval (1927) on an effective number of
-  rows, `p (1 - p) / variance`, as Korn and Graubard (1998, Survey Methodology 24:193) do for samples that are not simple.
-- Means of errors (log loss, MSE, MAE) and R2 (as `1 - R2`, a ratio of them): Student's t on the logarithm of the mean.
+- Shares (F1, AUC, average precision, Hamming loss; MCC as `(mcc + 1) / 2`): Wilson's interval (1927) on an
+  effective number of rows, `p (1 - p) / variance`, as Korn and Graubard (1998, Survey Methodology 24:193) do
+  for samples that are not simple.
+- Means of errors (log loss, MSE, MAE) and R2 (as `1 - R2`, a ratio of them): Student's t on the logarithm of
+  the mean.
 - Correlations: Fisher's z (1921), `1 / sqrt(n - 3)`, with a limit where the rows agree perfectly.
 """
 
@@ -20,7 +23,9 @@ from textlora.metrics.paired import t_975
 from textlora.metrics.rows import Rows
 
 NORMAL_975: Final = 1.959963984540054
-EVENTS: Final = 4.0  # events that count as much as the prior spread of a share; by simulation (benchmarks/coverage.py)
+EVENTS: Final = (
+    4.0  # events that count as much as the prior spread of a share; by simulation (benchmarks/coverage.py)
+)
 MEAN_ROWS: Final = 6.0  # the same for the spread of errors, in rows
 CORRELATION_ROWS: Final = 30.0
 ROWS_PER_LABEL: Final = 30.0
@@ -29,10 +34,13 @@ Interval = tuple[float, float] | None
 
 
 def wilson(share: float, count: float) -> tuple[float, float]:
-    """Wilson's score interval of a share of `count` rows, which need not be a whole number; always holds the share."""
+    """Wilson's score interval of a share of `count` rows, which need not be a whole number; always holds the
+    share."""
     z2 = NORMAL_975**2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = NORMAL_975 / (1 + z2 / count) * math.sqrt(max(0.0, share * (1 - share)) / count + z2 / (4 * count**2))
+    half = (
+        NORMAL_975 / (1 + z2 / count) * math.sqrt(max(0.0, share * (1 - share)) / count + z2 / (4 * count**2))
+    )
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
@@ -57,7 +65,8 @@ def mean_interval(value: float, rows: np.ndarray, pseudo: float) -> Interval:
 
     Args:
         rows: (N,) the errors.
-        pseudo: an error that is possible and may not have been seen; it counts as one row more for the upper end.
+        pseudo: an error that is possible and may not have been seen; it counts as one row more for the upper
+            end.
     """
     count = len(rows)
     if count < 2 or not value > 0:
@@ -65,12 +74,15 @@ def mean_interval(value: float, rows: np.ndarray, pseudo: float) -> Interval:
     spread = (count * rows.var() / value**2 + MEAN_ROWS * 2.0) / (count + MEAN_ROWS)
     half = t_975(count - 1) * math.sqrt(spread / count)
     more = np.append(rows, pseudo)
-    high = max(value * math.exp(half), float(more.mean()) + NORMAL_975 * float(more.std()) / math.sqrt(count + 1))
+    high = max(
+        value * math.exp(half), float(more.mean()) + NORMAL_975 * float(more.std()) / math.sqrt(count + 1)
+    )
     return value * math.exp(-half), high
 
 
 def r2_interval(value: float, draws: np.ndarray, count: int, errors: Interval) -> Interval:
-    """Of R2, from the logarithm of `1 - R2`, the ratio of the mean squared error (whose bounds relative to it are `errors`) and a variance."""
+    """Of R2, from the logarithm of `1 - R2`, the ratio of the mean squared error (whose bounds relative to it
+    are `errors`) and a variance."""
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(1 - draws[np.isfinite(draws)])
     logs = logs[np.isfinite(logs)]
@@ -83,7 +95,8 @@ def r2_interval(value: float, draws: np.ndarray, count: int, errors: Interval) -
 
 
 def correlation_interval(value: float, draws: np.ndarray, count: int, ranks: bool) -> Interval:
-    """Of Pearson's correlation or, with `ranks`, Spearman's (Bonett and Wright 2000: a variance larger by `1 + r^2 / 2`)."""
+    """Of Pearson's correlation or, with `ranks`, Spearman's (Bonett and Wright 2000: a variance larger by `1
+    + r^2 / 2`)."""
     if count < 4:
         return None
     limit = 1 - 6 / (count**3 - count)  # half the smallest step away from 1 that ranks can make
@@ -97,7 +110,8 @@ def correlation_interval(value: float, draws: np.ndarray, count: int, ranks: boo
 
 
 def _variance(draws: np.ndarray, units: float) -> float:
-    """Variance of the known draws, larger by what few rows do not tell of it: Student's t in place of the normal."""
+    """Variance of the known draws, larger by what few rows do not tell of it: Student's t in place of the
+    normal."""
     known = draws[np.isfinite(draws)]
     return float(known.var()) * (t_975(max(1, round(units) - 1)) / NORMAL_975) ** 2 if len(known) else 0.0
 
@@ -128,23 +142,35 @@ def share_bounds(rows: Rows, name: str, value: float, draws: np.ndarray) -> Inte
     known = int((truth > 0).sum())
     if not known:
         return None
-    # A label without a row may be there all the same, and its score anything: the more so the fewer rows there are per label.
+    # A label without a row may be there all the same, and its score anything: the more so the fewer rows
+    # there are per label.
     missing = (labels - known) * min(1.0, ROWS_PER_LABEL * labels / rows.count)
-    # F1 of a label with few rows jumps between 0 and 1, of which the bootstrap of these very rows knows little.
+    # F1 of a label with few rows jumps between 0 and 1, of which the bootstrap of these very rows knows
+    # little.
     if name == "macro_f1":
         events = min(events, float(truth[truth > 0].min()))
         units *= (NORMAL_975 / t_975(max(1, round(units) - 1))) ** 2
-    # How many labels the value is the mean of (`Rows`): average precision leaves out what has no row, F1 what was not predicted either.
-    meant = known if name == "macro_average_precision" else int(((truth > 0) | (given > 0)).sum()) if single else labels
+    # How many labels the value is the mean of (`Rows`): average precision leaves out what has no row, F1 what
+    # was not predicted either.
+    meant = (
+        known
+        if name == "macro_average_precision"
+        else int(((truth > 0) | (given > 0)).sum())
+        if single
+        else labels
+    )
     scale = meant / known
     low, high = share_interval(min(1.0, value * scale), np.minimum(1.0, draws * scale), units, events)
-    return min(value, low * known / (known + missing)), max(value, (high * known + missing) / (known + missing))
+    return min(value, low * known / (known + missing)), max(
+        value, (high * known + missing) / (known + missing)
+    )
 
 
 def losses(rows: Rows, name: str) -> tuple[np.ndarray, float]:
     """Errors of the rows (N,), and one that is possible and may not have been seen.
 
-    For the log loss it is the mean of what a mistake would have cost; for others, where nothing bounds them, more than the largest.
+    For the log loss it is the mean of what a mistake would have cost; for others, where nothing bounds them,
+    more than the largest.
     """
     if name != "log_loss":
         errors = np.abs(rows.decisions - rows.labels)
@@ -154,4 +180,6 @@ def losses(rows: Rows, name: str) -> tuple[np.ndarray, float]:
     if rows.problem_type == SINGLE_LABEL:
         second = np.argsort(-rows.logits, axis=1, kind="stable")[:, min(1, rows.logits.shape[1] - 1)]
         return found, float(row_log_loss(rows.logits, second, rows.problem_type, rows.temperature).mean())
-    return found, float((found + np.abs(rows.logits).mean(axis=1) / rows.temperature / rows.logits.shape[1]).mean())
+    return found, float(
+        (found + np.abs(rows.logits).mean(axis=1) / rows.temperature / rows.logits.shape[1]).mean()
+    )

@@ -1,4 +1,5 @@
-"""Tables about predictions: per label, per confidence bin, the worst mistakes; all of them plain JSON-able records."""
+"""Tables about predictions: per label, per confidence bin, the worst mistakes; all of them plain JSON-able
+records."""
 
 from typing import Any
 
@@ -19,7 +20,8 @@ def per_class(labels: np.ndarray, predictions: np.ndarray, label_names: list[str
         predictions: as `decide` gives them, of the same shape.
 
     Returns:
-        Precision is None for a label never predicted, recall for one that never occurs, F1 for one that is neither.
+        Precision is None for a label never predicted, recall for one that never occurs, F1 for one that is
+        neither.
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.ndim == 1:
@@ -28,14 +30,29 @@ def per_class(labels: np.ndarray, predictions: np.ndarray, label_names: list[str
     else:
         truth, chosen = labels > 0.5, predictions > 0.5
         hits, support, given = (truth & chosen).sum(axis=0), truth.sum(axis=0), chosen.sum(axis=0)
-    scores = zip(label_names, support, ratio(hits, given), ratio(hits, support), ratio(2 * hits, support + given), strict=True)
+    scores = zip(
+        label_names,
+        support,
+        ratio(hits, given),
+        ratio(hits, support),
+        ratio(2 * hits, support + given),
+        strict=True,
+    )
     return [
-        {"label": name, "support": int(n), "precision": number(precision), "recall": number(recall), "f1": number(f1)}
+        {
+            "label": name,
+            "support": int(n),
+            "precision": number(precision),
+            "recall": number(recall),
+            "f1": number(f1),
+        }
         for name, n, precision, recall, f1 in scores
     ]
 
 
-def calibration_bins(confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS) -> list[dict[str, Any]]:
+def calibration_bins(
+    confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS
+) -> list[dict[str, Any]]:
     """Reliability diagram: records {low, high, count, confidence, accuracy} of equal-width bins (low, high].
 
     Args:
@@ -43,14 +60,21 @@ def calibration_bins(confidence: np.ndarray, correct: np.ndarray, bins: int = EC
         correct: (M,) bool: was the prediction right.
 
     Returns:
-        `bins` records; mean confidence and accuracy are None in an empty bin. The ECE is their count-weighted mean gap.
+        `bins` records; mean confidence and accuracy are None in an empty bin. The ECE is their count-weighted
+        mean gap.
     """
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     index = bin_of(confidence, bins)
     counts, sums, hits = (np.bincount(index, w, minlength=bins) for w in (None, confidence, correct))
     means, shares = ratio(sums, counts), ratio(hits, counts)
     return [
-        {"low": b / bins, "high": (b + 1) / bins, "count": int(n), "confidence": number(mean), "accuracy": number(share)}
+        {
+            "low": b / bins,
+            "high": (b + 1) / bins,
+            "count": int(n),
+            "confidence": number(mean),
+            "accuracy": number(share),
+        }
         for b, (n, mean, share) in enumerate(zip(counts, means, shares, strict=True))
     ]
 
@@ -72,23 +96,30 @@ def details(
     Args:
         labels, logits, label_names, temperature, thresholds: as for `evaluate`.
         texts, wheres: (N,) each row's text and origin ("test.csv row 7").
-        mistakes: how many wrong rows to keep, the most confident first (regression: the largest residuals first).
+        mistakes: how many wrong rows to keep, the most confident first (regression: the largest residuals
+            first).
 
     Returns:
         confusion: (C, C) lists of counts, row = true label (single-label, else None).
         per_class: see `per_class` (regression: empty).
-        calibration: see `calibration_bins`; single-label is about each row's highest score, multi-label about every score
-            of every label, accuracy being the share of rows that have it (regression: empty).
-        mistakes: {text (at most 300 characters), where, label, predicted, score}. Score is the probability that was given
-            to the wrong decision; multi-label takes the worst of the row's labels and has lists in label and predicted;
-            regression has numbers in both and the absolute residual as score.
+        calibration: see `calibration_bins`; single-label is about each row's highest score, multi-label about
+            every score of every label, accuracy being the share of rows that have it (regression: empty).
+        mistakes: {text (at most 300 characters), where, label, predicted, score}. Score is the probability
+            that was given to the wrong decision; multi-label takes the worst of the row's labels and has
+            lists in label and predicted; regression has numbers in both and the absolute residual as score.
         scatter: [label, predicted] of at most 500 rows (regression, else empty).
 
     Raises:
         UsageError: as `evaluate`.
     """
     rows = Rows(problem_type, labels, logits, temperature, thresholds)
-    found: dict[str, Any] = {"confusion": None, "per_class": [], "calibration": [], "mistakes": [], "scatter": []}
+    found: dict[str, Any] = {
+        "confusion": None,
+        "per_class": [],
+        "calibration": [],
+        "mistakes": [],
+        "scatter": [],
+    }
     if not rows.usable:
         return found
     truth, given, probs, every = rows.labels, rows.decisions, rows.probs, np.arange(rows.count)

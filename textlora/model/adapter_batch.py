@@ -1,4 +1,5 @@
-"""Many adapters in one batch: the base's product once for all rows, then each stretch of one owner's rows through its own A and B, in place.
+"""Many adapters in one batch: the base's product once for all rows, then each stretch of one owner's rows
+through its own A and B, in place.
 
 For inference: no gradients.
 """
@@ -27,7 +28,8 @@ WHOLE = (PRODUCTS[0], *PRODUCTS[3:])  # of a block that forms queries, keys and 
 
 
 class ScaledLora(NamedTuple):
-    """An adapted dense layer, ready to use: A (r, in), `s B` (out, r) and DoRA's factor (out,) or None; one per text: (B, r, in) ..."""
+    """An adapted dense layer, ready to use: A (r, in), `s B` (out, r) and DoRA's factor (out,) or None; one
+    per text: (B, r, in) ..."""
 
     A: Tensor
     B: Tensor
@@ -35,7 +37,8 @@ class ScaledLora(NamedTuple):
 
 
 class GroupedLora(NamedTuple):
-    """Adapted layers that read the same x and whose outputs lie side by side: one product with every A, then each B.
+    """Adapted layers that read the same x and whose outputs lie side by side: one product with every A, then
+    each B.
 
     Many small products cost their calls more than their arithmetic, so what a call needs is made once.
 
@@ -52,15 +55,24 @@ class GroupedLora(NamedTuple):
     compiled: tuple[AdaptedLayer, ...] = ()
 
 
-def joined(adapter: Mapping[Place, ScaledLora], turned: Mapping[Place, Tensor], layer: int, slots: Sequence[str]) -> GroupedLora | None:
-    """The layers of `slots` that an adapter changes; None where there are none. `turned` has each `s B` as (r, out)."""
+def joined(
+    adapter: Mapping[Place, ScaledLora], turned: Mapping[Place, Tensor], layer: int, slots: Sequence[str]
+) -> GroupedLora | None:
+    """The layers of `slots` that an adapter changes; None where there are none. `turned` has each `s B` as
+    (r, out)."""
     ones = [(k, adapter[layer, slot]) for k, slot in enumerate(slots) if (layer, slot) in adapter]
     if not ones:
         return None
     A = torch.cat([one.A for _, one in ones]) if len(ones) > 1 else ones[0][1].A
-    ranks, uses = tuple(one.A.shape[0] for _, one in ones), tuple((k, turned[layer, slots[k]], one.scale) for k, one in ones)
-    layers = [AdaptedLayer.of(part, B, scale, k * B.shape[1]) for part, (k, B, scale) in zip(A.split(ranks), uses, strict=True)]
-    return GroupedLora(A.T, ranks, uses, tuple(layer for layer in layers if layer is not None) if all(layers) else ())
+    ranks = tuple(one.A.shape[0] for _, one in ones)
+    uses = tuple((k, turned[layer, slots[k]], one.scale) for k, one in ones)
+    layers = [
+        AdaptedLayer.of(part, B, scale, k * B.shape[1])
+        for part, (k, B, scale) in zip(A.split(ranks), uses, strict=True)
+    ]
+    return GroupedLora(
+        A.T, ranks, uses, tuple(layer for layer in layers if layer is not None) if all(layers) else ()
+    )
 
 
 class ScaledAdapter(dict[Place, ScaledLora]):
@@ -69,12 +81,17 @@ class ScaledAdapter(dict[Place, ScaledLora]):
     def __init__(self, places: Mapping[Place, ScaledLora]):
         super().__init__(places)
         turned = {place: one.B.T.contiguous() for place, one in places.items()}
-        made = {(layer, slots): joined(self, turned, layer, slots) for layer in {layer for layer, _ in self} for slots in PRODUCTS}
+        made = {
+            (layer, slots): joined(self, turned, layer, slots)
+            for layer in {layer for layer, _ in self}
+            for slots in PRODUCTS
+        }
         self.joined = {place: one for place, one in made.items() if one is not None}
         self.jobs = self._jobs()
 
     def _jobs(self) -> np.ndarray | None:
-        """A row for each adapted layer: number of its product, in, out, then what `Jobs.words` has behind the rows; None where C cannot take it."""
+        """A row for each adapted layer: number of its product, in, out, then what `Jobs.words` has behind the
+        rows; None where C cannot take it."""
         if any(not one.compiled for one in self.joined.values()):
             return None
         found = [
@@ -101,7 +118,8 @@ class AdapterBatch:
         self.texts, self.tokens = _stretches(owners, [1] * len(owners)), _stretches(owners, lengths)
 
     def folded(self, place: Place) -> ScaledLora | None:
-        """A, B and factor of each text at a place; without the leading dimension where all texts have one owner; None where no one adapts it."""
+        """A, B and factor of each text at a place; without the leading dimension where all texts have one
+        owner; None where no one adapts it."""
         found = [adapter.get(place) for adapter in self.adapters]
         known = [one for one in found if one is not None]
         if not known:
@@ -111,7 +129,11 @@ class AdapterBatch:
         r, like = max(one.A.shape[0] for one in known), known[0]
         A = like.A.new_zeros(len(found), r, like.A.shape[1])
         B = like.B.new_zeros(len(found), like.B.shape[0], r)
-        scale = like.B.new_ones(len(found), like.B.shape[0]) if any(one.scale is not None for one in known) else None
+        scale = (
+            like.B.new_ones(len(found), like.B.shape[0])
+            if any(one.scale is not None for one in known)
+            else None
+        )
         for k, one in enumerate(found):
             if one is not None:
                 A[k, : one.A.shape[0]], B[k, :, : one.A.shape[0]] = one.A, one.B
@@ -121,14 +143,19 @@ class AdapterBatch:
         return ScaledLora(A[owners], B[owners], None if scale is None else scale[owners])
 
     def jobs(self, layers: int, only_first: bool) -> Jobs | None:
-        """What the adapters add in all products of an encoder; None where C cannot take one. `only_first`: the last block has a row per text."""
+        """What the adapters add in all products of an encoder; None where C cannot take one. `only_first`:
+        the last block has a row per text."""
         tables = [adapter.jobs for adapter in self.adapters]
         if any(table is None for table in tables):
             return None
         if not any(len(table) for table in tables):
             return Jobs.none(layers)
-        sizes = np.array([(tokens, texts) for (_, tokens), (_, texts) in zip(self.tokens, self.texts, strict=True)])
-        places = np.concatenate([sizes.cumsum(0) - sizes, sizes], 1)  # of each stretch: first token, first text, tokens, texts
+        sizes = np.array(
+            [(tokens, texts) for (_, tokens), (_, texts) in zip(self.tokens, self.texts, strict=True)]
+        )
+        places = np.concatenate(
+            [sizes.cumsum(0) - sizes, sizes], 1
+        )  # of each stretch: first token, first text, tokens, texts
         table = np.concatenate([tables[owner] for owner, _ in self.tokens])
         places = np.repeat(places, [len(tables[owner]) for owner, _ in self.tokens], axis=0)
         count = layers * len(WHOLE)
@@ -148,8 +175,9 @@ class AdapterBatch:
         activation: str | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """Dense layer whose output is that of `slots` side by side, and what follows it as in `packed_linear.dense`: x (T, in), or (B, in) of first
-        tokens, to (T, out) or (B, out). Rows of x after the last token belong to nobody.
+        """Dense layer whose output is that of `slots` side by side, and what follows it as in
+        `packed_linear.dense`: x (T, in), or (B, in) of first tokens, to (T, out) or (B, out). Rows of x after
+        the last token belong to nobody.
         """
         adapted = [adapter.joined.get((layer, slots)) for adapter in self.adapters]
         if not any(adapted):
@@ -161,7 +189,11 @@ class AdapterBatch:
         if all(one is None or one.compiled for one in adapted):
             jobs, at = [], 0
             for owner, rows in stretches:
-                jobs += [(at, rows, layer) for layer in adapted[owner].compiled] if adapted[owner] is not None else ()
+                jobs += (
+                    [(at, rows, layer) for layer in adapted[owner].compiled]
+                    if adapted[owner] is not None
+                    else ()
+                )
                 at += rows
             add_adapted(x, y, jobs)
         else:
@@ -170,16 +202,26 @@ class AdapterBatch:
         return y if early or residual is None else y.add_(residual)
 
 
-def _add_one_by_one(x: Tensor, y: Tensor, stretches: Sequence[tuple[int, int]], adapted: Sequence[GroupedLora | None], slots: int) -> None:
+def _add_one_by_one(
+    x: Tensor,
+    y: Tensor,
+    stretches: Sequence[tuple[int, int]],
+    adapted: Sequence[GroupedLora | None],
+    slots: int,
+) -> None:
     """What `native.add_adapted` does, by torch."""
     sizes, width = [size for _, size in stretches], y.shape[1] // slots
     count = sum(sizes)
     outs = [torch.split_with_sizes(y[:count, k * width : (k + 1) * width], sizes) for k in range(slots)]
-    for n, ((owner, _), rows) in enumerate(zip(stretches, torch.split_with_sizes(x[:count], sizes), strict=True)):
+    for n, ((owner, _), rows) in enumerate(
+        zip(stretches, torch.split_with_sizes(x[:count], sizes), strict=True)
+    ):
         one = adapted[owner]
         if one is None:
             continue
-        for (k, B, scale), inner in zip(one.uses, torch.split_with_sizes(rows @ one.A, one.ranks, 1), strict=True):
+        for (k, B, scale), inner in zip(
+            one.uses, torch.split_with_sizes(rows @ one.A, one.ranks, 1), strict=True
+        ):
             outs[k][n].addmm_(inner, B)
             if scale is not None:
                 outs[k][n].mul_(scale)

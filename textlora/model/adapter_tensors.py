@@ -40,7 +40,9 @@ def copy_strictly(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> No
         if name not in mine:
             raise AdapterError(f"tensor '{name}' of the adapter has no place in this model")
         if tensor.shape != mine[name].shape:
-            raise AdapterError(f"tensor '{name}' has shape {tuple(tensor.shape)}, this model needs {tuple(mine[name].shape)}")
+            raise AdapterError(
+                f"tensor '{name}' has shape {tuple(tensor.shape)}, this model needs {tuple(mine[name].shape)}"
+            )
         if not all_finite(tensor):
             raise AdapterError(f"tensor '{name}' holds values that are not finite numbers")
     with torch.no_grad(), torch_threads(1):
@@ -49,14 +51,20 @@ def copy_strictly(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> No
 
 
 def scaled_head(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """The same tensors with the weight and bias of the head's last layer, which stand last, multiplied by `factor` as copies: every logit is then
-    `factor` times as large."""
+    """The same tensors with the weight and bias of the head's last layer, which stand last, multiplied by
+    `factor` as copies: every logit is then `factor` times as large."""
     last = list(tensors)[-1].rpartition(".")[0]
-    return {name: t.detach() * factor if name.rpartition(".")[0] == last and factor != 1 else t for name, t in tensors.items()}
+    return {
+        name: t.detach() * factor if name.rpartition(".")[0] == last and factor != 1 else t
+        for name, t in tensors.items()
+    }
 
 
-def shifted_head(tensors: Mapping[str, Tensor], shift: Sequence[float] | None, sign: int = 1) -> dict[str, Tensor]:
-    """The same tensors with `shift` (C,) added to the head's last bias, which stands last, as a copy; with sign -1 taken off it."""
+def shifted_head(
+    tensors: Mapping[str, Tensor], shift: Sequence[float] | None, sign: int = 1
+) -> dict[str, Tensor]:
+    """The same tensors with `shift` (C,) added to the head's last bias, which stands last, as a copy; with
+    sign -1 taken off it."""
     if shift is None:
         return dict(tensors)
     name, bias = list(tensors.items())[-1]

@@ -14,13 +14,15 @@ from textlora.data.tokenize import Layout
 from textlora.kernels import bindings
 from textlora.model.adapter_batch import ScaledLora
 
-# torch's attention takes twice as long for 15 keys as for 16 (docs/log.md): a few keys that nobody looks at are added where that gains
+# torch's attention takes twice as long for 15 keys as for 16 (docs/log.md): a few keys that nobody looks at
+# are added where that gains
 KEYS, ODD_BELOW = 16, 80
 
 
 @cache
 def flash() -> Callable[..., Tensor] | None:
-    """torch's attention over texts of any lengths. Imported when a GPU asks for it: torch's compiler comes along, two seconds of a start."""
+    """torch's attention over texts of any lengths. Imported when a GPU asks for it: torch's compiler comes
+    along, two seconds of a start."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # torch before 2.10
@@ -29,7 +31,8 @@ def flash() -> Callable[..., Tensor] | None:
 
 
 def in_one_call(x: Tensor) -> bool:
-    """Whether texts of all lengths go through one call of flash attention (arXiv 2307.08691): on a GPU, in half precision."""
+    """Whether texts of all lengths go through one call of flash attention (arXiv 2307.08691): on a GPU, in
+    half precision."""
     return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and flash() is not None
 
 
@@ -37,7 +40,8 @@ def attend(projected: Tensor, queries: Tensor | None, layout: Layout, heads: int
     """Self-attention inside each text.
 
     Args:
-        projected: (T, 3H) q, k, v of every token; or (T, 2H) k, v when `queries` are given. Rows after the last token give zeros on a CPU.
+        projected: (T, 3H) q, k, v of every token; or (T, 2H) k, v when `queries` are given. Rows after the
+            last token give zeros on a CPU.
         queries: (B, H) queries of the first tokens only, or None.
         layout: where the texts lie.
 
@@ -54,29 +58,48 @@ def attend(projected: Tensor, queries: Tensor | None, layout: Layout, heads: int
 def _attend_varlen(projected: Tensor, queries: Tensor | None, layout: Layout, heads: int) -> Tensor:
     *q, k, v = projected.unflatten(1, (3 if queries is None else 2, heads, -1)).unbind(1)
     if queries is None:
-        return flash()(q[0], k, v, layout.cu_seqlens, layout.cu_seqlens, layout.longest, layout.longest).flatten(1)
+        return flash()(
+            q[0], k, v, layout.cu_seqlens, layout.cu_seqlens, layout.longest, layout.longest
+        ).flatten(1)
     firsts = torch.arange(len(queries) + 1, dtype=torch.int32, device=queries.device)
-    return flash()(queries.unflatten(1, (heads, -1)), k, v, firsts, layout.cu_seqlens, 1, layout.longest).flatten(1)
+    return flash()(
+        queries.unflatten(1, (heads, -1)), k, v, firsts, layout.cu_seqlens, 1, layout.longest
+    ).flatten(1)
 
 
 def attend_plain(projected: Tensor, queries: Tensor | None, layout: Layout, heads: int) -> Tensor:
-    """`attend` by torch's own attention and autograd: the way in float32 on a GPU, and the oracle of the others."""
+    """`attend` by torch's own attention and autograd: the way in float32 on a GPU, and the oracle of the
+    others."""
     outputs, runs = [], layout.runs
     sizes = [count * length for _, count, _, length in runs]
     for (first, count, _, length), part in zip(runs, projected.split(sizes), strict=True):
         *q, k, v = part.view(count, length, 3 if queries is None else 2, heads, -1).permute(2, 0, 3, 1, 4)
-        q = q[0] if queries is None else queries[first : first + count].view(count, 1, heads, -1).transpose(1, 2)
-        outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, q.shape[1] * q.shape[3]))
+        q = (
+            q[0]
+            if queries is None
+            else queries[first : first + count].view(count, 1, heads, -1).transpose(1, 2)
+        )
+        outputs.append(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, q.shape[1] * q.shape[3])
+        )
     return torch.cat(outputs)
 
 
 def attend_first(
-    x: Tensor, queries: Tensor, layout: Layout, heads: int, weight: Tensor, value_bias: Tensor, key: ScaledLora | None, value: ScaledLora | None
+    x: Tensor,
+    queries: Tensor,
+    layout: Layout,
+    heads: int,
+    weight: Tensor,
+    value_bias: Tensor,
+    key: ScaledLora | None,
+    value: ScaledLora | None,
 ) -> Tensor:
     """Attention of one query per text without forming any key or value, exact up to rounding.
 
-    For head h with `W_k,h` and `W_v,h` (d, H): `scores = (q_h W_k,h) X^T`, where the key's bias adds the same number to every score and so
-    falls out of the softmax, and `out_h = (p_h X) W_v,h^T + b_v,h`. The only products over all tokens have h rows per text.
+    For head h with `W_k,h` and `W_v,h` (d, H): `scores = (q_h W_k,h) X^T`, where the key's bias adds the same
+    number to every score and so falls out of the softmax, and `out_h = (p_h X) W_v,h^T + b_v,h`. The only
+    products over all tokens have h rows per text.
 
     Args:
         x: (T, H) input of the block, more rows do not matter; queries: (B, H), one per text.
@@ -105,7 +128,9 @@ def attend_first(
     mean = torch.cat(means)
     out = torch.bmm(mean.transpose(0, 1), value_weight.transpose(1, 2)).transpose(0, 1)
     if value is not None:
-        out = out + ((mean @ value.A.transpose(-1, -2)).unsqueeze(2) @ _by_head(value.B, heads).transpose(-1, -2)).squeeze(2)
+        out = out + (
+            (mean @ value.A.transpose(-1, -2)).unsqueeze(2) @ _by_head(value.B, heads).transpose(-1, -2)
+        ).squeeze(2)
     out = out.reshape(count, width)
     if value is not None and value.scale is not None:
         out = out * value.scale.to(out.dtype)
@@ -118,23 +143,35 @@ def _by_head(B: Tensor, heads: int) -> Tensor:
 
 
 class _RunAttention(torch.autograd.Function):
-    """On a CPU: one call of `native.attention` for all texts that it takes; for others torch's flash attention, one call per stretch of equal
-    lengths, gradients written into one buffer, since plain autograd would make a zero-filled (T, 3H) gradient for every slice.
+    """On a CPU: one call of `native.attention` for all texts that it takes; for others torch's flash
+    attention, one call per stretch of equal lengths, gradients written into one buffer, since plain autograd
+    would make a zero-filled (T, 3H) gradient for every slice.
     """
 
     @staticmethod
-    def _divided(projected: Tensor, queries: Tensor | None, layout: Layout, heads: int) -> tuple[int, list[tuple[int, int, int, int]]]:
+    def _divided(
+        projected: Tensor, queries: Tensor | None, layout: Layout, heads: int
+    ) -> tuple[int, list[tuple[int, int, int, int]]]:
         """How many texts, the first ones, go through one call, and the stretches of the others."""
         d, rest = projected.shape[1] // 3 / heads, layout.runs
-        if queries is not None or projected.dtype != torch.float32 or d not in bindings.HEADS or not bindings.lanes():
+        if (
+            queries is not None
+            or projected.dtype != torch.float32
+            or d not in bindings.HEADS
+            or not bindings.lanes()
+        ):
             return 0, rest
         left = [run for run in rest if run[3] > bindings.LONGEST]  # texts lie shortest first
         return left[0][0] if left else len(layout.cu_seqlens) - 1, left
 
     @staticmethod
-    def _views(projected: Tensor, queries: Tensor | None, run: tuple[int, int, int, int], heads: int) -> list[Tensor]:
+    def _views(
+        projected: Tensor, queries: Tensor | None, run: tuple[int, int, int, int], heads: int
+    ) -> list[Tensor]:
         first, count, start, length = run
-        parts = projected[start : start + count * length].view(count, length, 3 if queries is None else 2, heads, -1)
+        parts = projected[start : start + count * length].view(
+            count, length, 3 if queries is None else 2, heads, -1
+        )
         views = list(parts.permute(2, 0, 3, 1, 4))
         if queries is not None:
             views.insert(0, queries[first : first + count].view(count, 1, heads, -1).transpose(1, 2))
@@ -182,8 +219,15 @@ class _RunAttention(torch.autograd.Function):
         for run, lse in zip(ctx.left, sums, strict=True):
             views = _RunAttention._views(projected, queries, run, heads)
             targets = _RunAttention._views(d_projected, d_queries, run, heads)
-            rows = [_RunAttention._rows(t, queries, run).view(run[1], -1, heads, targets[0].shape[-1]).transpose(1, 2) for t in (grad, out)]
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(rows[0], *views, rows[1], lse, 0.0, False)
+            rows = [
+                _RunAttention._rows(t, queries, run)
+                .view(run[1], -1, heads, targets[0].shape[-1])
+                .transpose(1, 2)
+                for t in (grad, out)
+            ]
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                rows[0], *views, rows[1], lse, 0.0, False
+            )
             for target, part in zip(targets, parts, strict=True):
                 target.copy_(part)
         return d_projected, d_queries, None, None

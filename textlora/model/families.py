@@ -1,8 +1,8 @@
 """One row per architecture of the fast path: names, key tables and heads, exactly as transformers has them.
 
-Names on the right are those of the transformers model without its prefix (`bert.`, `roberta.` ...), so a checkpoint
-of a bare encoder and one of a model with a head read the same. `read_spec` turns a `config.json` into an
-`EncoderSpec`, or says in one sentence why the reference path must be taken.
+Names on the right are those of the transformers model without its prefix (`bert.`, `roberta.` ...), so a
+checkpoint of a bare encoder and one of a model with a head read the same. `read_spec` turns a `config.json`
+into an `EncoderSpec`, or says in one sentence why the reference path must be taken.
 """
 
 import re
@@ -28,10 +28,12 @@ class Family:
     Attributes:
         prefix: attribute of the encoder in the classification model.
         blocks: module path of the encoder blocks below the prefix.
-        embeddings: our tensor name -> transformers tensor name (weight and bias are added for norms and dense layers).
+        embeddings: our tensor name -> transformers tensor name (weight and bias are added for norms and dense
+            layers).
         block: our module name in a block -> transformers module name in a block.
         head: layers from the pooled vector to the logits.
-        ignored: patterns of tensors that checkpoints carry and the classifier does not need: pretraining heads, buffers.
+        ignored: patterns of tensors that checkpoints carry and the classifier does not need: pretraining
+            heads, buffers.
         uses_type_ids: whether its tokenizer hands out segment ids (RoBERTa's does not).
         offset_positions: whether positions start behind the padding id, as RoBERTa's do.
     """
@@ -48,7 +50,8 @@ class Family:
     offset_positions: bool = False
 
     def module(self, layer: int, slot: str) -> str:
-        """Full transformers module name of a dense layer, such as `bert.encoder.layer.0.attention.self.query`."""
+        """Full transformers module name of a dense layer, such as
+        `bert.encoder.layer.0.attention.self.query`."""
         return f"{self.prefix}.{self.blocks}.{layer}.{self.block[slot]}"
 
     def ignores(self, name: str) -> bool:
@@ -113,10 +116,20 @@ FAMILIES = (
         architecture="ElectraForSequenceClassification",
         prefix="electra",
         blocks="encoder.layer",
-        embeddings={**_BERT_EMBEDDINGS, "project.weight": "embeddings_project.weight", "project.bias": "embeddings_project.bias"},
+        embeddings={
+            **_BERT_EMBEDDINGS,
+            "project.weight": "embeddings_project.weight",
+            "project.bias": "embeddings_project.bias",
+        },
         block=_BERT_BLOCK,
         head=(HeadLayer("classifier.dense", "gelu"), HeadLayer("classifier.out_proj", None)),
-        ignored=(*_BUFFERS, *_TASK_HEADS, r"discriminator_predictions\.", r"generator_predictions\.", r"generator_lm_head\."),
+        ignored=(
+            *_BUFFERS,
+            *_TASK_HEADS,
+            r"discriminator_predictions\.",
+            r"generator_predictions\.",
+            r"generator_lm_head\.",
+        ),
     ),
     Family(
         model_types=("distilbert",),
@@ -183,7 +196,8 @@ def read_spec(config: dict[str, Any]) -> EncoderSpec | str:
     activation = get("hidden_act", "activation", "gelu")
     if activation not in ACTIVATIONS:
         return f"activation '{activation}' is not on the fast path"
-    hidden, heads = get("hidden_size", "dim", 256 if electra else 768), get("num_attention_heads", "n_heads", 4 if electra else 12)
+    hidden = get("hidden_size", "dim", 256 if electra else 768)
+    heads = get("num_attention_heads", "n_heads", 4 if electra else 12)
     if hidden % heads:
         return f"hidden size {hidden} is not a multiple of {heads} heads"
     offset = (config.get("pad_token_id", 1) or 0) + 1 if family.offset_positions else 0

@@ -13,7 +13,8 @@ class Model(Runs, Protocol):
     """What the jobs need of a classifier. Tensors of `trainable` are float32 leaves under PEFT's file names."""
 
     path: str  # "packed" or "reference"
-    depth: int  # blocks below the lowest adapted one, always the same for a text; 0 where hidden states cannot be had
+    # blocks below the lowest adapted one, always the same for a text; 0 where hidden states cannot be had
+    depth: int
     width: int  # H of the hidden states above those blocks
     max_length: int
     gradient_checkpointing: bool
@@ -21,7 +22,8 @@ class Model(Runs, Protocol):
     modules_to_save: list[str]
 
     def forward(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
-        """Logits (B, C) float32 in packed order. `dropout_seed` draws LoRA's dropout masks, None means none; the base's own dropout is always off."""
+        """Logits (B, C) float32 in packed order. `dropout_seed` draws LoRA's dropout masks, None means none;
+        the base's own dropout is always off."""
 
     def trainable(self) -> dict[str, Tensor]: ...
 
@@ -31,6 +33,7 @@ class Model(Runs, Protocol):
         """The same classifier, the very tensors, as it trains fastest."""
 
     def for_inference(self, precision: str) -> "Model":
-        """The same classifier as it predicts fastest, for good; `precision` is one of `config.PRECISIONS`. Raises UsageError where that cannot be had."""
+        """The same classifier as it predicts fastest, for good; `precision` is one of `config.PRECISIONS`.
+        Raises UsageError where that cannot be had."""
 
     def base_hash(self) -> str: ...

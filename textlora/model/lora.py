@@ -2,8 +2,9 @@
 
     y = x W^T + b + s (x A^T) B^T        W [out, in] frozen, A [r, in], B [out, r], s = lora_alpha / r
 
-(arXiv 2106.09685; rsLoRA: s = lora_alpha / sqrt(r), arXiv 2312.03732). A starts Kaiming-uniform and B at zero, so a fresh
-adapter changes nothing. DoRA (arXiv 2402.09353) scales each output row of the adapted weight to a learned length:
+(arXiv 2106.09685; rsLoRA: s = lora_alpha / sqrt(r), arXiv 2312.03732). A starts Kaiming-uniform and B at
+zero, so a fresh adapter changes nothing. DoRA (arXiv 2402.09353) scales each output row of the adapted weight
+to a learned length:
 
     y = c (x W^T + s (x A^T) B^T) + b    c = m / ||W + s B A||_row, the norm held constant in the gradient
 """
@@ -21,7 +22,8 @@ from textlora.kernels.packed_linear import PackedTrainingWeight, dense, dense_ba
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA on one dense layer: A (r, in), B (out, r), scale s, DoRA's magnitude (out,) or None, dropout on its input."""
+    """LoRA on one dense layer: A (r, in), B (out, r), scale s, DoRA's magnitude (out,) or None, dropout on
+    its input."""
 
     A: Tensor
     B: Tensor
@@ -31,7 +33,8 @@ class Lora:
 
 
 def init_lora(out: int, inner: int, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A (r, inner) Kaiming-uniform with a = sqrt(5), as PEFT and loralib have it, and B (out, r) at zero; float32."""
+    """A (r, inner) Kaiming-uniform with a = sqrt(5), as PEFT and loralib have it, and B (out, r) at zero;
+    float32."""
     bound = 1 / math.sqrt(inner)
     return torch.empty(r, inner).uniform_(-bound, bound, generator=generator), torch.zeros(out, r)
 
@@ -39,7 +42,9 @@ def init_lora(out: int, inner: int, r: int, generator: torch.Generator) -> tuple
 def weight_norm(weight: Tensor, lora: Lora) -> Tensor:
     """Row lengths (out,) of `W + s B A`, without a gradient (section 4.3 of the DoRA paper)."""
     with torch.no_grad():
-        return torch.linalg.vector_norm(weight.float() + lora.scaling * (lora.B.float() @ lora.A.float()), dim=1)
+        return torch.linalg.vector_norm(
+            weight.float() + lora.scaling * (lora.B.float() @ lora.A.float()), dim=1
+        )
 
 
 def dora_scale(weight: Tensor, lora: Lora) -> Tensor | None:
@@ -53,8 +58,11 @@ def delta(weight: Tensor, lora: Lora) -> Tensor:
     return change if scale is None else scale.unsqueeze(1) * (weight + change) - weight
 
 
-def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequence[tuple[int, Lora]]) -> Tensor:
-    """The formula as written, by autograd, one adapted slice at a time: the oracle of `lora_linear`. No dropout."""
+def reference_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequence[tuple[int, Lora]]
+) -> Tensor:
+    """The formula as written, by autograd, one adapted slice at a time: the oracle of `lora_linear`. No
+    dropout."""
     outputs, at = [], 0
     for start, lora in loras:
         stop = start + lora.B.shape[0]
@@ -71,7 +79,11 @@ def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequ
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor | PackedTrainingWeight, bias: Tensor | None, loras: Sequence[tuple[int, Lora]], generator: torch.Generator | None = None
+    x: Tensor,
+    weight: Tensor | PackedTrainingWeight,
+    bias: Tensor | None,
+    loras: Sequence[tuple[int, Lora]],
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Dense layer with LoRA on slices of its output: x (T, in) to (T, out).
 
@@ -84,7 +96,9 @@ def lora_linear(
         return dense(x, weight, bias)
     dora = any(lora.magnitude is not None for _, lora in loras)
     masks = [
-        torch.rand(x.shape, generator=generator, device=x.device) >= lora.dropout if generator is not None and lora.dropout else None
+        torch.rand(x.shape, generator=generator, device=x.device) >= lora.dropout
+        if generator is not None and lora.dropout
+        else None
         for _, lora in loras
     ]
     pairs = [tensor for _, lora in loras for tensor in (lora.A, lora.B)]
@@ -107,9 +121,11 @@ def lora_linear(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Fused forward and backward: keeps x and the small u = x A^T only, writes into slices, no gradient for W.
+    """Fused forward and backward: keeps x and the small u = x A^T only, writes into slices, no gradient for
+    W.
 
-    Adapters that see the same x share one product with all their A, side by side: x and its gradient are read and written once.
+    Adapters that see the same x share one product with all their A, side by side: x and its gradient are read
+    and written once.
     """
 
     @staticmethod
@@ -133,7 +149,10 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, dy):
         n, m = len(ctx.starts), len(ctx.groups)
         x, *rest = ctx.saved_tensors
-        scaled, joined, us, given = rest[:n], rest[n : n + m], rest[n + m : n + 2 * m], iter(rest[n + 2 * m :])
+        scaled = rest[:n]
+        joined = rest[n : n + m]
+        us = rest[n + m : n + 2 * m]
+        given = iter(rest[n + 2 * m :])
         masks = [next(given) if masked else None for masked in ctx.masked]
         dx = dense_back(dy, ctx.weight) if ctx.needs_input_grad[0] else None
         grads: list[torch.Tensor] = []

@@ -30,7 +30,9 @@ def open_model(
     if reason is not None:
         from textlora.model.reference_model import ReferenceModel  # brings transformers and peft, seconds
 
-        return ReferenceModel.create(files.folder, lora, num_labels, pooling=pooling, seed=seed, device=device, dtype=dtype), reason
+        return ReferenceModel.create(
+            files.folder, lora, num_labels, pooling=pooling, seed=seed, device=device, dtype=dtype
+        ), reason
     weights = read_weights(files.folder, spec, pooler=pooling == "first", dtype=dtype)
     with torch_threads(1):
         weights = BaseWeights(spec, {name: t.to(device) for name, t in weights.tensors.items()}, weights.hash)

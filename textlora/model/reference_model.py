@@ -1,8 +1,10 @@
-"""transformers + peft behind the interface of `packed_model.PackedModel`: the oracle of the tests, and the way for architectures
-that have no packed path (ModernBERT, DeBERTa, MPNet, ALBERT and others with a `...ForSequenceClassification`).
+"""transformers + peft behind the interface of `packed_model.PackedModel`: the oracle of the tests, and the
+way for architectures that have no packed path (ModernBERT, DeBERTa, MPNet, ALBERT and others with a
+`...ForSequenceClassification`).
 
-What PEFT leaves open is settled here: head tensors that the checkpoint lacks are all trained and saved (peft issue 2171: a random
-DeBERTa pooler, frozen and not saved, answers differently after each load), and a checkpoint that does not fit is refused.
+What PEFT leaves open is settled here: head tensors that the checkpoint lacks are all trained and saved (peft
+issue 2171: a random DeBERTa pooler, frozen and not saved, answers differently after each load), and a
+checkpoint that does not fit is refused.
 """
 
 import contextlib
@@ -32,16 +34,31 @@ from textlora.model.base import all_finite, weight_files, weights_hash
 from textlora.model.families import FAMILIES
 from textlora.model.targets import block_lists, find_targets, lies_in
 
-# Head modules that are always trained from the start, whatever the checkpoint holds; other head modules only where it lacks them.
+# Head modules that are always trained from the start, whatever the checkpoint holds; other head modules only
+# where it lacks them.
 CLASSIFIERS = ("classifier", "score", "pre_classifier", "sequence_summary", "logits_proj")
-# Checked to answer the same with padding behind a mask. All others are run one length at a time: some mix padding in
+# Checked to answer the same with padding behind a mask. All others are run one length at a time: some mix
+# padding in
 # (FNet, ConvBERT) or read the last token (XLNet).
-PADDED = ["albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"]
+PADDED = [
+    "albert",
+    "bert",
+    "camembert",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+]
 
 
 @dataclass(frozen=True)
 class _Base:
-    """A loaded classifier before LoRA: `heads` are the modules to train, named as PEFT's `modules_to_save` wants them."""
+    """A loaded classifier before LoRA: `heads` are the modules to train, named as PEFT's `modules_to_save`
+    wants them."""
 
     net: nn.Module
     prefix: str
@@ -60,10 +77,14 @@ class MeanPooled(nn.Module):
         nn.init.normal_(self.classifier.weight, std=getattr(encoder.config, "initializer_range", 0.02))
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> SimpleNamespace:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor
+    ) -> SimpleNamespace:
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
-        x = getattr(self, self.base_model_prefix)(input_ids=input_ids, **inputs)[0].to(self.classifier.weight.dtype)
+        x = getattr(self, self.base_model_prefix)(input_ids=input_ids, **inputs)[0].to(
+            self.classifier.weight.dtype
+        )
         if attention_mask is None:
             return SimpleNamespace(logits=self.classifier(x.mean(1)))
         real = attention_mask.unsqueeze(-1).to(x.dtype)
@@ -71,7 +92,8 @@ class MeanPooled(nn.Module):
 
 
 class ReferenceModel:
-    """The way over transformers + peft. Make one with `create` or `from_adapter`; the interface is `interface.Model`."""
+    """The way over transformers + peft. Make one with `create` or `from_adapter`; the interface is
+    `interface.Model`."""
 
     path = "reference"
     depth = width = 0
@@ -79,7 +101,15 @@ class ReferenceModel:
     in_steps = one_core = fused_stack = False
 
     def __init__(
-        self, base: _Base, net: nn.Module, lora: LoraConfig, targets: list[str], own: list[str], pooling: str, device: str, dtype: torch.dtype
+        self,
+        base: _Base,
+        net: nn.Module,
+        lora: LoraConfig,
+        targets: list[str],
+        own: list[str],
+        pooling: str,
+        device: str,
+        dtype: torch.dtype,
     ):
         self.lora, self.pooling, self.device, self.dtype = lora, pooling, torch.device(device), dtype
         self.target_modules, self.modules_to_save = targets, [*base.heads, *own]
@@ -99,7 +129,9 @@ class ReferenceModel:
         net.to(self.device)
         leaves = {_file_name(name): p for name, p in net.named_parameters() if p.requires_grad}
         places = [f"{PREFIX}{full}.lora_" for full in targets]  # layers ascending, then the head
-        self._trainable = {name: p for place in places for name, p in leaves.items() if name.startswith(place)}
+        self._trainable = {
+            name: p for place in places for name, p in leaves.items() if name.startswith(place)
+        }
         self._trainable |= {name: p for name, p in leaves.items() if ".lora_" not in name}
         if len(self._trainable) != len(leaves):
             stray = next(name for name in leaves if name not in self._trainable)
@@ -114,7 +146,8 @@ class ReferenceModel:
 
         Args:
             num_labels: C; 1 for regression.
-            pooling: "first" is the architecture's own head, "mean" the mean of all tokens and one dense layer.
+            pooling: "first" is the architecture's own head, "mean" the mean of all tokens and one dense
+                layer.
             seed: of A and the head; torch's global generator is left as it was.
 
         Raises:
@@ -130,9 +163,16 @@ class ReferenceModel:
 
     @classmethod
     def from_adapter(
-        cls, adapter_folder: Path, base_folder: Path, num_labels: int, *, pooling: str = "first", device: str = "cpu"
+        cls,
+        adapter_folder: Path,
+        base_folder: Path,
+        num_labels: int,
+        *,
+        pooling: str = "first",
+        device: str = "cpu",
     ) -> "ReferenceModel":
-        """A saved adapter through plain `PeftModel.from_pretrained`; then every saved tensor is compared with what PEFT loaded.
+        """A saved adapter through plain `PeftModel.from_pretrained`; then every saved tensor is compared with
+        what PEFT loaded.
 
         Mean pooling, which PEFT has no class for, is built as in `create` and filled by name.
 
@@ -145,7 +185,9 @@ class ReferenceModel:
         with _seeded(0), quietly():
             base = _load(Path(base_folder), num_labels, pooling)
             try:
-                targets = find_targets(lora, base.net, base.prefix, base.heads if pooling == "first" else None)
+                targets = find_targets(
+                    lora, base.net, base.prefix, base.heads if pooling == "first" else None
+                )
             except UsageError as error:
                 raise AdapterError(f"{adapter_folder}: does not fit the base ({error.message})") from error
             own = _own_modules(base, lora, targets)
@@ -153,9 +195,13 @@ class ReferenceModel:
                 net = _wrap(base, lora, targets, pooling)
             else:
                 try:
-                    net = peft.PeftModel.from_pretrained(base.net, str(adapter_folder), is_trainable=True, torch_device="cpu")
+                    net = peft.PeftModel.from_pretrained(
+                        base.net, str(adapter_folder), is_trainable=True, torch_device="cpu"
+                    )
                 except Exception as error:  # a config may hold anything, and peft checks little of it
-                    raise AdapterError(f"{adapter_folder}: peft cannot load it ({_first_line(error)})") from error
+                    raise AdapterError(
+                        f"{adapter_folder}: peft cannot load it ({_first_line(error)})"
+                    ) from error
                 for name, parameter in net.named_parameters():
                     if ".lora_" in name:  # some starts freeze B
                         parameter.requires_grad_(True)
@@ -180,8 +226,14 @@ class ReferenceModel:
         """
         runs = batch.runs()
         if runs and runs[-1][3] > self.max_length:
-            raise UsageError(f"a text of {runs[-1][3]} tokens, the base model takes {self.max_length}", "lower --max-length")
-        with self._dropout(dropout_seed), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            raise UsageError(
+                f"a text of {runs[-1][3]} tokens, the base model takes {self.max_length}",
+                "lower --max-length",
+            )
+        with (
+            self._dropout(dropout_seed),
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
+        ):
             if self._padded and len(runs) > 1:
                 logits = self._net(**self._pad(batch)).logits
             else:
@@ -203,7 +255,11 @@ class ReferenceModel:
             return values.new_full(shape, filler).index_put_((rows, batch.positions), values)
 
         types = {"token_type_ids": spread(batch.type_ids, 0)} if self._takes_types else {}
-        return {"input_ids": spread(batch.ids, self._pad_id), "attention_mask": spread(torch.ones_like(batch.ids), 0), **types}
+        return {
+            "input_ids": spread(batch.ids, self._pad_id),
+            "attention_mask": spread(torch.ones_like(batch.ids), 0),
+            **types,
+        }
 
     @contextlib.contextmanager
     def _dropout(self, seed: int | None) -> Iterator[None]:
@@ -249,24 +305,48 @@ def _load(folder: Path, num_labels: int, pooling: str) -> _Base:
     try:
         net, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             str(folder), num_labels=num_labels, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True,
-            ignore_mismatched_sizes=True,  # a head for another number of labels; everything else is refused below
+            # a head for another number of labels; everything else is refused below
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{folder}: transformers cannot load it as a classifier ({_first_line(error)})") from error
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        raise ModelError(
+            f"{folder}: transformers cannot load it as a classifier ({_first_line(error)})"
+        ) from error
     prefix, config = net.base_model_prefix, net.config
     if config.is_encoder_decoder or not hasattr(net, prefix) or getattr(config, "pad_token_id", None) is None:
-        raise ModelError(f"{folder}: model type '{config.model_type}' is not an encoder with a padding token", "choose a BERT-like base model")
+        raise ModelError(
+            f"{folder}: model type '{config.model_type}' is not an encoder with a padding token",
+            "choose a BERT-like base model",
+        )
     lacking = set(info["missing_keys"])
     for name, found, expected in info["mismatched_keys"]:
         if name.startswith(prefix + "."):
-            raise ModelError(f"{folder}: tensor '{name}' has shape {tuple(found)}, config.json says {tuple(expected)}", unfit)
+            raise ModelError(
+                f"{folder}: tensor '{name}' has shape {tuple(found)}, config.json says {tuple(expected)}",
+                unfit,
+            )
         lacking.add(name)
-    inside = sorted(name for name in lacking if name.startswith(prefix + ".") and name.split(".")[1] != "pooler")
+    inside = sorted(
+        name for name in lacking if name.startswith(prefix + ".") and name.split(".")[1] != "pooler"
+    )
     if inside:
         raise ModelError(f"{folder}: tensor '{inside[0]}' is missing ({len(inside)} in all)", unfit)
     lists = tuple(root.removeprefix(prefix + ".") for root in block_lists(net, prefix))
-    unknown = sorted(n for n in info["unexpected_keys"] if n.endswith(".weight") and n.removeprefix(prefix + ".").startswith(lists))
+    unknown = sorted(
+        n
+        for n in info["unexpected_keys"]
+        if n.endswith(".weight") and n.removeprefix(prefix + ".").startswith(lists)
+    )
     if unknown:
         raise ModelError(f"{folder}: unknown tensor '{unknown[0]}' for a {config.model_type} encoder", unfit)
 
@@ -274,7 +354,11 @@ def _load(folder: Path, num_labels: int, pooling: str) -> _Base:
     frozen = {}
     for name, parameter in net.named_parameters():
         short = name.removeprefix(prefix + ".")
-        used = (short != name and not short.startswith("pooler.")) if pooling == "mean" else not lies_in(short, heads)
+        used = (
+            (short != name and not short.startswith("pooler."))
+            if pooling == "mean"
+            else not lies_in(short, heads)
+        )
         if used:
             frozen[short] = parameter
             if not all_finite(parameter):
@@ -283,13 +367,16 @@ def _load(folder: Path, num_labels: int, pooling: str) -> _Base:
     if pooling == "mean":
         return _Base(MeanPooled(getattr(net, prefix), prefix, num_labels), prefix, heads, digest)
     for name, module in net.named_modules():
-        if name.removeprefix(prefix + ".") in heads and not all(f"{name}.{part}" in lacking for part, _ in module.named_parameters()):
+        if name.removeprefix(prefix + ".") in heads and not all(
+            f"{name}.{part}" in lacking for part, _ in module.named_parameters()
+        ):
             _start_afresh(net, module)
     return _Base(net, prefix, heads, digest)
 
 
 def _heads(net: nn.Module, prefix: str, lacking: set[str]) -> list[str]:
-    """Modules to train and save, in the model's order: classifiers, and whatever else outside the encoder the checkpoint lacks."""
+    """Modules to train and save, in the model's order: classifiers, and whatever else outside the encoder the
+    checkpoint lacks."""
     heads: list[str] = []
     for name, _ in net.named_parameters():
         top = name.split(".")[0]
@@ -313,8 +400,14 @@ def _start_afresh(net: nn.Module, head: nn.Module) -> None:
 
 def _own_modules(base: _Base, lora: LoraConfig, targets: list[str]) -> list[str]:
     """Modules with weights in the base that the adapter has its own of."""
-    ends = {name for name, module in base.net.named_modules() if next(module.children(), None) is None} - set(targets)
-    return [name for name in lora.modules_to_save if name in ends and not lies_in(name.removeprefix(base.prefix + "."), base.heads)]
+    ends = {name for name, module in base.net.named_modules() if next(module.children(), None) is None} - set(
+        targets
+    )
+    return [
+        name
+        for name in lora.modules_to_save
+        if name in ends and not lies_in(name.removeprefix(base.prefix + "."), base.heads)
+    ]
 
 
 def _wrap(base: _Base, lora: LoraConfig, targets: list[str], pooling: str) -> nn.Module:
@@ -330,7 +423,11 @@ def _max_length(encoder: nn.Module, config: Any) -> int:
     """Tokens the position table takes; a table with a padding row (RoBERTa, MPNet) starts behind it."""
     offset = 0
     for name, module in encoder.named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith("embeddings.position_embeddings") and module.padding_idx is not None:
+        if (
+            isinstance(module, nn.Embedding)
+            and name.endswith("embeddings.position_embeddings")
+            and module.padding_idx is not None
+        ):
             offset = module.padding_idx + 1
     length = getattr(config, "max_position_embeddings", None) or 0
     return length - offset if length > offset else 512
@@ -363,7 +460,9 @@ def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """No warnings and progress bars from transformers and peft while a model is built; settings are put back."""
-    verbosity, bars, hub_silent = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    verbosity = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hub_silent = are_progress_bars_disabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hf_logging.set_verbosity_error()

@@ -7,7 +7,20 @@ from torch import nn
 from textlora.core.config import LoraConfig
 from textlora.core.errors import ModelError, UsageError
 
-DEFAULT_TARGETS = ("query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "Wqkv", "q", "v", "in_proj", "q_proj", "v_proj")
+DEFAULT_TARGETS = (
+    "query",
+    "value",
+    "q_lin",
+    "v_lin",
+    "query_proj",
+    "value_proj",
+    "Wqkv",
+    "q",
+    "v",
+    "in_proj",
+    "q_proj",
+    "v_proj",
+)
 
 
 def resolve_layers(layers: str, count: int) -> list[int]:
@@ -42,7 +55,8 @@ def resolve_targets(
     Args:
         modules: (block, full module name, (out, in)) of every dense layer inside the encoder blocks.
         blocks: how many encoder blocks there are.
-        others: full name -> (out, in) of dense layers outside the blocks, such as a pooler; None where the base has no weights for it.
+        others: full name -> (out, in) of dense layers outside the blocks, such as a pooler; None where the
+            base has no weights for it.
             They are taken only by their full name: `all-linear` and `dense` mean the blocks.
 
     Raises:
@@ -56,16 +70,25 @@ def resolve_targets(
     if names is None:
         names = tuple(name for name in DEFAULT_TARGETS if any(ends(full, name) for _, full, _ in modules))
         if not names:
-            raise UsageError("this architecture has no known default for --target-modules", f"name some of: {', '.join(existing)}")
+            raise UsageError(
+                "this architecture has no known default for --target-modules",
+                f"name some of: {', '.join(existing)}",
+            )
     if names == ("all-linear",):
         picked = [(block, full, shape) for block, full, shape in modules]
     else:
         for name in names:
             if name in others:
                 if others[name] is None:
-                    raise UsageError(f"--target-modules {name}: the base has no weights for this layer", "it is trained in full, without LoRA")
+                    raise UsageError(
+                        f"--target-modules {name}: the base has no weights for this layer",
+                        "it is trained in full, without LoRA",
+                    )
             elif not any(ends(full, name) for _, full, _ in modules):
-                raise UsageError(f"--target-modules {name}: matches no dense layer of the encoder blocks", f"there are: {', '.join(existing)}")
+                raise UsageError(
+                    f"--target-modules {name}: matches no dense layer of the encoder blocks",
+                    f"there are: {', '.join(existing)}",
+                )
         picked = [m for m in modules if any(ends(m[1], name) for name in names)]
     chosen = [(full, shape) for block, full, shape in picked if block in chosen_blocks]
     chosen += [(full, shape) for full, shape in others.items() if full in names and shape is not None]
@@ -74,7 +97,9 @@ def resolve_targets(
     for full, (out, inner) in chosen:
         r = lora.rank_of(full)
         if r > min(out, inner):
-            raise UsageError(f"--r {r}: larger than {full}, which is {out} x {inner}", f"use at most {min(out, inner)}")
+            raise UsageError(
+                f"--r {r}: larger than {full}, which is {out} x {inner}", f"use at most {min(out, inner)}"
+            )
     return [full for full, _ in chosen]
 
 
@@ -88,7 +113,8 @@ def find_targets(lora: LoraConfig, net: nn.Module, prefix: str, heads: Sequence[
 
     Args:
         prefix: of the encoder in `net`.
-        heads: modules that are trained in full, named without the prefix; None where nothing outside the blocks can take LoRA.
+        heads: modules that are trained in full, named without the prefix; None where nothing outside the
+            blocks can take LoRA.
 
     Raises:
         UsageError: as `resolve_targets`.
@@ -104,22 +130,33 @@ def find_targets(lora: LoraConfig, net: nn.Module, prefix: str, heads: Sequence[
 
 
 def block_lists(net: nn.Module, prefix: str) -> list[str]:
-    """Names of the outermost module lists of the encoder that hold its blocks: the largest, and those as long as it (XLM has several)."""
+    """Names of the outermost module lists of the encoder that hold its blocks: the largest, and those as long
+    as it (XLM has several)."""
     found: dict[str, tuple[int, int]] = {}
     for name, module in net.named_modules():
-        if isinstance(module, nn.ModuleList) and name.startswith(prefix + ".") and not lies_in(name, list(found)):
+        if (
+            isinstance(module, nn.ModuleList)
+            and name.startswith(prefix + ".")
+            and not lies_in(name, list(found))
+        ):
             found[name] = (sum(p.numel() for p in module.parameters()), len(module))
     if not found:
-        raise ModelError(f"model type '{net.config.model_type}' has no list of encoder blocks", "choose a BERT-like base model")
+        raise ModelError(
+            f"model type '{net.config.model_type}' has no list of encoder blocks",
+            "choose a BERT-like base model",
+        )
     _, length = max(found.values())
     return [name for name, (size, count) in found.items() if count == length and size]
 
 
 def _blocks(name: str, blocks: nn.ModuleList) -> list[str]:
-    """Names of the blocks of a list; a group that is only a list itself counts by what is in it (ALBERT, Funnel)."""
+    """Names of the blocks of a list; a group that is only a list itself counts by what is in it (ALBERT,
+    Funnel)."""
     names = []
     for key, block in blocks.named_children():
-        own = [(k, child) for k, child in block.named_children() if next(child.parameters(), None) is not None]
+        own = [
+            (k, child) for k, child in block.named_children() if next(child.parameters(), None) is not None
+        ]
         if isinstance(block, nn.ModuleList):
             names += _blocks(f"{name}.{key}", block)
         elif len(own) == 1 and isinstance(own[0][1], nn.ModuleList):
@@ -130,14 +167,19 @@ def _blocks(name: str, blocks: nn.ModuleList) -> list[str]:
 
 
 def _dense_layers(net: nn.Module, prefix: str) -> tuple[list[tuple[int, str, tuple[int, int]]], int]:
-    """(block, full name, (out, in)) of every dense layer in the encoder's blocks, block by block, and how many blocks there are."""
+    """(block, full name, (out, in)) of every dense layer in the encoder's blocks, block by block, and how
+    many blocks there are."""
     modules, count = [], 0
     dense = [(name, module) for name, module in net.named_modules() if type(module) is nn.Linear]
     for root in block_lists(net, prefix):
         blocks = _blocks(root, net.get_submodule(root))
         count = max(count, len(blocks))
         for i, block in enumerate(blocks):
-            modules += [(i, name, (m.out_features, m.in_features)) for name, m in dense if name.startswith(block + ".")]
+            modules += [
+                (i, name, (m.out_features, m.in_features))
+                for name, m in dense
+                if name.startswith(block + ".")
+            ]
     return sorted(modules, key=lambda item: item[0]), count
 
 

@@ -9,7 +9,8 @@ _UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]
 
 
 def number(value: Any, decimals: int = 4) -> str:
-    """A measurement: fixed decimals, thousands separated; small values keep four digits (2e-05), no value is a dash."""
+    """A measurement: fixed decimals, thousands separated; small values keep four digits (2e-05), no value is
+    a dash."""
     if value is None or not math.isfinite(value):
         return NONE
     if value != 0 and abs(value) < 10**-decimals * 10:
@@ -46,7 +47,8 @@ def setting(value: Any) -> str:
 
 
 def clean(text: str) -> str:
-    """Text without what HTML and UTF-8 files cannot hold: control characters and lone surrogates become U+FFFD."""
+    """Text without what HTML and UTF-8 files cannot hold: control characters and lone surrogates become
+    U+FFFD."""
     return _UNWRITABLE.sub("\ufffd", text)
 
 

@@ -18,15 +18,18 @@ def fill(template: str, **values: Any) -> str:
 
     Args:
         template: a file of this folder that extends `frame.html`.
-        values: what it shows: `title`, `about` (the line below), `settings` (names and values, the last section) and the template's own. Text is escaped,
-            numbers are written as `numbers.show` does, what is missing is a dash.
+        values: what it shows: `title`, `about` (the line below), `settings` (names and values, the last
+            section) and the template's own. Text is escaped, numbers are written as `numbers.show` does, what
+            is missing is a dash.
     """
     return _environment().get_template(template).render(values).rstrip() + "\n"
 
 
 def light_colours() -> dict[str, str]:
     """The colours of the light page, by their names in the style sheet."""
-    first_rule = resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8").split("}", 1)[0]
+    first_rule = (
+        resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8").split("}", 1)[0]
+    )
     return dict(re.findall(r"--([\w-]+): (#\w+);", first_rule))
 
 
@@ -46,6 +49,11 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.ChainableUndefined,
         finalize=lambda value: NONE if isinstance(value, jinja2.Undefined) else show(value),
     )
-    environment.filters |= {"percent": percent, "setting": setting, "css_number": "{:.3f}".format, "css_share": css_share}
+    environment.filters |= {
+        "percent": percent,
+        "setting": setting,
+        "css_number": "{:.3f}".format,
+        "css_share": css_share,
+    }
     environment.filters["one"] = lambda value: number(value, 1) if finite(value) else NONE
     return environment

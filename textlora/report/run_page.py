@@ -1,7 +1,9 @@
-"""A training run's records (the lines of `run/metrics.jsonl`) as one HTML page, and as a few lines of Markdown.
+"""A training run's records (the lines of `run/metrics.jsonl`) as one HTML page, and as a few lines of
+Markdown.
 
-The page has no script and fetches nothing; every number on it is in the records or counted from them. A run that was
-resumed may have written a step twice, and one that was stopped has no end: the last record counts, what is absent is left out.
+The page has no script and fetches nothing; every number on it is in the records or counted from them. A run
+that was resumed may have written a step twice, and one that was stopped has no end: the last record counts,
+what is absent is left out.
 """
 
 import math
@@ -20,7 +22,9 @@ from textlora.report.pages import css_share, fill, finite
 
 __all__ = ["markdown_summary", "render"]
 
-TABLE_LIMIT = 12  # up to here a confusion matrix is a table of numbers, beyond it a heat map and a list of pairs
+TABLE_LIMIT = (
+    12  # up to here a confusion matrix is a table of numbers, beyond it a heat map and a list of pairs
+)
 PAIRS, LONG_TABLE = 20, 24
 _SPLITS = ("test", "validation")
 
@@ -29,7 +33,8 @@ def render(records: list[dict[str, Any]], title: str) -> str:
     """One self-contained HTML page about a run, light or dark as the reader's system is.
 
     Args:
-        records: dicts with a `kind`: start, data, step, evaluation, final, end; other kinds and keys are passed over.
+        records: dicts with a `kind`: start, data, step, evaluation, final, end; other kinds and keys are
+            passed over.
         title: heading of the page; like all text it is escaped.
     """
     run = _Run.of(records)
@@ -59,21 +64,34 @@ def render(records: list[dict[str, Any]], title: str) -> str:
 
 
 def markdown_summary(records: list[dict[str, Any]]) -> str:
-    """Score, metrics table and cost of a run in Markdown, for a model card; "" while there is no final evaluation."""
+    """Score, metrics table and cost of a run in Markdown, for a model card; "" while there is no final
+    evaluation."""
     run = _Run.of(records)
     head = _headline(run)
     if not head:
         return ""
-    between = f" (95 % interval {number(head['interval'][0])} to {number(head['interval'][1])})" if head["interval"] else ""
+    between = (
+        f" (95 % interval {number(head['interval'][0])} to {number(head['interval'][1])})"
+        if head["interval"]
+        else ""
+    )
     open_still = f" {_in_markdown(head['open'])}" if head["open"] else ""
-    text = [f"**{_in_markdown(head['name'])} {number(head['value'])}**{between} on {whole(head['rows'])} {head['split']} rows.{open_still}", ""]
+    text = [
+        f"**{_in_markdown(head['name'])} {number(head['value'])}**{between} on {whole(head['rows'])} {head['split']} rows.{open_still}",
+        "",
+    ]
     splits = [split for split in _SPLITS if split in run.finals]
-    text.append("| metric | " + " | ".join(f"{_shown(run.finals[split])} | 95 % interval" for split in splits) + " |")
+    text.append(
+        "| metric | " + " | ".join(f"{_shown(run.finals[split])} | 95 % interval" for split in splits) + " |"
+    )
     text.append("|---|" + "---:|---:|" * len(splits))
     for row in _metric_rows(run):
         cells = []
         for cell in row["cells"]:
-            cells += [number(cell["value"]), " to ".join(map(number, cell["interval"])) if cell["interval"] else ""]
+            cells += [
+                number(cell["value"]),
+                " to ".join(map(number, cell["interval"])) if cell["interval"] else "",
+            ]
         text.append(f"| {_in_markdown(row['name'])} | " + " | ".join(cells) + " |")
     if head["interval"]:
         text += ["", INTERVALS_ARE]
@@ -82,7 +100,8 @@ def markdown_summary(records: list[dict[str, Any]]) -> str:
 
 
 def _shown(final: dict[str, Any]) -> str:
-    """What the rows of a final evaluation are called: rows that cross-validation held out in turn are no split."""
+    """What the rows of a final evaluation are called: rows that cross-validation held out in turn are no
+    split."""
     return final.get("shown") or final.get("split") or ""
 
 
@@ -111,10 +130,16 @@ class _Run:
                 continue
             if kind == "final" and record.get("folds"):
                 record = record | {"shown": "held-out"}
-            key = {"step": record.get("step"), "evaluation": record.get("step"), "final": record.get("split")}.get(kind)
+            key = {
+                "step": record.get("step"),
+                "evaluation": record.get("step"),
+                "final": record.get("split"),
+            }.get(kind)
             kinds[kind][key] = record
         start, data, end = (kinds[kind].get(None, {}) for kind in ("start", "data", "end"))
-        steps, evaluations = ([r for s, r in sorted(kinds[k].items()) if s is not None] for k in ("step", "evaluation"))
+        steps, evaluations = (
+            [r for s, r in sorted(kinds[k].items()) if s is not None] for k in ("step", "evaluation")
+        )
         return cls(start, data, end, steps, evaluations, kinds["final"])
 
     @property
@@ -137,7 +162,11 @@ class _Run:
 
     def main_metric(self, metrics: dict[str, Any]) -> str | None:
         """The metric that chose the checkpoint, else the problem type's, else the first there is."""
-        wanted = [(self.end.get("best_metric") or {}).get("name"), DEFAULT_METRIC.get(self.problem_type), *metrics]
+        wanted = [
+            (self.end.get("best_metric") or {}).get("name"),
+            DEFAULT_METRIC.get(self.problem_type),
+            *metrics,
+        ]
         return next((name for name in wanted if name in metrics), None)
 
 
@@ -161,13 +190,27 @@ def _headline(run: _Run) -> dict[str, Any] | None:
         right = sum(row[i] for i, row in enumerate(matrix))
         support = [sum(row) for row in matrix]
         most = support.index(max(support))
-        baseline = {"label": run.start.get("labels", [str(i) for i in range(len(matrix))])[most], "share": percent(support[most] / sum(support))}
+        baseline = {
+            "label": run.start.get("labels", [str(i) for i in range(len(matrix))])[most],
+            "share": percent(support[most] / sum(support)),
+        }
     if interval and finite(value) and all(0 <= part <= 1 for part in (value, *interval)):
         bar = {"low": css_share(interval[0]), "rest": css_share(1 - interval[1]), "value": css_share(value)}
-    known = {"name": metric_name(name), "value": value, "interval": interval, "meaning": METRICS[name].what if name in METRICS else ""}
+    known = {
+        "name": metric_name(name),
+        "value": value,
+        "interval": interval,
+        "meaning": METRICS[name].what if name in METRICS else "",
+    }
     rows = run.shown.get("rows")
     known |= {"open": cannot_tell(name, value, interval, rows) if rows else None}
-    return known | {"split": _shown(run.shown), "rows": rows, "right": right, "baseline": baseline, "bar": bar}
+    return known | {
+        "split": _shown(run.shown),
+        "rows": rows,
+        "right": right,
+        "baseline": baseline,
+        "bar": bar,
+    }
 
 
 def _tiles(run: _Run) -> list[tuple[str, str]]:
@@ -177,11 +220,17 @@ def _tiles(run: _Run) -> list[tuple[str, str]]:
         ("adapter parameters", whole(run.start.get("adapter_parameters"))),
         ("head parameters", whole(run.start.get("head_parameters"))),
         ("epochs", setting(end.get("epochs"))),
-        ("training time", number(end["train_seconds"], 1) + " s" if finite(end.get("train_seconds")) else NONE),
+        (
+            "training time",
+            number(end["train_seconds"], 1) + " s" if finite(end.get("train_seconds")) else NONE,
+        ),
         ("tokens per second", whole(end.get("tokens_per_second"))),
         ("peak memory", size(end.get("peak_memory_bytes"))),
         ("best step", whole(end.get("best_step"))),
-        (f"its {_shown(run.finals.get('validation') or {}) or 'validation'} {metric_name(best.get('name') or '')}", number(best.get("value"))),
+        (
+            f"its {_shown(run.finals.get('validation') or {}) or 'validation'} {metric_name(best.get('name') or '')}",
+            number(best.get("value")),
+        ),
     ]
     return [(name, value) for name, value in facts if value != NONE]
 
@@ -191,8 +240,13 @@ def _metric_rows(run: _Run) -> list[dict[str, Any]]:
     names = list(dict.fromkeys(name for final in finals for name in final.get("metrics") or {}))
     rows = []
     for name in names:
-        cells = [{"value": (f.get("metrics") or {}).get(name), "interval": (f.get("intervals") or {}).get(name)} for f in finals]
-        rows.append({"name": metric_name(name), "cells": cells, "what": METRICS[name].what if name in METRICS else ""})
+        cells = [
+            {"value": (f.get("metrics") or {}).get(name), "interval": (f.get("intervals") or {}).get(name)}
+            for f in finals
+        ]
+        rows.append(
+            {"name": metric_name(name), "cells": cells, "what": METRICS[name].what if name in METRICS else ""}
+        )
     return rows
 
 
@@ -216,8 +270,16 @@ def _curves(run: _Run) -> list[dict[str, Any]]:
     if scores:
         best = [point for point in scores if point[0] == run.end.get("best_step")]
         lines = [figures.Line(f"{run.held_name} {metric_name(name)}", "a", scores, scores)]
-        charts.append((lines + ([figures.Line("checkpoint that was kept", "best", [], best)] if best else []), metric_name(name)))
-    return [{"legend": figures.legend(lines), "svg": figures.lines(lines, "step", title)} for lines, title in charts]
+        charts.append(
+            (
+                lines + ([figures.Line("checkpoint that was kept", "best", [], best)] if best else []),
+                metric_name(name),
+            )
+        )
+    return [
+        {"legend": figures.legend(lines), "svg": figures.lines(lines, "step", title)}
+        for lines, title in charts
+    ]
 
 
 def _confusion(run: _Run) -> dict[str, Any] | None:
@@ -228,14 +290,20 @@ def _confusion(run: _Run) -> dict[str, Any] | None:
     totals = [sum(row) for row in matrix]
     wrong = [(count, i, j) for i, row in enumerate(matrix) for j, count in enumerate(row) if count and i != j]
     wrong.sort(key=lambda cell: (-cell[0], -cell[0] / totals[cell[1]], cell[1], cell[2]))
-    pairs = [{"label": names[i], "predicted": names[j], "count": n, "share": n / totals[i]} for n, i, j in wrong[:PAIRS]]
+    pairs = [
+        {"label": names[i], "predicted": names[j], "count": n, "share": n / totals[i]}
+        for n, i, j in wrong[:PAIRS]
+    ]
     table = heat = None
     if len(matrix) <= TABLE_LIMIT:
         table = [
             {
                 "label": names[i],
                 "total": totals[i],
-                "cells": [{"count": n, "share": n / (totals[i] or 1), "style": "hit" if i == j else "miss"} for j, n in enumerate(row)],
+                "cells": [
+                    {"count": n, "share": n / (totals[i] or 1), "style": "hit" if i == j else "miss"}
+                    for j, n in enumerate(row)
+                ],
             }
             for i, row in enumerate(matrix)
         ]
@@ -248,7 +316,11 @@ def _calibration(run: _Run) -> Any:
     bins = run.details.get("calibration")
     if not bins or not any(b["count"] for b in bins):
         return None
-    return figures.reliability(bins, "score", "share that is right" if run.problem_type != MULTI_LABEL else "share that has the label")
+    return figures.reliability(
+        bins,
+        "score",
+        "share that is right" if run.problem_type != MULTI_LABEL else "share that has the label",
+    )
 
 
 def _scatter(run: _Run) -> Any:
@@ -272,9 +344,15 @@ def _classes(run: _Run) -> dict[str, Any]:
     shares = run.data.get("shares") or {}
     counts = sorted((run.data.get("classes") or {}).items(), key=lambda item: -item[1])
     most = max([count for _, count in counts], default=0) or 1
-    rows = [{"label": name, "count": count, "share": shares.get(name), "width": count / most} for name, count in counts]
+    rows = [
+        {"label": name, "count": count, "share": shares.get(name), "width": count / most}
+        for name, count in counts
+    ]
     cut = len(rows) > LONG_TABLE
-    return {"classes": [*rows[: LONG_TABLE // 2], *rows[-LONG_TABLE // 2 :]] if cut else rows, "classes_cut": cut}
+    return {
+        "classes": [*rows[: LONG_TABLE // 2], *rows[-LONG_TABLE // 2 :]] if cut else rows,
+        "classes_cut": cut,
+    }
 
 
 def _per_class(run: _Run) -> dict[str, Any] | None:
@@ -289,4 +367,6 @@ def _per_class(run: _Run) -> dict[str, Any] | None:
 
 def _settings(run: _Run) -> list[tuple[str, Any]]:
     known = [(name, value) for name, value in (run.start.get("settings") or {}).items() if value is not None]
-    return known + [(f"version of {name}", value) for name, value in (run.start.get("versions") or {}).items()]
+    return known + [
+        (f"version of {name}", value) for name, value in (run.start.get("versions") or {}).items()
+    ]

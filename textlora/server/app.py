@@ -60,7 +60,8 @@ _JSON = re.compile(r"application/(?:[\w.+-]+\+)?json\s*(?:;|$)", re.IGNORECASE)
 _bearer = HTTPBearer(auto_error=False, description="A key of --api-keys or TEXTLORA_API_KEY.")
 
 
-# Async although they wait for nothing: FastAPI sends plain functions through a thread pool, twice for each request.
+# Async although they wait for nothing: FastAPI sends plain functions through a thread pool, twice for each
+# request.
 async def _service(request: Request) -> Service:
     return request.app.state.service
 
@@ -73,7 +74,9 @@ async def _key(request: Request) -> Key:
     return key
 
 
-async def _documented_key(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> Key:
+async def _documented_key(
+    request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+) -> Key:
     return await _key(request)
 
 
@@ -81,7 +84,8 @@ Serving, Client = Annotated[Service, Depends(_service)], Annotated[Key, Depends(
 
 
 class Quick(APIRoute):
-    """A route that FastAPI describes and does not run: its way to the same call takes longer than all else that a request needs."""
+    """A route that FastAPI describes and does not run: its way to the same call takes longer than all else
+    that a request needs."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         body_type = self.endpoint.__annotations__["body"]
@@ -89,7 +93,9 @@ class Quick(APIRoute):
         async def handle(request: Request) -> Response:
             key = await _key(request)
             body = _read(body_type, await request.body(), request.headers.get("content-type", ""))
-            return await self.endpoint(service=request.app.state.service, key=key, body=body, request=request, **request.path_params)
+            return await self.endpoint(
+                service=request.app.state.service, key=key, body=body, request=request, **request.path_params
+            )
 
         return handle
 
@@ -149,7 +155,9 @@ def _json(value: Any, headers: dict[str, str]) -> Response:
     return Response(to_json(value), headers=headers, media_type="application/json")
 
 
-async def _predict(service: Service, key: Key, body: schemas.PredictRequest, request: Request, name: str | None, nested: bool) -> Response:
+async def _predict(
+    service: Service, key: Key, body: schemas.PredictRequest, request: Request, name: str | None, nested: bool
+) -> Response:
     options = body.parameters or schemas.Parameters()
     names = service.select(key, name, body.model, options.adapter_id)
     several = isinstance(body.model, list) or isinstance(options.adapter_id, list)
@@ -163,8 +171,16 @@ async def _predict(service: Service, key: Key, body: schemas.PredictRequest, req
     return _json(shown if batch or nested else shown[0], _headers(service, answers))
 
 
-_predicts: dict[str, Any] = {"response_model": schemas.PredictAnswer, "responses": _PREDICTS, "tags": ["predict"]}
-_classifies: dict[str, Any] = {"response_model": schemas.ClassifyAnswer, "responses": _PREDICTS, "tags": ["predict"]}
+_predicts: dict[str, Any] = {
+    "response_model": schemas.PredictAnswer,
+    "responses": _PREDICTS,
+    "tags": ["predict"],
+}
+_classifies: dict[str, Any] = {
+    "response_model": schemas.ClassifyAnswer,
+    "responses": _PREDICTS,
+    "tags": ["predict"],
+}
 
 
 @quick.post("/predict", summary="Labels and scores, as text-embeddings-inference", **_predicts)
@@ -172,24 +188,36 @@ async def predict(service: Serving, key: Client, body: schemas.PredictRequest, r
     return await _predict(service, key, body, request, None, False)
 
 
-@quick.post("/", summary="For huggingface_hub's InferenceClient: a list for each text where `parameters` are sent", **_predicts)
-async def hub_predict(service: Serving, key: Client, body: schemas.PredictRequest, request: Request) -> Response:
+@quick.post(
+    "/",
+    summary="For huggingface_hub's InferenceClient: a list for each text where `parameters` are sent",
+    **_predicts,
+)
+async def hub_predict(
+    service: Serving, key: Client, body: schemas.PredictRequest, request: Request
+) -> Response:
     return await _predict(service, key, body, request, None, "parameters" in body.model_fields_set)
 
 
 @quick.post("/adapters/{name}/predict", summary="As /predict, for one adapter", **_predicts)
-async def adapter_predict(service: Serving, key: Client, name: str, body: schemas.PredictRequest, request: Request) -> Response:
+async def adapter_predict(
+    service: Serving, key: Client, name: str, body: schemas.PredictRequest, request: Request
+) -> Response:
     return await _predict(service, key, body, request, name, False)
 
 
 @quick.post("/adapters/{name}", summary="As /, for one adapter: the URL for an InferenceClient", **_predicts)
-async def adapter_hub_predict(service: Serving, key: Client, name: str, body: schemas.PredictRequest, request: Request) -> Response:
+async def adapter_hub_predict(
+    service: Serving, key: Client, name: str, body: schemas.PredictRequest, request: Request
+) -> Response:
     return await _predict(service, key, body, request, name, "parameters" in body.model_fields_set)
 
 
 @quick.post("/classify", summary="Labels and probabilities in class order, as vLLM", **_classifies)
 @quick.post("/v1/classify", summary="As /classify, as SGLang", **_classifies)
-async def classify(service: Serving, key: Client, body: schemas.ClassifyRequest, request: Request) -> Response:
+async def classify(
+    service: Serving, key: Client, body: schemas.ClassifyRequest, request: Request
+) -> Response:
     names = service.select(key, None, body.model)
     texts = [(text, None) for text in ([body.input] if isinstance(body.input, str) else body.input)]
     answers = await _while_connected(request, service.answer(texts, names))
@@ -209,13 +237,23 @@ def _card(service: Service, name: str, details: bool = False) -> dict[str, Any] 
     return card | ({"labels": list(found.labels), "max_length": found.max_length} if details else {})
 
 
-@router.get("/v1/models", summary="Adapters that the key may use", response_model=schemas.ModelList, responses=_errors(401, 500), tags=["adapters"])
+@router.get(
+    "/v1/models",
+    summary="Adapters that the key may use",
+    response_model=schemas.ModelList,
+    responses=_errors(401, 500),
+    tags=["adapters"],
+)
 async def models(service: Serving, key: Client) -> Response:
     cards = [_card(service, name) for name in service.visible(key)]
     return JSONResponse({"object": "list", "data": [card for card in cards if card is not None]})
 
 
-_one = {"response_model": schemas.ModelDetails, "responses": _errors(401, 404, 422, 500), "tags": ["adapters"]}
+_one = {
+    "response_model": schemas.ModelDetails,
+    "responses": _errors(401, 404, 422, 500),
+    "tags": ["adapters"],
+}
 
 
 @router.get("/v1/models/{name}", summary="One adapter, with its labels", **_one)
@@ -246,28 +284,48 @@ async def load(request: Request, key: Manager, body: schemas.LoadRequest) -> Res
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@manage.post("/v1/unload_lora_adapter", summary="Unload an adapter when its last batch is done, as vLLM", **_manages)
+@manage.post(
+    "/v1/unload_lora_adapter", summary="Unload an adapter when its last batch is done, as vLLM", **_manages
+)
 async def unload(request: Request, service: Serving, key: Manager, body: schemas.UnloadRequest) -> Response:
     service.check_name(key, body.lora_name)
     await request.app.state.folders.unload(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-@router.get("/health", summary="Whether the process works", response_model=schemas.Status, responses=_errors(500, 503), tags=["server"])
+@router.get(
+    "/health",
+    summary="Whether the process works",
+    response_model=schemas.Status,
+    responses=_errors(500, 503),
+    tags=["server"],
+)
 async def health(service: Serving) -> Response:
     if not service.ready:
         raise Refusal(503, "what computes is not there")
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/ready", summary="Whether to send requests here", response_model=schemas.Status, responses=_errors(500, 503), tags=["server"])
+@router.get(
+    "/ready",
+    summary="Whether to send requests here",
+    response_model=schemas.Status,
+    responses=_errors(500, 503),
+    tags=["server"],
+)
 async def ready(service: Serving) -> Response:
     if not service.ready:
         raise Refusal(503, "not ready")
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/info", summary="Base model and limits", response_model=schemas.Info, responses=_errors(401, 500), tags=["server"])
+@router.get(
+    "/info",
+    summary="Base model and limits",
+    response_model=schemas.Info,
+    responses=_errors(401, 500),
+    tags=["server"],
+)
 async def info(request: Request, service: Serving, key: Client) -> Response:
     settings, default = service.settings, service.settings.default_adapter
     default = default if default and key.sees(default) else None
@@ -304,10 +362,14 @@ class Page:
 
     def _hashes(self, tag: str) -> str:
         bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", self.text, flags=re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'" for body in bodies)
+        return " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'" for body in bodies
+        )
 
     async def __call__(self) -> HTMLResponse:
-        return HTMLResponse(self.text, headers={"Content-Security-Policy": self.policy, "Cache-Control": "no-cache"})
+        return HTMLResponse(
+            self.text, headers={"Content-Security-Policy": self.policy, "Cache-Control": "no-cache"}
+        )
 
 
 async def _refused(_: Request, error: Exception) -> Response:
@@ -319,13 +381,23 @@ async def _wrong_body(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError | ValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
-    message = "the body is not JSON" if first["type"] == "json_invalid" else f"{where}: {first['msg']}" if where else first["msg"]
+    message = (
+        "the body is not JSON"
+        if first["type"] == "json_invalid"
+        else f"{where}: {first['msg']}"
+        if where
+        else first["msg"]
+    )
     return JSONResponse(Refusal(422, message).body, 422)
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(Refusal(error.status_code, HTTP_TEXTS.get(error.status_code, "refused")).body, error.status_code, error.headers)
+    return JSONResponse(
+        Refusal(error.status_code, HTTP_TEXTS.get(error.status_code, "refused")).body,
+        error.status_code,
+        error.headers,
+    )
 
 
 def create_app(service: Service, keys: KeyRing, folders: Folders) -> FastAPI:

@@ -5,7 +5,13 @@ import contextlib
 import os
 from pathlib import Path
 
-from textlora.core.errors import AdapterError, TextloraError, UnavailableError, UnknownAdapterError, UsageError
+from textlora.core.errors import (
+    AdapterError,
+    TextloraError,
+    UnavailableError,
+    UnknownAdapterError,
+    UsageError,
+)
 from textlora.core.predictions import NAME
 from textlora.server.http_errors import Refusal, refusal
 from textlora.server.keys import Key
@@ -32,7 +38,8 @@ class Folders:
         self._running = False  # what is there at the start is not news
 
     def open_all(self) -> None:
-        """Register what the settings name. Raises UsageError and AdapterError; in the watched folder bad ones are logged instead."""
+        """Register what the settings name. Raises UsageError and AdapterError; in the watched folder bad ones
+        are logged instead."""
         for name, path in self.service.settings.named_adapters().items():
             self.bank.add(path, name)
         self.look()
@@ -54,7 +61,11 @@ class Folders:
         """Register new folders, take up replaced ones when they are whole, forget deleted ones."""
         if self.watched is None:
             return
-        found = {name: signature for name in os.listdir(self.watched) if NAME.fullmatch(name) and (signature := _signature(f"{self.watched}/{name}"))}
+        found = {
+            name: signature
+            for name in os.listdir(self.watched)
+            if NAME.fullmatch(name) and (signature := _signature(f"{self.watched}/{name}"))
+        }
         for name in [name for name in self._seen if name not in found]:
             del self._seen[name]
             if name in self._ours:
@@ -77,7 +88,10 @@ class Folders:
             except UnavailableError:  # until there is a process again
                 del self._seen[name]
                 return
-            except (TextloraError, OSError) as error:  # half-copied, perhaps: its signature changes as it grows
+            except (
+                TextloraError,
+                OSError,
+            ) as error:  # half-copied, perhaps: its signature changes as it grows
                 log("adapter_refused", adapter=name, reason=str(error))
 
     def _forget(self, name: str) -> None:
@@ -93,12 +107,17 @@ class Folders:
             raise Refusal(403, "this key may not use that name")
         folder = await asyncio.to_thread(self._allowed, path)
         if folder is None:
-            raise Refusal(404, "lora_path: no adapter folder of that path inside the folders that may be loaded from")
+            raise Refusal(
+                404, "lora_path: no adapter folder of that path inside the folders that may be loaded from"
+            )
         try:
             await self.service.in_loader(lambda: self.bank.add(folder, name, replace=replace, load=True))
         except AdapterError as error:
             log("adapter_refused", adapter=name, reason=str(error))
-            raise Refusal(400, f"adapter '{name}' cannot be loaded: its folder is damaged, incomplete, or of another base") from None
+            raise Refusal(
+                400,
+                f"adapter '{name}' cannot be loaded: its folder is damaged, incomplete, or of another base",
+            ) from None
         except TextloraError as error:
             raise refusal(error) from None
         log("adapter_added", adapter=name, client=key.name)
@@ -114,7 +133,8 @@ class Folders:
         log("adapter_removed", adapter=name)
 
     def _allowed(self, path: str) -> Path | None:
-        """The real folder of a path, where it and its files lie inside a folder of --load-from, links followed."""
+        """The real folder of a path, where it and its files lie inside a folder of --load-from, links
+        followed."""
         try:
             for root in self.roots:
                 folder = (root / path).resolve()

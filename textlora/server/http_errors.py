@@ -4,7 +4,16 @@ from collections.abc import Mapping
 
 from textlora.core.errors import AdapterError, OverloadError, TextloraError
 
-TYPES = {401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 424: "Backend", 429: "Overloaded", 500: "Backend", 503: "Unhealthy", 504: "Timeout"}
+TYPES = {
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "NotFound",
+    424: "Backend",
+    429: "Overloaded",
+    500: "Backend",
+    503: "Unhealthy",
+    504: "Timeout",
+}
 HTTP_TEXTS = {
     404: "there is nothing here; GET /openapi.json lists the routes",
     405: "this path has no such method; GET /openapi.json lists the routes",
@@ -15,7 +24,13 @@ HTTP_TEXTS = {
 class Refusal(Exception):
     """An answer that is not 200."""
 
-    def __init__(self, status: int, message: str, error_type: str | None = None, headers: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        error_type: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status, self.message, self.headers = status, message, dict(headers or {})
         self.error_type = error_type or TYPES.get(status, "Validation")

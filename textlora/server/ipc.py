@@ -1,6 +1,8 @@
-"""Calls between the server's two processes: plain values (text, numbers, lists, tuples, dictionaries) over a socket, one call at a time.
+"""Calls between the server's two processes: plain values (text, numbers, lists, tuples, dictionaries) over a
+socket, one call at a time.
 
-`marshal` writes them: nothing else comes as near to free, it makes no object of any class, and both ends are the same interpreter.
+`marshal` writes them: nothing else comes as near to free, it makes no object of any class, and both ends are
+the same interpreter.
 """
 
 import marshal

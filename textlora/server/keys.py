@@ -35,7 +35,8 @@ class KeyRing:
         self._nobody = Key("-", manage=True)
 
     def find(self, token: str | None) -> Key | None:
-        """The key of a token, None where there is none. Every key is compared, in time that does not depend on the token."""
+        """The key of a token, None where there is none. Every key is compared, in time that does not depend
+        on the token."""
         if not self.keys:
             return self._nobody
         digest = _digest(token or "")
@@ -47,7 +48,8 @@ class KeyRing:
 
 
 def read_keys(path: str | None, single: str | None = None) -> KeyRing:
-    """Keys of a TOML file: a table for each client with `key`, `adapters` (patterns, default all) and `manage` (default false).
+    """Keys of a TOML file: a table for each client with `key`, `adapters` (patterns, default all) and
+    `manage` (default false).
 
     Args:
         single: one more key, which may do everything; from the environment.
@@ -60,7 +62,9 @@ def read_keys(path: str | None, single: str | None = None) -> KeyRing:
         try:
             tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}", "give the path of a TOML file as --api-keys") from error
+            raise UsageError(
+                f"{path}: {error.strerror}", "give the path of a TOML file as --api-keys"
+            ) from error
         except ValueError:  # its message might show a key
             raise UsageError(f"{path}: not a TOML file") from None
         keys += [_key(path, name, table) for name, table in tables.items()]
@@ -77,7 +81,11 @@ def _key(path: str, name: str, table: object) -> Key:
     token, patterns, manage = table.get("key"), table.get("adapters", ["*"]), table.get("manage", False)
     if not isinstance(token, str) or len(token) < 8:
         raise UsageError(f"{path}: [{name}] needs a key of at least 8 characters")
-    if not isinstance(patterns, list) or not patterns or not all(isinstance(one, str) and one for one in patterns):
+    if (
+        not isinstance(patterns, list)
+        or not patterns
+        or not all(isinstance(one, str) and one for one in patterns)
+    ):
         raise UsageError(f"{path}: [{name}] adapters should be a list of name patterns")
     if not isinstance(manage, bool):
         raise UsageError(f"{path}: [{name}] manage should be true or false")

@@ -18,5 +18,8 @@ def log(event: str, **fields: Any) -> None:
 
 def log_bug(error: BaseException, **fields: Any) -> None:
     """Where an error came from, without its message, which may hold a text."""
-    frames = [f"{Path(frame.filename).stem}.{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
+    frames = [
+        f"{Path(frame.filename).stem}.{frame.name}:{frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)[-6:]
+    ]
     log("bug", error=type(error).__name__, frames=frames, **fields)

@@ -1,4 +1,5 @@
-"""Numbers for Prometheus. No label has more values than there are routes, statuses or reasons: adapter names are not among them."""
+"""Numbers for Prometheus. No label has more values than there are routes, statuses or reasons: adapter names
+are not among them."""
 
 from collections.abc import Callable
 
@@ -25,15 +26,39 @@ class Metrics:
         self.registry = CollectorRegistry()
         made = {"registry": self.registry}
         self.requests = Counter("textlora_requests_total", "HTTP requests.", ["route", "status"], **made)
-        self.duration = Histogram("textlora_request_duration_seconds", "From first byte to answer.", ["route"], buckets=_SECONDS, **made)
+        self.duration = Histogram(
+            "textlora_request_duration_seconds",
+            "From first byte to answer.",
+            ["route"],
+            buckets=_SECONDS,
+            **made,
+        )
         self.texts = Counter("textlora_texts_total", "Rows (text x adapter) answered.", **made)
-        self.tokens = Counter("textlora_tokens_total", "Tokens of rows answered, special tokens included.", **made)
-        self.dropped = Counter("textlora_dropped_requests_total", "Requests not answered.", ["reason"], **made)
+        self.tokens = Counter(
+            "textlora_tokens_total", "Tokens of rows answered, special tokens included.", **made
+        )
+        self.dropped = Counter(
+            "textlora_dropped_requests_total", "Requests not answered.", ["reason"], **made
+        )
         self.batch_rows = Histogram("textlora_batch_rows", "Rows of a batch.", buckets=_SIZES, **made)
-        self.batch_tokens = Histogram("textlora_batch_estimated_tokens", "Estimated tokens of a batch.", buckets=[16 * n for n in _SIZES], **made)
-        self.inference = Histogram("textlora_batch_duration_seconds", "Time of a batch.", buckets=_SECONDS, **made)
-        self.queued = Histogram("textlora_queue_duration_seconds", "Time in the queue of a text.", buckets=_SECONDS, **made)
-        self.loads = Histogram("textlora_adapter_load_duration_seconds", "Reading and checking an adapter.", buckets=_SECONDS, **made)
+        self.batch_tokens = Histogram(
+            "textlora_batch_estimated_tokens",
+            "Estimated tokens of a batch.",
+            buckets=[16 * n for n in _SIZES],
+            **made,
+        )
+        self.inference = Histogram(
+            "textlora_batch_duration_seconds", "Time of a batch.", buckets=_SECONDS, **made
+        )
+        self.queued = Histogram(
+            "textlora_queue_duration_seconds", "Time in the queue of a text.", buckets=_SECONDS, **made
+        )
+        self.loads = Histogram(
+            "textlora_adapter_load_duration_seconds",
+            "Reading and checking an adapter.",
+            buckets=_SECONDS,
+            **made,
+        )
         waits = Gauge("textlora_queue_rows", "Rows that wait.", **made)
         waits.set_function(waiting)
         self.registry.register(_Bank(bank_state))
@@ -57,6 +82,10 @@ class _Bank(Collector):
 
     def collect(self):
         state = self._state()
-        yield GaugeMetricFamily("textlora_adapters_registered", "Adapters that have a name here.", value=state["registered"])
+        yield GaugeMetricFamily(
+            "textlora_adapters_registered", "Adapters that have a name here.", value=state["registered"]
+        )
         yield GaugeMetricFamily("textlora_adapters_resident", "Adapters in memory.", value=state["resident"])
-        yield GaugeMetricFamily("textlora_adapter_memory_bytes", "Memory of those.", value=state["resident_bytes"])
+        yield GaugeMetricFamily(
+            "textlora_adapter_memory_bytes", "Memory of those.", value=state["resident_bytes"]
+        )

@@ -1,4 +1,5 @@
-"""What surrounds every request: its id, its log line, its count, and the limits that hold before anything is parsed."""
+"""What surrounds every request: its id, its log line, its count, and the limits that hold before anything is
+parsed."""
 
 import asyncio
 import json
@@ -26,8 +27,21 @@ class Outer:
         check_room: raises OverloadError where a request that asks for predictions would find the queue full.
     """
 
-    def __init__(self, app: Any, keys: KeyRing, metrics: Metrics, check_room: Callable[[], None], max_body: int, seconds: float):
-        self.app, self.keys, self.metrics, self.check_room, self.max_body, self.seconds = app, keys, metrics, check_room, max_body, seconds
+    def __init__(
+        self,
+        app: Any,
+        keys: KeyRing,
+        metrics: Metrics,
+        check_room: Callable[[], None],
+        max_body: int,
+        seconds: float,
+    ):
+        self.app = app
+        self.keys = keys
+        self.metrics = metrics
+        self.check_room = check_room
+        self.max_body = max_body
+        self.seconds = seconds
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -47,7 +61,10 @@ class Outer:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode()), *_HEADERS]}
+                message = {
+                    **message,
+                    "headers": [*message["headers"], (b"x-request-id", request_id.encode()), *_HEADERS],
+                }
             await send(message)
 
         try:
@@ -68,16 +85,27 @@ class Outer:
         except Exception as error:
             log_bug(error, request_id=request_id)
             if status == 499:
-                await _send(Refusal(500, "internal error; the log has its place under the request id"), answer)
+                await _send(
+                    Refusal(500, "internal error; the log has its place under the request id"), answer
+                )
         finally:
             seconds = time.perf_counter() - begun
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.duration.labels(route).observe(seconds)
-            log("request", request_id=request_id, method=scope["method"], route=route, status=status, ms=round(seconds * 1e3, 1), **facts)
+            log(
+                "request",
+                request_id=request_id,
+                method=scope["method"],
+                route=route,
+                status=status,
+                ms=round(seconds * 1e3, 1),
+                **facts,
+            )
 
     async def _body(self, length: bytes, receive: Any) -> Any:
-        """The whole body, bounded in bytes and time, then a `receive` that gives it once and afterwards tells when the client goes."""
+        """The whole body, bounded in bytes and time, then a `receive` that gives it once and afterwards tells
+        when the client goes."""
         large = Refusal(413, f"the body has more than {self.max_body} bytes", headers={"Connection": "close"})
         if not length.isdigit() or int(length) > self.max_body:
             raise large
@@ -94,7 +122,9 @@ class Outer:
                     if size > self.max_body:
                         raise large
         except TimeoutError:
-            raise Refusal(408, f"the body did not come within {self.seconds:g} s", "Timeout", {"Connection": "close"}) from None
+            raise Refusal(
+                408, f"the body did not come within {self.seconds:g} s", "Timeout", {"Connection": "close"}
+            ) from None
         body: list[bytes] | None = [b"".join(parts)]
 
         async def again() -> Any:

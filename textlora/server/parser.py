@@ -4,9 +4,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
 def bounded(most: int) -> type[HttpToolsProtocol]:
-    """A protocol that answers 400, and closes, where a request's line and headers (trailers too) have more than `most` bytes.
+    """A protocol that answers 400, and closes, where a request's line and headers (trailers too) have more
+    than `most` bytes.
 
-    What the parser gives is counted as it comes; what it holds itself, the beginning of a header, by the bytes fed without hearing of it.
+    What the parser gives is counted as it comes; what it holds itself, the beginning of a header, by the
+    bytes fed without hearing of it.
     """
 
     class Bounded(HttpToolsProtocol):
@@ -52,6 +54,8 @@ def bounded(most: int) -> type[HttpToolsProtocol]:
             self.heard = True
             self.kept += size
             if self.kept > most:
-                raise ValueError("too long")  # the parser stops, and the request is answered as one that cannot be read
+                raise ValueError(
+                    "too long"
+                )  # the parser stops, and the request is answered as one that cannot be read
 
     return Bounded

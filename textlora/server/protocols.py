@@ -16,7 +16,8 @@ FUNCTIONS = {"softmax": SINGLE_LABEL, "sigmoid": MULTI_LABEL}
 
 
 def texts_of(inputs: str | list[str] | list[list[str]]) -> tuple[list[tuple[str, str | None]], bool]:
-    """(text, pair) for each, and whether a batch was asked. A list of two strings is ONE pair, as in text-embeddings-inference."""
+    """(text, pair) for each, and whether a batch was asked. A list of two strings is ONE pair, as in
+    text-embeddings-inference."""
     batch = isinstance(inputs, list) and isinstance(inputs[0], list)
     rows = inputs if batch else [inputs if isinstance(inputs, list) else [inputs]]
     return [(row[0], row[1] if len(row) == 2 else None) for row in rows], batch
@@ -29,10 +30,18 @@ def scores_of(answer: Answer, raw: bool = False, function: str | None = None) ->
         return dict(zip(found.scores, found.logits, strict=True))
     if function is None or FUNCTIONS[function] == answer.problem_type:
         return found.scores
-    return dict(zip(found.scores, probabilities(np.array([found.logits]), FUNCTIONS[function])[0].tolist(), strict=True))
+    return dict(
+        zip(
+            found.scores,
+            probabilities(np.array([found.logits]), FUNCTIONS[function])[0].tolist(),
+            strict=True,
+        )
+    )
 
 
-def label_scores(answer: Answer, raw: bool = False, function: str | None = None, top_k: int | None = None) -> list[dict[str, Any]]:
+def label_scores(
+    answer: Answer, raw: bool = False, function: str | None = None, top_k: int | None = None
+) -> list[dict[str, Any]]:
     """[{label, score}], best first, as text-embeddings-inference and the hub answer."""
     ranked = sorted(scores_of(answer, raw, function).items(), key=lambda item: -item[1])[:top_k]
     if answer.problem_type != MULTI_LABEL:
@@ -47,11 +56,30 @@ def classified(answers: Answers, names: Sequence[str], several: bool, activation
     for index, row in enumerate(answers.rows):
         for name, answer in zip(names, row, strict=True):
             scores = scores_of(answer, not activation)
-            label = "value" if answer.problem_type == REGRESSION else max(answer.prediction.scores, key=answer.prediction.scores.get)
-            one: dict[str, Any] = {"index": index, "label": label, "probs": list(scores.values()), "num_classes": len(scores)}
+            label = (
+                "value"
+                if answer.problem_type == REGRESSION
+                else max(answer.prediction.scores, key=answer.prediction.scores.get)
+            )
+            one: dict[str, Any] = {
+                "index": index,
+                "label": label,
+                "probs": list(scores.values()),
+                "num_classes": len(scores),
+            }
             if answer.problem_type == MULTI_LABEL:
                 one["labels"] = list(answer.prediction.labels)
             data.append(one | ({"model": name} if several else {}))
-    usage = {"prompt_tokens": answers.tokens, "total_tokens": answers.tokens, "completion_tokens": 0, "prompt_tokens_details": None}
-    head = {"id": f"classify-{random.getrandbits(128):032x}", "object": "list", "created": int(time.time()), "model": ",".join(names)}
+    usage = {
+        "prompt_tokens": answers.tokens,
+        "total_tokens": answers.tokens,
+        "completion_tokens": 0,
+        "prompt_tokens_details": None,
+    }
+    head = {
+        "id": f"classify-{random.getrandbits(128):032x}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": ",".join(names),
+    }
     return head | {"data": data, "usage": usage}

@@ -1,4 +1,5 @@
-"""The adapters of a server by name: what every request asks is known here, what computes is in another process."""
+"""The adapters of a server by name: what every request asks is known here, what computes is in another
+process."""
 
 import contextlib
 import threading
@@ -97,7 +98,9 @@ class Registry:
         self._resident.add(name)
         return seconds
 
-    def answers(self, texts: Sequence[str], names: Sequence[str], pairs: Sequence[str | None]) -> list[Answer | TextloraError]:
+    def answers(
+        self, texts: Sequence[str], names: Sequence[str], pairs: Sequence[str | None]
+    ) -> list[Answer | TextloraError]:
         """As `AdapterEngine.answers`."""
         found = self._call("answers", list(texts), list(names), list(pairs))
         return [Answer(Prediction(*row[:5]), *row[5:]) if len(row) > 3 else error_of(*row) for row in found]

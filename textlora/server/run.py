@@ -49,7 +49,9 @@ def serve(settings: ServeSettings) -> None:
         )  # fmt: skip
         sys.setswitchinterval(SWITCH_SECONDS)
         settle()
-        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when all is answered; then this ends with 0
+        signal.signal(
+            signal.SIGTERM, lambda *_: None
+        )  # uvicorn raises it once more when all is answered; then this ends with 0
         uvicorn.Server(server_config(create_app(service, keys, folders), settings)).run([listener])
         if keeper.failed is not None:
             raise keeper.failed

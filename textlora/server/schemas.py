@@ -15,7 +15,9 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-TextOrPair = Annotated[list[Text], Field(min_length=1, max_length=2, description="One text, or a pair of two.")]
+TextOrPair = Annotated[
+    list[Text], Field(min_length=1, max_length=2, description="One text, or a pair of two.")
+]
 Names = Annotated[list[Text], Field(min_length=1, max_length=64)]
 
 
@@ -28,24 +30,32 @@ class Parameters(_Request):
 
     adapter_id: Text | Names | None = Field(None, description="The adapter, as `model`.")
     top_k: int | None = Field(None, ge=1, le=2**31, description="Only the best so many labels.")
-    function_to_apply: Literal["sigmoid", "softmax", "none"] | None = Field(None, description="Default: what the adapter was trained with.")
+    function_to_apply: Literal["sigmoid", "softmax", "none"] | None = Field(
+        None, description="Default: what the adapter was trained with."
+    )
 
 
 class PredictRequest(_Request):
     """A text, a pair as a list of two strings, or a batch as a list of such lists."""
 
     inputs: Text | TextOrPair | Annotated[list[TextOrPair], Field(min_length=1)] = Field(
-        description="A text; a list of one text, or of two, which are a pair; or a batch: a list of such lists.", examples=["A warm, funny film."]
+        description="A text; a list of one text, or of two, which are a pair; or a batch: a list of such lists.",
+        examples=["A warm, funny film."],
     )
     model: Text | Names | None = Field(None, description="Adapter; several names run each on every text.")
     parameters: Parameters | None = Field(None, description="As huggingface_hub sends them.")
     raw_scores: bool = Field(False, description="Logits in place of probabilities.")
-    truncate: bool | None = Field(None, description="false refuses a text longer than the adapter reads; else it is cut as in training.")
-    truncation_direction: Literal["left", "right", "Left", "Right"] | None = Field(None, description="Accepted; each adapter cuts as in training.")
+    truncate: bool | None = Field(
+        None, description="false refuses a text longer than the adapter reads; else it is cut as in training."
+    )
+    truncation_direction: Literal["left", "right", "Left", "Right"] | None = Field(
+        None, description="Accepted; each adapter cuts as in training."
+    )
 
 
 class LabelScore(BaseModel):
-    """A label's score. `chosen` stands with multi-label adapters: whether the score reaches the label's threshold."""
+    """A label's score. `chosen` stands with multi-label adapters: whether the score reaches the label's
+    threshold."""
 
     label: str
     score: float
@@ -60,13 +70,16 @@ PredictAnswer = Scores | list[Scores] | ByAdapter | list[ByAdapter]
 class ClassifyRequest(_Request):
     """vLLM's and SGLang's request; fields that mean nothing here are accepted."""
 
-    input: Text | Annotated[list[Text], Field(min_length=1)] = Field(description="A text or several.", examples=["A warm, funny film."])
+    input: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+        description="A text or several.", examples=["A warm, funny film."]
+    )
     model: Text | Names | None = Field(None, description="Adapter; several names run each on every text.")
     use_activation: bool | None = Field(None, description="false: logits in place of probabilities.")
 
 
 class Classified(BaseModel):
-    """One text by one adapter; `probs` in class order, `labels` those chosen (multi-label), `model` where several were asked."""
+    """One text by one adapter; `probs` in class order, `labels` those chosen (multi-label), `model` where
+    several were asked."""
 
     index: int
     label: str
@@ -118,7 +131,9 @@ class ModelDetails(ModelCard):
 
 class LoadRequest(_Request):
     lora_name: Text
-    lora_path: Text = Field(description="A folder inside one of --load-from; relative ones are looked for there.")
+    lora_path: Text = Field(
+        description="A folder inside one of --load-from; relative ones are looked for there."
+    )
     load_inplace: bool = Field(False, description="Replace the adapter of that name.")
 
 

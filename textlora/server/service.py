@@ -7,7 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from textlora.core.errors import AdapterError, DeadlineError, InternalError, OverloadError, TextloraError, UnknownAdapterError
+from textlora.core.errors import (
+    AdapterError,
+    DeadlineError,
+    InternalError,
+    OverloadError,
+    TextloraError,
+    UnknownAdapterError,
+)
 from textlora.core.predictions import NAME, Answer
 from textlora.inference.batcher import Batcher, Task
 from textlora.server.http_errors import Refusal, refusal
@@ -42,7 +49,13 @@ class Service:
         there: whether what computes is there.
     """
 
-    def __init__(self, bank: Registry, facts: Mapping[str, Any], settings: ServeSettings, there: Callable[[], bool] = lambda: True):
+    def __init__(
+        self,
+        bank: Registry,
+        facts: Mapping[str, Any],
+        settings: ServeSettings,
+        there: Callable[[], bool] = lambda: True,
+    ):
         self.bank, self.facts, self.settings, self._there = bank, facts, settings, there
         self.batcher: Batcher | None = None
         self.metrics = Metrics(self.bank.state, lambda: self.batcher.waiting if self.batcher else 0)
@@ -75,11 +88,19 @@ class Service:
 
     def select(self, key: Key, path_name: str | None, *named: str | list[str] | None) -> list[str]:
         """The adapters a request means, by its path, `model` or `adapter_id`. Raises Refusal."""
-        given = [[one] if isinstance(one, str) else list(one) for one in (path_name, *named) if one is not None]
+        given = [
+            [one] if isinstance(one, str) else list(one) for one in (path_name, *named) if one is not None
+        ]
         if any(one != given[0] for one in given):
             raise Refusal(400, "the request names two different adapters")
         default = self.settings.default_adapter
-        names = given[0] if given else [default] if default is not None and default in self.bank and key.sees(default) else []
+        names = (
+            given[0]
+            if given
+            else [default]
+            if default is not None and default in self.bank and key.sees(default)
+            else []
+        )
         if not names:
             some = self.visible(key)
             shown = ", ".join(some[:20]) + (", ..." if len(some) > 20 else "")
@@ -99,21 +120,33 @@ class Service:
         """Texts as work, within the limits. Raises Refusal."""
         limit = self.settings.max_client_batch_size
         if len(texts) * len(names) > limit:
-            raise Refusal(413, f"{len(texts)} texts for {len(names)} adapters; at most {limit} rows in one request")
+            raise Refusal(
+                413, f"{len(texts)} texts for {len(names)} adapters; at most {limit} rows in one request"
+            )
         for i, pair in enumerate(texts):
             for text in pair:
                 if text is not None and not text.strip():
                     raise Refusal(400, f"text {i + 1} is empty", "Empty")
                 if text is not None and len(text) > self.settings.max_text_chars:
-                    raise Refusal(413, f"text {i + 1} has {len(text)} characters; at most {self.settings.max_text_chars}")
+                    raise Refusal(
+                        413,
+                        f"text {i + 1} has {len(text)} characters; at most {self.settings.max_text_chars}",
+                    )
         longest = 0
         for name in names:
             card = self._card(name)
             longest = max(longest, card.max_length)
             if any((second is not None) != card.pairs for _, second in texts):
-                wants = "pairs of texts: give [first, second]" if card.pairs else "single texts: two strings in a list are one pair"
+                wants = (
+                    "pairs of texts: give [first, second]"
+                    if card.pairs
+                    else "single texts: two strings in a list are one pair"
+                )
                 raise Refusal(400, f"adapter '{name}' takes {wants}")
-        return [Task(one, two, tuple(names), min(longest, 3 + (len(one) + len(two or "")) // 4)) for one, two in texts]
+        return [
+            Task(one, two, tuple(names), min(longest, 3 + (len(one) + len(two or "")) // 4))
+            for one, two in texts
+        ]
 
     def _card(self, name: str) -> Card:
         card = self.bank.card(name)
@@ -121,7 +154,9 @@ class Service:
             raise _unknown(name)
         return card
 
-    async def answer(self, texts: Sequence[tuple[str, str | None]], names: Sequence[str], whole: bool = False) -> Answers:
+    async def answer(
+        self, texts: Sequence[tuple[str, str | None]], names: Sequence[str], whole: bool = False
+    ) -> Answers:
         """Answers of all texts by all adapters.
 
         Args:
@@ -153,15 +188,25 @@ class Service:
                 if isinstance(answer, TextloraError):
                     raise _unknown(name) if isinstance(answer, UnknownAdapterError) else refusal(answer, name)
                 if whole and answer.full > answer.tokens:
-                    raise Refusal(422, f"text {i + 1} has {answer.full} tokens; adapter '{name}' reads {answer.tokens}", "Tokenizer")
+                    raise Refusal(
+                        422,
+                        f"text {i + 1} has {answer.full} tokens; adapter '{name}' reads {answer.tokens}",
+                        "Tokenizer",
+                    )
         characters = sum(len(one) + len(two or "") for one, two in texts)
-        answers = Answers([result.answers for result in results], characters, max(r.queued for r in results), max(r.ran for r in results))
+        answers = Answers(
+            [result.answers for result in results],
+            characters,
+            max(r.queued for r in results),
+            max(r.ran for r in results),
+        )
         self.metrics.texts.inc(len(texts) * len(names))
         self.metrics.tokens.inc(answers.tokens)
         return answers
 
     async def _load(self, names: Sequence[str], until: float) -> None:
-        """Read adapters that are not in memory, beside the batches that run. Raises Refusal, OverloadError, DeadlineError."""
+        """Read adapters that are not in memory, beside the batches that run. Raises Refusal, OverloadError,
+        DeadlineError."""
         for name in names:
             if self.bank.is_resident(name):
                 continue

@@ -1,4 +1,5 @@
-"""Every setting of `textlora serve`: a flag, a key of the TOML file, an environment variable TEXTLORA_NAME. Imports nothing heavy."""
+"""Every setting of `textlora serve`: a flag, a key of the TOML file, an environment variable TEXTLORA_NAME.
+Imports nothing heavy."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,25 +21,35 @@ class ServeSettings:
 
     model: str = _option("minilm", "Base model of all adapters: folder, hub id, or minilm.")
     adapter: tuple[str, ...] = _option((), "An adapter folder under a name; repeat for more.", "NAME=PATH")
-    adapter_dir: str | None = _option(None, "Folder whose sub-folders are adapters under their own names; watched.", "DIR")
+    adapter_dir: str | None = _option(
+        None, "Folder whose sub-folders are adapters under their own names; watched.", "DIR"
+    )
     default_adapter: str | None = _option(None, "Adapter of requests that name none.", "NAME")
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(8000, "Port; 0 takes a free one.")
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto.")
     precision: str = _option("float32", PRECISION_HELP, choices=PRECISIONS)
     threads: int | None = _option(None, "CPU threads of torch.")
-    adapter_memory_mb: int = _option(1024, "Adapters held in memory; those used least recently go first.", "MB")
+    adapter_memory_mb: int = _option(
+        1024, "Adapters held in memory; those used least recently go first.", "MB"
+    )
     batch_tokens: int = _option(512, "Estimated tokens of a batch.")
     batch_wait_ms: float = _option(2.0, "How long an idle server waits for a second request.", "MS")
     queue_rows: int = _option(512, "Rows (text x adapter) that may wait; beyond it the answer is 429.")
-    deadline_seconds: float = _option(10.0, "Time for one request; beyond it the answer is 504 and its work is dropped.", "S")
+    deadline_seconds: float = _option(
+        10.0, "Time for one request; beyond it the answer is 504 and its work is dropped.", "S"
+    )
     drain_seconds: float = _option(30.0, "Time for running requests after SIGTERM.", "S")
     max_client_batch_size: int = _option(128, "Rows (text x adapter) of one request.")
     max_text_chars: int = _option(65536, "Characters of one text.")
     max_body_bytes: int = _option(4 * 2**20, "Bytes of one request's body.")
     max_header_bytes: int = _option(16384, "Bytes of one request's headers.")
-    api_keys: str | None = _option(None, "TOML file of keys and the adapters each may use (docs/serving.md).", "FILE")
-    load_from: tuple[str, ...] = _option((), "Folders from which adapters may be loaded over HTTP; none: the routes do not exist.", "DIRS")
+    api_keys: str | None = _option(
+        None, "TOML file of keys and the adapters each may use (docs/serving.md).", "FILE"
+    )
+    load_from: tuple[str, ...] = _option(
+        (), "Folders from which adapters may be loaded over HTTP; none: the routes do not exist.", "DIRS"
+    )
     cors_origins: tuple[str, ...] = _option((), "Origins whose pages may call the server.", "URLS")
     poll_seconds: float = _option(2.0, "How often --adapter-dir is looked at.", "S")
 
@@ -59,12 +70,16 @@ class ServeSettings:
         for one in self.adapter:
             name, sign, path = one.partition("=")
             if not sign or not name or not path or name in found:
-                raise UsageError(f"--adapter {one}: {'the name stands twice' if name in found else 'not NAME=PATH'}")
+                raise UsageError(
+                    f"--adapter {one}: {'the name stands twice' if name in found else 'not NAME=PATH'}"
+                )
             found[name] = Path(path)
         return found
 
 
-def read_settings(flags: Mapping[str, Any], config_file: str | None, environment: Mapping[str, str]) -> ServeSettings:
+def read_settings(
+    flags: Mapping[str, Any], config_file: str | None, environment: Mapping[str, str]
+) -> ServeSettings:
     """Flags, which win over the environment, which wins over the file.
 
     Raises:
@@ -75,7 +90,9 @@ def read_settings(flags: Mapping[str, Any], config_file: str | None, environment
         text = environment.get(f"TEXTLORA_{item.name.upper()}")
         if text is not None:
             settings[item.name] = _parsed(item, text)
-    return ServeSettings(**settings | {name: value for name, value in flags.items() if value not in (None, ())})
+    return ServeSettings(
+        **settings | {name: value for name, value in flags.items() if value not in (None, ())}
+    )
 
 
 def _parsed(item: dataclasses.Field, text: str) -> Any:
@@ -85,4 +102,6 @@ def _parsed(item: dataclasses.Field, text: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise UsageError(f"TEXTLORA_{item.name.upper()}={text:.40}: not {'a whole number' if kind is int else 'a number'}") from None
+        raise UsageError(
+            f"TEXTLORA_{item.name.upper()}={text:.40}: not {'a whole number' if kind is int else 'a number'}"
+        ) from None

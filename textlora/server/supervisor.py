@@ -27,22 +27,33 @@ class Child:
     def __init__(self, settings: ServeSettings):
         self._control, other = socket.socketpair()
         with other:
-            # a session of its own: an interrupt from the terminal is for the server, which first ends its requests
+            # a session of its own: an interrupt from the terminal is for the server, which first ends its
+            # requests
             command = [sys.executable, "-P", "-c", _CODE, json.dumps(sys.path), str(other.fileno())]
-            self.process = subprocess.Popen(command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
         self._first = Link(self._control)
         self._free: list[Link] = []
         resident = settings.adapter_memory_mb * 2**20
-        options = {"base": settings.model, "device": settings.device, "resident_bytes": resident, "precision": settings.precision}
+        options = {
+            "base": settings.model,
+            "device": settings.device,
+            "resident_bytes": resident,
+            "precision": settings.precision,
+        }
         with contextlib.suppress(OSError):  # it has ended: `facts` tells
             self._first.send((settings.threads, options))
 
     def facts(self) -> dict[str, Any]:
-        """What `Worker.facts` says, when the base is loaded. Raises what loading it raised, or InternalError where the process has ended."""
+        """What `Worker.facts` says, when the base is loaded. Raises what loading it raised, or InternalError
+        where the process has ended."""
         try:
             kind, *rest = self._first.receive()
         except (EOFError, OSError):
-            raise InternalError(f"the process that computes ended as it started, with {self.process.wait()}") from None
+            raise InternalError(
+                f"the process that computes ended as it started, with {self.process.wait()}"
+            ) from None
         if kind != "ok":
             raise error_of(kind, *rest)
         return rest[0]
@@ -79,7 +90,8 @@ class Child:
 
 
 class Supervisor:
-    """A child, and when it ends the next one: who asks meanwhile is told so. Use it as a context; `start` comes first.
+    """A child, and when it ends the next one: who asks meanwhile is told so. Use it as a context; `start`
+    comes first.
 
     Attributes:
         failed: why there will be no other child; then the server is told to end.
@@ -115,7 +127,8 @@ class Supervisor:
         return self._child.handle(call, given)
 
     def watch(self, restore: Callable[[Handle], None]) -> None:
-        """From now on start another child where one ends; `restore` is told its `handle` before others may call it."""
+        """From now on start another child where one ends; `restore` is told its `handle` before others may
+        call it."""
         threading.Thread(target=self._watch, args=(restore,), name="textlora-keeper", daemon=True).start()
 
     def _watch(self, restore: Callable[[Handle], None]) -> None:

@@ -1,4 +1,5 @@
-"""The process that computes: an engine that answers calls of the server's process. Reads no HTTP, and ends when that process does."""
+"""The process that computes: an engine that answers calls of the server's process. Reads no HTTP, and ends
+when that process does."""
 
 import contextlib
 import os
@@ -53,9 +54,14 @@ class Worker:
             "max_length": files.config["max_position_embeddings"], "threads": self.threads, "executor": str(executor_of(self.bank.running)),
         }  # fmt: skip
 
-    def answers(self, texts: list[str], names: list[str | None], pairs: list[str | None]) -> list[tuple[Any, ...]]:
+    def answers(
+        self, texts: list[str], names: list[str | None], pairs: list[str | None]
+    ) -> list[tuple[Any, ...]]:
         """For each row the fields of an answer, or an error."""
-        return [_plain(one) if isinstance(one, Answer) else told(one) for one in self.engine.answers(texts, names, pairs)]
+        return [
+            _plain(one) if isinstance(one, Answer) else told(one)
+            for one in self.engine.answers(texts, names, pairs)
+        ]
 
     def add(self, path: str, name: str, replace: bool, load: bool) -> tuple[Any, ...]:
         """Register; gives what `registry.Card` holds."""
@@ -73,7 +79,8 @@ class Worker:
         self._retired[name] = self.bank.retire(name)
 
     def wait(self, name: str, timeout: float) -> None:
-        """Return when the last batch with a retired adapter is done. Raises UsageError after `timeout` seconds."""
+        """Return when the last batch with a retired adapter is done. Raises UsageError after `timeout`
+        seconds."""
         done = self._retired.pop(name, None)  # none: retired twice, and the other one waits
         if done is not None and not done(timeout):
             raise UsageError(f"adapter '{name}' is removed, and was still in use after {timeout:g} s")
@@ -84,16 +91,28 @@ class Worker:
 
 def _plain(answer: Answer) -> tuple[Any, ...]:
     found = answer.prediction
-    return found.label, found.labels, found.score, found.scores, found.logits, answer.problem_type, answer.tokens, answer.full
+    return (
+        found.label,
+        found.labels,
+        found.score,
+        found.scores,
+        found.logits,
+        answer.problem_type,
+        answer.tokens,
+        answer.full,
+    )
 
 
 def main(control: int) -> None:
     """Answer calls until the socket of that file descriptor closes.
 
-    The first message there is the engine's settings, the answer to it says what was loaded or why nothing was. Then each byte comes with a
-    socket, whose calls get a thread of their own.
+    The first message there is the engine's settings, the answer to it says what was loaded or why nothing
+    was. Then each byte comes with a socket, whose calls get a thread of their own.
     """
-    for sign in (signal.SIGINT, signal.SIGTERM):  # the server's process gets them too, and ends this one when its requests are done
+    for sign in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # the server's process gets them too, and ends this one when its requests are done
         signal.signal(sign, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError):  # the server ended as this one started
         _run(socket.socket(fileno=control))
@@ -115,7 +134,9 @@ def _run(control: socket.socket) -> None:
         _, sockets, *_ = socket.recv_fds(control, 1, 1)
         if not sockets:
             os._exit(0)  # threads that compute are not waited for: nobody wants their answers
-        threading.Thread(target=_serve, args=(worker, Link(socket.socket(fileno=sockets[0]))), daemon=True).start()
+        threading.Thread(
+            target=_serve, args=(worker, Link(socket.socket(fileno=sockets[0]))), daemon=True
+        ).start()
 
 
 def _serve(worker: Worker, link: Link) -> None:

@@ -1,6 +1,8 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) as torch's fused operation computes it, without `torch.optim`.
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) as torch's fused operation computes it, without
+`torch.optim`.
 
-A first step of `torch.optim.AdamW` imports torch's compiler: 800 modules, a second and 66 MiB, none of which is used.
+A first step of `torch.optim.AdamW` imports torch's compiler: 800 modules, a second and 66 MiB, none of which
+is used.
 """
 
 from typing import Any
@@ -16,7 +18,8 @@ class AdamW:
 
     Attributes:
         param_groups: dicts of `params`, `lr`, `weight_decay` and whatever else a caller keeps there.
-        state: of each parameter that had a gradient: `step` (), `exp_avg` and `exp_avg_sq` of its shape, float32, on its device.
+        state: of each parameter that had a gradient: `step` (), `exp_avg` and `exp_avg_sq` of its shape,
+            float32, on its device.
     """
 
     def __init__(self, groups: list[dict[str, Any]]):

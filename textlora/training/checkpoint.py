@@ -33,6 +33,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  no mapping
+            return tensors, json.loads(file.metadata()["state"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{path}: not a whole checkpoint ({error})", "delete the run folder and start again") from error
+        raise StorageError(
+            f"{path}: not a whole checkpoint ({error})", "delete the run folder and start again"
+        ) from error

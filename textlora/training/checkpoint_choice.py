@@ -27,7 +27,8 @@ class Evaluation:
 def judge(metric: str, value: float | None, best: float | None, rows: int) -> tuple[bool, bool]:
     """Whether a score is better than the best so far, and whether its weights are kept.
 
-    Within a standard error of the best the rows cannot tell, and later weights are the better guess (docs/log.md).
+    Within a standard error of the best the rows cannot tell, and later weights are the better guess
+    (docs/log.md).
     """
     sign = 1 if METRICS[metric].higher_is_better else -1
     better = value is not None and (best is None or sign * value > sign * best)
@@ -50,9 +51,13 @@ def score(
     return *score_logits(prepared, data.labels, logits, loss, **calibration), logits
 
 
-def score_logits(prepared: Prepared, labels: np.ndarray, logits: np.ndarray, loss: Loss, **calibration: Any) -> tuple[float, dict[str, float | None]]:
+def score_logits(
+    prepared: Prepared, labels: np.ndarray, logits: np.ndarray, loss: Loss, **calibration: Any
+) -> tuple[float, dict[str, float | None]]:
     """Mean loss and metrics of logits (N, C)."""
     rows = loss(torch.from_numpy(logits).to(prepared.device), torch.from_numpy(labels).to(prepared.device))
     weight = loss.weight(labels)
-    metrics = evaluate(prepared.schema.problem_type, labels, logits, list(prepared.schema.labels), **calibration)
+    metrics = evaluate(
+        prepared.schema.problem_type, labels, logits, list(prepared.schema.labels), **calibration
+    )
     return float(rows.sum()) / weight if weight else 0.0, metrics

@@ -1,7 +1,8 @@
-"""The trainings of a run: where no validation rows decide, one for each fold, scored on the rows it holds out, and then the one on all rows.
+"""The trainings of a run: where no validation rows decide, one for each fold, scored on the rows it holds
+out, and then the one on all rows.
 
-The folds' scores are put together: after so many epochs, the scores of every row by a model that had not seen it. They choose the last
-training's checkpoint, and its temperature and thresholds are fitted on them.
+The folds' scores are put together: after so many epochs, the scores of every row by a model that had not seen
+it. They choose the last training's checkpoint, and its temperature and thresholds are fitted on them.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ from textlora.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Held:
-    """Logits (N, C) of rows by a model that did not train on them. `rows` are their places in `split`; `folds` is 0 for validation rows."""
+    """Logits (N, C) of rows by a model that did not train on them. `rows` are their places in `split`;
+    `folds` is 0 for validation rows."""
 
     split: str
     rows: np.ndarray
@@ -35,7 +37,8 @@ class Held:
 
 
 class Trainings:
-    """All trainings of a run, one after the other: `records()` advances them, `state()` and `restore()` carry them over a kill.
+    """All trainings of a run, one after the other: `records()` advances them, `state()` and `restore()` carry
+    them over a kill.
 
     Args:
         prefix: hidden states of the splits, where they are known.
@@ -57,20 +60,29 @@ class Trainings:
     ):
         self.prepared, self.prefix, self.last, self._start = prepared, prefix or {}, last, start
         self._fresh = {name: tensor.detach().clone() for name, tensor in prepared.model.trainable().items()}
-        self.folds = [] if prepared.folds is None else sorted(set(prepared.folds[prepared.folds >= 0].tolist()))
+        self.folds = (
+            [] if prepared.folds is None else sorted(set(prepared.folds[prepared.folds >= 0].tolist()))
+        )
         steps = plan(prepared.config, prepared.sets["train"].lengths)
         self.final_steps, done = len(steps), [epoch for epoch, _ in steps]
         self._rate = peak_rate(prepared, len(steps))
         self._evaluate_after = [done[step - 1] for step in evaluation_steps(prepared.config, done)]
-        sizes = [len(plan(self._config(), prepared.sets["train"].pick(self._rows(fold)[0]).lengths)) for fold in self.folds]
-        self._before = np.concatenate([[0], np.cumsum(sizes)]).astype(int).tolist()  # steps before each training
+        sizes = [
+            len(plan(self._config(), prepared.sets["train"].pick(self._rows(fold)[0]).lengths))
+            for fold in self.folds
+        ]
+        self._before = (
+            np.concatenate([[0], np.cumsum(sizes)]).astype(int).tolist()
+        )  # steps before each training
         self.number, self.fold_seconds, self.fold_tokens = 0, 0.0, 0
         self._found: list[list[Evaluation]] = []  # of the folds that are done
         self.trainer = self._begin()
 
     def _config(self) -> TrainConfig:
         """A fold's settings: the last training's rate, and no end before it."""
-        return dataclasses.replace(self.prepared.config, learning_rate=self._rate, eval_every=None, early_stopping_patience=None)
+        return dataclasses.replace(
+            self.prepared.config, learning_rate=self._rate, eval_every=None, early_stopping_patience=None
+        )
 
     def _rows(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
         """Places of the rows a fold trains on and of those it holds out."""
@@ -90,18 +102,27 @@ class Trainings:
             return Trainer(prepared, prefix, known=self.evaluations() or None)
         train, held = self._rows(self.folds[self.number])
         rows = prepared.sets["train"]
-        prepared = dataclasses.replace(prepared, config=self._config(), sets={"train": rows.pick(train), "validation": rows.pick(held)})
+        prepared = dataclasses.replace(
+            prepared, config=self._config(), sets={"train": rows.pick(train), "validation": rows.pick(held)}
+        )
         if "train" in prefix:
-            prefix = {"train": PickedStates(prefix["train"], train), "validation": PickedStates(prefix["train"], held)}
+            prefix = {
+                "train": PickedStates(prefix["train"], train),
+                "validation": PickedStates(prefix["train"], held),
+            }
         self._start(prepared)
         return Trainer(prepared, prefix, self._evaluate_after)
 
     def use(self, prefix: Mapping[str, HiddenStates], seconds: float) -> None:
-        """Hand over hidden states that took so many seconds to compute. Before the first step of this process."""
+        """Hand over hidden states that took so many seconds to compute. Before the first step of this
+        process."""
         steps, self.prefix = self.trainer, prefix
         if self.in_folds and "train" in prefix:
             train, held = self._rows(self.folds[self.number])
-            steps.prefix = {"train": PickedStates(prefix["train"], train), "validation": PickedStates(prefix["train"], held)}
+            steps.prefix = {
+                "train": PickedStates(prefix["train"], train),
+                "validation": PickedStates(prefix["train"], held),
+            }
         else:
             steps.prefix = prefix
         steps.seconds += seconds
@@ -121,10 +142,17 @@ class Trainings:
         return self.trainer.finished and self.number == len(self.folds) - (not self.last and bool(self.folds))
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Advance to the end: the records of each trainer with `done`, the steps done of `steps`; in those of a fold its number `fold`, counted
-        from 1, in those of the last training `folds`, how many there were, whose scores its evaluations have."""
+        """Advance to the end: the records of each trainer with `done`, the steps done of `steps`; in those of
+        a fold its number `fold`, counted from 1, in those of the last training `folds`, how many there were,
+        whose scores its evaluations have."""
         while True:
-            mark = {"fold": self.number + 1} if self.in_folds else {"folds": len(self.folds)} if self.folds else {}
+            mark = (
+                {"fold": self.number + 1}
+                if self.in_folds
+                else {"folds": len(self.folds)}
+                if self.folds
+                else {}
+            )
             for record in self.trainer.records():
                 yield record | mark | {"done": self.step}
             if self.finished:
@@ -149,7 +177,8 @@ class Trainings:
         return [*self._found, self.trainer.evaluations] if ended else self._found
 
     def evaluations(self) -> list[Evaluation]:
-        """Scores of the rows that folds have held out so far, at each evaluation of the last training; empty where no fold is done."""
+        """Scores of the rows that folds have held out so far, at each evaluation of the last training; empty
+        where no fold is done."""
         done = self._done()
         if not done:
             return []
@@ -157,7 +186,10 @@ class Trainings:
         labels = self.prepared.sets["train"].labels[rows]
         loss = Loss(self.prepared)
         for epoch in self._evaluate_after:
-            at = [next((e for e in evaluations if e.epoch >= epoch - 1e-9), evaluations[-1]) for evaluations in done]
+            at = [
+                next((e for e in evaluations if e.epoch >= epoch - 1e-9), evaluations[-1])
+                for evaluations in done
+            ]
             logits = np.concatenate([e.logits for e in at])
             found.append(Evaluation(epoch, *score_logits(self.prepared, labels, logits, loss), logits))
         return found
@@ -178,12 +210,19 @@ class Trainings:
         return kept
 
     def held(self) -> Held | None:
-        """What temperature and thresholds are fitted on, at the checkpoint that is kept, whose weights the model must hold; None where there is nothing."""
+        """What temperature and thresholds are fitted on, at the checkpoint that is kept, whose weights the
+        model must hold; None where there is nothing."""
         if self.folds:
-            at = self.trainer.evaluate_at.index(self.trainer.best_step) if self.last and self.trainer.best_step else self.chosen()
+            at = (
+                self.trainer.evaluate_at.index(self.trainer.best_step)
+                if self.last and self.trainer.best_step
+                else self.chosen()
+            )
             return Held("train", self.held_rows(), self.evaluations()[at].logits, len(self.folds))
         data = self.prepared.sets.get("validation")
-        return data and Held("validation", np.arange(len(data.rows)), encoded_logits(self.prepared.model, data.encoded), 0)
+        return data and Held(
+            "validation", np.arange(len(data.rows)), encoded_logits(self.prepared.model, data.encoded), 0
+        )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON-able facts from which `restore` continues to the same bytes."""
@@ -199,10 +238,15 @@ class Trainings:
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
         found = [
-            [Evaluation(epoch, loss, metrics, tensors[f"held/{fold}/{i}"].numpy()) for i, (epoch, loss, metrics) in enumerate(evaluations)]
+            [
+                Evaluation(epoch, loss, metrics, tensors[f"held/{fold}/{i}"].numpy())
+                for i, (epoch, loss, metrics) in enumerate(evaluations)
+            ]
             for fold, evaluations in enumerate(state["found"])
         ]
-        self.number, self.fold_seconds, self.fold_tokens = state["number"], state["fold_seconds"], state["fold_tokens"]
+        self.number = state["number"]
+        self.fold_seconds = state["fold_seconds"]
+        self.fold_tokens = state["fold_tokens"]
         self._found = found[: self.number]
         self.trainer = self._begin()
         self.trainer.evaluations = found[self.number] if self.in_folds else []

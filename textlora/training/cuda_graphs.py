@@ -1,8 +1,9 @@
 """A step's forward and backward on a GPU, recorded once for each shape and replayed (CUDA graphs).
 
-A step on a BERT is a thousand small kernels. To start them one by one takes a host several times as long as the GPU takes to run them
-(docs/log.md); a recording is started in one call. It is bound to shapes and addresses: batches are filled up to one of a few sizes, with texts
-whose losses do not count, and copied to where the recording reads.
+A step on a BERT is a thousand small kernels. To start them one by one takes a host several times as long as
+the GPU takes to run them (docs/log.md); a recording is started in one call. It is bound to shapes and
+addresses: batches are filled up to one of a few sizes, with texts whose losses do not count, and copied to
+where the recording reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,16 +71,20 @@ def fill_up(batch: PackedBatch) -> Filled:
         labels=None if batch.labels is None else longer(batch.labels, more),
         hidden=None if batch.hidden is None else longer(batch.hidden, rest),
     )
-    return Filled(replace(made, given_layout=Layout(made, bounds, longest)), longer(torch.ones(batch.size), more))
+    return Filled(
+        replace(made, given_layout=Layout(made, bounds, longest)), longer(torch.ones(batch.size), more)
+    )
 
 
 class Recordings:
     """Adds what `compute` gives for one batch after another to `sums`.
 
-    The first batch of a shape runs as it is, which also sets up what a recording must not; the second is recorded.
+    The first batch of a shape runs as it is, which also sets up what a recording must not; the second is
+    recorded.
 
     Args:
-        compute: (batch, counted) to one tensor for each of `sums`, or None where there is nothing to add; waits for nothing on the device.
+        compute: (batch, counted) to one tensor for each of `sums`, or None where there is nothing to add;
+            waits for nothing on the device.
         sums: tensors on the device; their addresses stay.
     """
 

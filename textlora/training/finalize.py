@@ -1,4 +1,5 @@
-"""After the last step: calibrate, score, save, and prove with transformers + peft that the saved folder is what was trained."""
+"""After the last step: calibrate, score, save, and prove with transformers + peft that the saved folder is
+what was trained."""
 
 import dataclasses
 import json
@@ -13,7 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from textlora.adapters.card import model_card
-from textlora.adapters.folder import WEIGHTS_FILE, AdapterMeta, copy_folder, peft_config, write_side_file, write_weights
+from textlora.adapters.folder import (
+    WEIGHTS_FILE,
+    AdapterMeta,
+    copy_folder,
+    peft_config,
+    write_side_file,
+    write_weights,
+)
 from textlora.adapters.golden_texts import golden_rows
 from textlora.core.errors import VerificationError
 from textlora.core.files import write_text
@@ -31,10 +39,24 @@ from textlora.training.prepare import EncodedSet, Prepared
 from textlora.training.prover import Prover
 
 TOLERANCE = 1e-4  # of a saved float32 adapter against transformers + peft, relative to max(1, |logit|)
-_CARD_SETTINGS = ("epochs", "learning_rate", "scheduler", "warmup", "batch_size", "r", "lora_alpha", "lora_dropout", "layers", "max_length", "seed")
+_CARD_SETTINGS = (
+    "epochs",
+    "learning_rate",
+    "scheduler",
+    "warmup",
+    "batch_size",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "layers",
+    "max_length",
+    "seed",
+)
 
 
-def finish(prepared: Prepared, trainings: Trainings, run: Path, prover: Prover) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def finish(
+    prepared: Prepared, trainings: Trainings, run: Path, prover: Prover
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score the model as it stands (the best checkpoint), save it into `run/..`, and check the saved files.
 
     Returns:
@@ -48,14 +70,20 @@ def finish(prepared: Prepared, trainings: Trainings, run: Path, prover: Prover) 
     calibration, finals = Calibration(), []
     if held is not None:
         data = prepared.sets[held.split].pick(held.rows)
-        has_bias = list(prepared.model.trainable().values())[-1].ndim == 1  # which holds what the class frequencies add
+        has_bias = (
+            list(prepared.model.trainable().values())[-1].ndim == 1
+        )  # which holds what the class frequencies add
         prior = prior_of(prepared) if has_bias else None
         calibration = calibrate(held.logits, data.labels, kind, out_of_fold=bool(held.folds), prior=prior)
         finals.append(_final(prepared, trainings, "validation", held.logits, data, calibration))
         finals[-1]["folds"] = held.folds
     if "test" in prepared.sets:
         data = prepared.sets["test"]
-        finals.append(_final(prepared, trainings, "test", encoded_logits(prepared.model, data.encoded), data, calibration))
+        finals.append(
+            _final(
+                prepared, trainings, "test", encoded_logits(prepared.model, data.encoded), data, calibration
+            )
+        )
     scores = {final["split"]: final["metrics"] for final in finals}
     difference = _save(prepared, trainings, run, calibration, scores, finals, prover)
     adapter, head = parameter_counts(prepared.model.trainable())
@@ -88,7 +116,14 @@ def _rows(prepared: Prepared, trainings: Trainings) -> dict[str, Any]:
     }
 
 
-def _final(prepared: Prepared, trainings: Trainings, split: str, logits: np.ndarray, data: EncodedSet, calibration: Calibration) -> dict[str, Any]:
+def _final(
+    prepared: Prepared,
+    trainings: Trainings,
+    split: str,
+    logits: np.ndarray,
+    data: EncodedSet,
+    calibration: Calibration,
+) -> dict[str, Any]:
     kind, names = prepared.schema.problem_type, prepared.schema.labels
     logits, thresholds = calibration.of(logits), calibration.thresholds
     loss, metrics = score_logits(prepared, data.labels, logits, trainings.trainer.loss, thresholds=thresholds)
@@ -128,7 +163,14 @@ def _save(
         lora = dataclasses.replace(config.lora, target_modules=tuple(model.target_modules))
         write_weights(
             staging,
-            peft_config(config.lora, model.target_modules, model.modules_to_save, prepared.pooling, files.id, files.revision),
+            peft_config(
+                config.lora,
+                model.target_modules,
+                model.modules_to_save,
+                prepared.pooling,
+                files.id,
+                files.revision,
+            ),
             tensors,
         )
         _write_tokenizer(prepared, staging)
@@ -139,7 +181,12 @@ def _save(
             pooling=prepared.pooling,
             max_length=prepared.tokenizer.max_length,
             truncation=config.truncation,
-            base={"id": files.id, "revision": files.revision, "model_type": files.config["model_type"], "hash": model.base_hash()},
+            base={
+                "id": files.id,
+                "revision": files.revision,
+                "model_type": files.config["model_type"],
+                "hash": model.base_hash(),
+            },
             label_separator=prepared.schema.label_separator,
             thresholds=None if thresholds is None else tuple(map(float, thresholds)),
             fitted_temperature=float(temperature),
@@ -149,7 +196,8 @@ def _save(
             training={
                 "data_sha256": prepared.data_sha256,
                 **_rows(prepared, trainings),
-                "settings": {name: getattr(config, name) for name in _CARD_SETTINGS} | {"learning_rate": trainer.peak_rate},
+                "settings": {name: getattr(config, name) for name in _CARD_SETTINGS}
+                | {"learning_rate": trainer.peak_rate},
                 "best_step": trainer.best_step,
                 "path": model.path,
                 "train_seconds": trainer.seconds,
@@ -164,7 +212,9 @@ def _save(
         )
         architecture = "AutoModelForSequenceClassification"
         settings = meta.training["settings"] | {"rows": meta.training["rows"]["train"]}
-        card = model_card(meta, lora, architecture, markdown_summary(finals), settings, run.resolve().parent.name)
+        card = model_card(
+            meta, lora, architecture, markdown_summary(finals), settings, run.resolve().parent.name
+        )
         write_text(staging / "README.md", card)
         write_side_file(staging, meta)
         with torch_threads(1):  # a dozen short texts: a team of threads would wait for a busy core
@@ -176,7 +226,8 @@ def _save(
 
 
 def _write_tokenizer(prepared: Prepared, folder: Path) -> None:
-    """tokenizer.json as used here, and the base's tokenizer settings with our length, so that AutoTokenizer agrees."""
+    """tokenizer.json as used here, and the base's tokenizer settings with our length, so that AutoTokenizer
+    agrees."""
     write_text(folder / "tokenizer.json", prepared.tokenizer.backend.to_str(pretty=True))
     source = prepared.files.folder / "tokenizer_config.json"
     try:
@@ -197,12 +248,20 @@ def _golden(prepared: Prepared, folder: Path, prover: Prover) -> list[dict[str, 
     """Golden texts with the logits that transformers + peft give for the saved files, float32 on the CPU."""
     rows = golden_rows(prepared.pairs)
     encoded = prepared.tokenizer.encode([a for a, _ in rows], [b for _, b in rows])
-    logits = prover.golden(folder, prepared.files.folder, len(prepared.schema.labels), prepared.pooling, encoded)
-    return [{"text": a, "text_pair": b, "logits": [float(x) for x in row]} for (a, b), row in zip(rows, logits, strict=True)]
+    logits = prover.golden(
+        folder, prepared.files.folder, len(prepared.schema.labels), prepared.pooling, encoded
+    )
+    return [
+        {"text": a, "text_pair": b, "logits": [float(x) for x in row]}
+        for (a, b), row in zip(rows, logits, strict=True)
+    ]
 
 
-def _prove(prepared: Prepared, folder: Path, tensors: Mapping[str, Tensor], calibration: Calibration) -> float:
-    """Load the folder afresh; its tensors must be those given, its logits those of transformers + peft, and those of the trained model, calibrated.
+def _prove(
+    prepared: Prepared, folder: Path, tensors: Mapping[str, Tensor], calibration: Calibration
+) -> float:
+    """Load the folder afresh; its tensors must be those given, its logits those of transformers + peft, and
+    those of the trained model, calibrated.
 
     Returns:
         the largest difference of a golden logit.
@@ -213,17 +272,26 @@ def _prove(prepared: Prepared, folder: Path, tensors: Mapping[str, Tensor], cali
             raise VerificationError(f"tensor '{name}' was not saved as it was trained")
     classifier = TextClassifier.load(folder, base=str(prepared.files.folder), device="cpu", verify=False)
     stored = np.array([row["logits"] for row in classifier.meta.golden])
-    now = classifier.plain_logits([row["text"] for row in classifier.meta.golden], [row["text_pair"] for row in classifier.meta.golden])
+    now = classifier.plain_logits(
+        [row["text"] for row in classifier.meta.golden], [row["text_pair"] for row in classifier.meta.golden]
+    )
     difference = np.abs(stored - now)
     if not (difference <= TOLERANCE * np.maximum(1, np.abs(stored))).all():
         raise VerificationError(
-            f"the saved adapter gives logits {difference.max():.2g} away from transformers + peft", "please report this with run/config.toml"
+            f"the saved adapter gives logits {difference.max():.2g} away from transformers + peft",
+            "please report this with run/config.toml",
         )
-    golden = prepared.tokenizer.encode(*zip(*((row["text"], row["text_pair"]) for row in classifier.meta.golden), strict=True))
+    golden = prepared.tokenizer.encode(
+        *zip(*((row["text"], row["text_pair"]) for row in classifier.meta.golden), strict=True)
+    )
     trained = calibration.of(encoded_logits(prepared.model, golden))
-    if prepared.model.dtype == torch.float32 and not (np.abs(trained - now) <= TOLERANCE * np.maximum(1, np.abs(trained))).all():
+    if (
+        prepared.model.dtype == torch.float32
+        and not (np.abs(trained - now) <= TOLERANCE * np.maximum(1, np.abs(trained))).all()
+    ):
         raise VerificationError(
-            f"the saved adapter gives logits {np.abs(trained - now).max():.2g} away from the trained model", "please report this with run/config.toml"
+            f"the saved adapter gives logits {np.abs(trained - now).max():.2g} away from the trained model",
+            "please report this with run/config.toml",
         )
     return float(difference.max())
 

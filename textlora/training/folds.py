@@ -8,11 +8,14 @@ FOLDS = 3  # each trains on two thirds of the rows: with the last training on al
 MOST_ROWS = 1000  # from so many training rows on, a tenth of them says enough
 
 
-def make_folds(marks: np.ndarray, keys: Sequence[Hashable], seed: int, folds: int = FOLDS) -> np.ndarray | None:
-    """Draw the fold of each row, each class spread over the folds as evenly as it goes (iterative stratification, Sechidis et al. 2011).
+def make_folds(
+    marks: np.ndarray, keys: Sequence[Hashable], seed: int, folds: int = FOLDS
+) -> np.ndarray | None:
+    """Draw the fold of each row, each class spread over the folds as evenly as it goes (iterative
+    stratification, Sechidis et al. 2011).
 
-    Rows with equal keys (one text that stands twice) stay together. A row that would leave a training without one of its classes is in no
-    fold: every training has it and nothing is decided on it.
+    Rows with equal keys (one text that stands twice) stay together. A row that would leave a training without
+    one of its classes is in no fold: every training has it and nothing is decided on it.
 
     Args:
         marks: (N, C) bool, which classes a row has; regression has one class.
@@ -20,9 +23,12 @@ def make_folds(marks: np.ndarray, keys: Sequence[Hashable], seed: int, folds: in
         seed: of the order in which rows are taken.
 
     Returns:
-        (N,) int64, the fold that holds the row out, -1 where none does; None where fewer than two folds hold rows.
+        (N,) int64, the fold that holds the row out, -1 where none does; None where fewer than two folds hold
+        rows.
     """
-    marks = np.concatenate([marks, ~marks.any(1, keepdims=True)], 1)  # rows without a label are a class of their own
+    marks = np.concatenate(
+        [marks, ~marks.any(1, keepdims=True)], 1
+    )  # rows without a label are a class of their own
     order = np.random.default_rng([seed, 11]).permutation(len(keys))
     groups: dict[Hashable, list[int]] = {}
     for i in order.tolist():

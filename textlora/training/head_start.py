@@ -8,7 +8,8 @@ from textlora.training.prepare import Prepared
 
 
 def start_head(prepared: Prepared) -> None:
-    """Start the head's last bias at what is known without reading a text: mean target, or log odds of each label (multi-label).
+    """Start the head's last bias at what is known without reading a text: mean target, or log odds of each
+    label (multi-label).
 
     The network then need not spend its first steps on it; merging and PEFT see an ordinary bias.
     """

@@ -1,7 +1,9 @@
-"""The frozen-prefix cache: hidden states below the lowest adapted block, computed once and read in every epoch.
+"""The frozen-prefix cache: hidden states below the lowest adapted block, computed once and read in every
+epoch.
 
-With `--layers last:K` nothing below block `layers - K` ever changes. The states at its input, (T, H) float32, lie in a file without a
-name, which the system removes whatever happens to the process; reading them back gives the very numbers that computing them gives.
+With `--layers last:K` nothing below block `layers - K` ever changes. The states at its input, (T, H) float32,
+lie in a file without a name, which the system removes whatever happens to the process; reading them back
+gives the very numbers that computing them gives.
 """
 
 import os
@@ -34,7 +36,9 @@ class HiddenStates:
     def attach(self, batch: PackedBatch, rows: Sequence[int]) -> PackedBatch:
         """`batch`, packed from the texts `rows` of the split, with their hidden states."""
         texts = np.asarray(rows)[batch.rows.numpy()]
-        hidden = torch.from_numpy(np.concatenate([self.states[self.bounds[i] : self.bounds[i + 1]] for i in texts]))
+        hidden = torch.from_numpy(
+            np.concatenate([self.states[self.bounds[i] : self.bounds[i + 1]] for i in texts])
+        )
         return replace(batch, hidden=hidden.to(batch.ids.device), depth=self.depth)
 
 
@@ -51,7 +55,8 @@ class PickedStates:
 
 
 def build_prefix(prepared: Prepared, folder: Path | None = None) -> dict[str, HiddenStates]:
-    """Hidden states of the train and validation rows; empty where nothing is frozen, used once, or there is no room for them.
+    """Hidden states of the train and validation rows; empty where nothing is frozen, used once, or there is
+    no room for them.
 
     Args:
         folder: where the nameless file lies; default: the system's temporary folder.
@@ -76,12 +81,16 @@ def build_prefix(prepared: Prepared, folder: Path | None = None) -> dict[str, Hi
         except OSError:  # the disk filled up meanwhile
             return {}
         return {
-            split: HiddenStates(np.memmap(file, np.float32, "r", begin, (int(bounds[-1]), width)), bounds, depth)
+            split: HiddenStates(
+                np.memmap(file, np.float32, "r", begin, (int(bounds[-1]), width)), bounds, depth
+            )
             for split, (begin, bounds) in found.items()
         }
 
 
-def _write(model: Any, encoded: Sequence[Encoded], bounds: np.ndarray, descriptor: int, start: int, row_bytes: int) -> None:
+def _write(
+    model: Any, encoded: Sequence[Encoded], bounds: np.ndarray, descriptor: int, start: int, row_bytes: int
+) -> None:
     lengths = np.diff(bounds)
 
     def compute(rows: list[int]) -> None:
@@ -90,7 +99,8 @@ def _write(model: Any, encoded: Sequence[Encoded], bounds: np.ndarray, descripto
             hidden = model.encoder.prefix(batch, model.depth).float().cpu().numpy()
         cuts = batch.cu_seqlens.tolist()
         for b, k in enumerate(batch.rows.tolist()):
-            data, at = memoryview(hidden[cuts[b] : cuts[b + 1]]).cast("B"), start + row_bytes * int(bounds[rows[k]])
+            data = memoryview(hidden[cuts[b] : cuts[b + 1]]).cast("B")
+            at = start + row_bytes * int(bounds[rows[k]])
             while data:
                 done = os.pwrite(descriptor, data, at)
                 data, at = data[done:], at + done

@@ -14,16 +14,24 @@ from textlora.training.prepare import Prepared
 
 
 class Loss:
-    """Weighted loss of each row, and its weight; the sum of the one over the sum of the other is what a step minimises.
+    """Weighted loss of each row, and its weight; the sum of the one over the sum of the other is what a step
+    minimises.
 
-    Cross-entropy with class weights and label smoothing, binary cross-entropy with a weight on positives, or squared error.
+    Cross-entropy with class weights and label smoothing, binary cross-entropy with a weight on positives, or
+    squared error.
     """
 
     def __init__(self, prepared: Prepared):
         self.kind = prepared.schema.problem_type
         self.smoothing = prepared.config.label_smoothing
-        self.class_weights = class_weights(prepared.config.class_weights, prepared.schema.labels, self.kind, prepared.sets["train"].labels)
-        self.weights = None if self.class_weights is None else torch.tensor(self.class_weights, dtype=torch.float32, device=prepared.device)
+        self.class_weights = class_weights(
+            prepared.config.class_weights, prepared.schema.labels, self.kind, prepared.sets["train"].labels
+        )
+        self.weights = (
+            None
+            if self.class_weights is None
+            else torch.tensor(self.class_weights, dtype=torch.float32, device=prepared.device)
+        )
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Weighted loss of each row (B,) for logits (B, C)."""
@@ -31,8 +39,12 @@ class Loss:
             return F.mse_loss(logits[:, 0], labels, reduction="none")
         if self.kind == MULTI_LABEL:
             smooth = labels * (1 - self.smoothing) + 0.5 * self.smoothing
-            return F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=self.weights, reduction="none").mean(1)
-        return F.cross_entropy(logits, labels, weight=self.weights, label_smoothing=self.smoothing, reduction="none")
+            return F.binary_cross_entropy_with_logits(
+                logits, smooth, pos_weight=self.weights, reduction="none"
+            ).mean(1)
+        return F.cross_entropy(
+            logits, labels, weight=self.weights, label_smoothing=self.smoothing, reduction="none"
+        )
 
     def weight(self, labels: np.ndarray) -> float:
         """Sum of the weights of rows with these labels."""
@@ -45,10 +57,14 @@ def prior_of(prepared: Prepared) -> np.ndarray | None:
     """`calibration.class_prior` of the training rows of a single-label task; None for other tasks."""
     if prepared.schema.problem_type != SINGLE_LABEL:
         return None
-    return class_prior(prepared.sets["train"].labels, len(prepared.schema.labels), Loss(prepared).class_weights)
+    return class_prior(
+        prepared.sets["train"].labels, len(prepared.schema.labels), Loss(prepared).class_weights
+    )
 
 
-def class_weights(spec: str | None, names: tuple[str, ...], kind: str, labels: np.ndarray) -> np.ndarray | None:
+def class_weights(
+    spec: str | None, names: tuple[str, ...], kind: str, labels: np.ndarray
+) -> np.ndarray | None:
     """Weights (C,) from `balanced` or `label=weight,...`; unnamed labels get 1.
 
     `balanced` is N / (C n_c) for single-label tasks and (N - n_c) / n_c on positives for multi-label ones.

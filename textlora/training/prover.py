@@ -1,13 +1,16 @@
-"""The proof's side of transformers + peft in a process of its own, whose imports (some five seconds) run beside the training, not behind it.
+"""The proof's side of transformers + peft in a process of its own, whose imports (some five seconds) run
+beside the training, not behind it.
 
     with Prover() as prover:            # before torch is imported here, where that can be: it costs a moment
         ...                             # read, train, save
         logits = prover.golden(...)     # of the saved folder, by plain transformers + peft
 
-What is computed is the same either way: `ReferenceModel.from_adapter` on the files as they lie on the disk. This module imports nothing heavy.
+What is computed is the same either way: `ReferenceModel.from_adapter` on the files as they lie on the disk.
+This module imports nothing heavy.
 
-The process talks in JSON, a line each way, on its standard input and output. It keeps no model while it waits, has one thread and a lower
-priority, looks for nothing on a network, leaves Ctrl-C to its parent, and ends when its input does, so also when the parent is killed.
+The process talks in JSON, a line each way, on its standard input and output. It keeps no model while it
+waits, has one thread and a lower priority, looks for nothing on a network, leaves Ctrl-C to its parent, and
+ends when its input does, so also when the parent is killed.
 """
 
 import contextlib
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
 
     from textlora.data.tokenize import Encoded
 
-NICE = 5  # beside a busy process the lowest priority would leave all of it for after the training (docs/log.md)
+NICE = (
+    5  # beside a busy process the lowest priority would leave all of it for after the training (docs/log.md)
+)
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from textlora.training.prover import main; main()"
 _ALONE = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
@@ -41,10 +46,12 @@ _ALONE = {
 class Prover:
     """Golden logits of saved folders; a context manager. For one thread at a time.
 
-    A process is started for the first of them in this interpreter only: who trains again and again imports transformers + peft once, here.
+    A process is started for the first of them in this interpreter only: who trains again and again imports
+    transformers + peft once, here.
 
     Attributes:
-        trouble: why this process computed itself although another was started, or should have been; None where all went as planned.
+        trouble: why this process computed itself although another was started, or should have been; None
+            where all went as planned.
     """
 
     _begun = False  # whether this interpreter has started one
@@ -55,7 +62,8 @@ class Prover:
         self._errors: IO[bytes] | None = None
 
     def start(self) -> Self:
-        """Start the process, and return at once. Nothing where there is one, or where transformers + peft are imported here. Raises nothing."""
+        """Start the process, and return at once. Nothing where there is one, or where transformers + peft are
+        imported here. Raises nothing."""
         if self._process is not None or Prover._begun or _imported():
             return self
         Prover._begun = True
@@ -70,13 +78,23 @@ class Prover:
             self.close()
         return self
 
-    def golden(self, adapter_folder: Path, base_folder: Path, num_labels: int, pooling: str, encoded: Sequence["Encoded"]) -> "np.ndarray":
-        """Logits (N, C) float32 of N encoded texts by transformers + peft, in float32 on the CPU, from the files of a saved adapter.
+    def golden(
+        self,
+        adapter_folder: Path,
+        base_folder: Path,
+        num_labels: int,
+        pooling: str,
+        encoded: Sequence["Encoded"],
+    ) -> "np.ndarray":
+        """Logits (N, C) float32 of N encoded texts by transformers + peft, in float32 on the CPU, from the
+        files of a saved adapter.
 
-        Where the process has ended or fails otherwise than by an error of ours, this one computes, and `trouble` says why.
+        Where the process has ended or fails otherwise than by an error of ours, this one computes, and
+        `trouble` says why.
 
         Raises:
-            AdapterError, ModelError, UsageError: as `ReferenceModel.from_adapter` and its `forward` raise them.
+            AdapterError, ModelError, UsageError: as `ReferenceModel.from_adapter` and its `forward` raise
+                them.
         """
         import numpy as np
 
@@ -133,16 +151,24 @@ def _imported() -> bool:
     return "textlora.model.reference_model" in sys.modules
 
 
-def golden_logits(adapter_folder: str, base_folder: str, num_labels: int, pooling: str, rows: list[list[list[int]]]) -> list[list[float]]:
-    """What `Prover.golden` gives, as plain values, computed here; `rows` holds ids and type ids of each text. Raises as it does."""
+def golden_logits(
+    adapter_folder: str, base_folder: str, num_labels: int, pooling: str, rows: list[list[list[int]]]
+) -> list[list[float]]:
+    """What `Prover.golden` gives, as plain values, computed here; `rows` holds ids and type ids of each text.
+    Raises as it does."""
     import numpy as np
 
     from textlora.data.tokenize import Encoded
     from textlora.inference.classifier import encoded_logits
     from textlora.model.reference_model import ReferenceModel
 
-    reference = ReferenceModel.from_adapter(Path(adapter_folder), Path(base_folder), num_labels, pooling=pooling)
-    encoded = [Encoded(np.array(ids, dtype=np.int32), np.array(types, dtype=np.int8), len(ids)) for ids, types in rows]
+    reference = ReferenceModel.from_adapter(
+        Path(adapter_folder), Path(base_folder), num_labels, pooling=pooling
+    )
+    encoded = [
+        Encoded(np.array(ids, dtype=np.int32), np.array(types, dtype=np.int8), len(ids))
+        for ids, types in rows
+    ]
     return [[float(value) for value in row] for row in encoded_logits(reference, encoded)]
 
 

@@ -23,6 +23,7 @@ def resume_config(output: Path, given: Mapping[str, Any]) -> TrainConfig | None:
         if name not in ("output", "threads") and value != getattr(saved, name):
             flag = name.replace("_", "-")
             raise UsageError(
-                f"--{flag} {value}: the run in {output} was started with {getattr(saved, name)}", "leave it out to resume, or use another --output"
+                f"--{flag} {value}: the run in {output} was started with {getattr(saved, name)}",
+                "leave it out to resume, or use another --output",
             )
     return dataclasses.replace(saved, output=str(output))

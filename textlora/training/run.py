@@ -45,11 +45,20 @@ def check_output(output: Path, resume: bool) -> None:
     if (output / "run" / ".lock").exists():
         with folder_lock(output / "run"):
             pass
-    kept = [p for p in output.rglob("*") if p.is_file() and p.name != ".lock" and not (p.name.startswith(".") and p.suffix == ".part")]
+    kept = [
+        p
+        for p in output.rglob("*")
+        if p.is_file() and p.name != ".lock" and not (p.name.startswith(".") and p.suffix == ".part")
+    ]
     if kept and not resume:
-        raise StorageError(f"--output {output}: is not empty", "choose another folder, or add --resume to go on with the run in it")
+        raise StorageError(
+            f"--output {output}: is not empty",
+            "choose another folder, or add --resume to go on with the run in it",
+        )
     if kept and not (output / "run" / "config.toml").is_file():
-        raise StorageError(f"--output {output}: holds files but no textlora run to resume", "choose another folder")
+        raise StorageError(
+            f"--output {output}: holds files but no textlora run to resume", "choose another folder"
+        )
 
 
 def run_training(
@@ -69,8 +78,10 @@ def run_training(
         sources: rows, DataFrames or datasets by split, in place of the settings' paths.
         on_record: called with every line of `run/metrics.jsonl` as it is written.
         stop: asked after each step; True makes a checkpoint and raises Interrupted.
-        allow_other_kernels: go on although other kernels, or none, began the run: the adapter is as good, its bytes differ.
-        prover: one that was started before this module, and torch with it, was imported; default: one of its own.
+        allow_other_kernels: go on although other kernels, or none, began the run: the adapter is as good, its
+            bytes differ.
+        prover: one that was started before this module, and torch with it, was imported; default: one of its
+            own.
 
     Raises:
         TextloraError: what is wrong and where; nothing is left behind unless training had begun.
@@ -91,7 +102,9 @@ def run_training(
     with contextlib.nullcontext(prover) if prover is not None else Prover() as prover:
         prepared = prepare(config, sources)
         trainings = Trainings(prepared, start=_start)
-        return _locked(prepared, trainings, run, on_record, stop, checkpoint_seconds, began, prover, allow_other_kernels)
+        return _locked(
+            prepared, trainings, run, on_record, stop, checkpoint_seconds, began, prover, allow_other_kernels
+        )
 
 
 def _locked(prepared: Prepared, trainings: Trainings, run: Path, *rest: Any) -> Record:
@@ -125,7 +138,10 @@ def _run(
     if kept is not None:
         tensors, state = kept
         if state.pop("fingerprint") != fingerprint:
-            raise UsageError(f"{run.parent}: the data, the base model or a library changed since this run began", "start again in another --output")
+            raise UsageError(
+                f"{run.parent}: the data, the base model or a library changed since this run began",
+                "start again in another --output",
+            )
         began_on = Executor(**state.pop("executor"))
         if began_on != executor and not allow_other_kernels:
             raise UsageError(
@@ -148,7 +164,14 @@ def _run(
             os.fsync(log.fileno())
             tensors, state = trainings.state()
             write_checkpoint(
-                checkpoint, tensors, state | {"fingerprint": fingerprint, "executor": executor.as_dict(), "log_bytes": os.fstat(log.fileno()).st_size}
+                checkpoint,
+                tensors,
+                state
+                | {
+                    "fingerprint": fingerprint,
+                    "executor": executor.as_dict(),
+                    "log_bytes": os.fstat(log.fileno()).st_size,
+                },
             )
 
         if not log_bytes:
@@ -173,7 +196,8 @@ def _run(
                 last = time.monotonic()
             if halted:
                 raise Interrupted(
-                    f"stopped at step {trainings.step} of {trainings.steps}", f"`textlora train --resume --output {run.parent}` goes on"
+                    f"stopped at step {trainings.step} of {trainings.steps}",
+                    f"`textlora train --resume --output {run.parent}` goes on",
                 )
         trainer = trainings.trainer
         prepared.model.load_trainable(trainer.best)
@@ -195,7 +219,9 @@ def _run(
             "best_metric": {"name": prepared.metric, "value": trainer.kept_score},
         } | ({"prover": prover.trouble} if prover.trouble else {})
         emit(end)
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines would cut at U+2028
+    lines = (
+        (run / "metrics.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    )  # splitlines would cut at U+2028
     write_text(run / "report.html", render([json.loads(line) for line in lines], run.resolve().parent.name))
     result |= {key: value for key, value in end.items() if key != "kind"} | {"output": str(run.parent)}
     write_text(run / "result.json", json.dumps(result, ensure_ascii=False, indent=2) + "\n")
@@ -211,7 +237,9 @@ def _log(path: Path, keep_bytes: int) -> Iterator[Any]:
             file.truncate(keep_bytes)
             yield file
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}", "free some space, then --resume") from error
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}", "free some space, then --resume"
+        ) from error
 
 
 def _start(prepared: Prepared) -> None:
@@ -227,7 +255,9 @@ def _start(prepared: Prepared) -> None:
     given: Mapping[str, Any] = folder.tensors
     if folder.meta is not None:  # the head as it was trained
         in_order = {name: folder.tensors[name] for name in mine if name in folder.tensors}
-        given = folder.tensors | scaled_head(shifted_head(in_order, folder.meta.fitted_shift, -1), folder.meta.fitted_temperature)
+        given = folder.tensors | scaled_head(
+            shifted_head(in_order, folder.meta.fitted_shift, -1), folder.meta.fitted_temperature
+        )
     for name, tensor in given.items():
         if ".lora_" in name or (name in mine and tensor.shape == mine[name].shape and same_labels):
             taken[name] = tensor
@@ -235,7 +265,10 @@ def _start(prepared: Prepared) -> None:
         raise UsageError(f"--init-adapter {source}: was trained on another base model")
     lost = [name for name in mine if ".lora_" in name and name not in folder.tensors]
     if lost or set(taken) != set(mine):
-        raise UsageError(f"--init-adapter {source}: adapts other layers than this run", "give the same --target-modules, --layers and --use-dora")
+        raise UsageError(
+            f"--init-adapter {source}: adapts other layers than this run",
+            "give the same --target-modules, --layers and --use-dora",
+        )
     try:
         prepared.model.load_trainable(taken)
     except AdapterError as error:
@@ -245,7 +278,8 @@ def _start(prepared: Prepared) -> None:
 
 
 def start_record(prepared: Prepared, trainings: Trainings) -> Record:
-    """First line of the log: what is trained on what. `steps` are those of the last training, `all_steps` those of the folds too."""
+    """First line of the log: what is trained on what. `steps` are those of the last training, `all_steps`
+    those of the folds too."""
     adapter, head = parameter_counts(prepared.model.trainable())
     settings = {item.name: getattr(prepared.config, item.name) for item in dataclasses.fields(TrainConfig)}
     return {
@@ -263,7 +297,11 @@ def start_record(prepared: Prepared, trainings: Trainings) -> Record:
         "folds": len(trainings.folds),
         "all_steps": trainings.steps,
         "device": prepared.device,
-        "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items() if value is not None},
+        "settings": {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in settings.items()
+            if value is not None
+        },
         "adapter_parameters": adapter,
         "head_parameters": head,
         "versions": versions(),
@@ -290,5 +328,12 @@ def _fingerprint(prepared: Prepared) -> str:
             rows.update(encoded.ids.tobytes())
     if prepared.folds is not None:
         rows.update(prepared.folds.tobytes())
-    facts = [write_config(config), prepared.pooling, rows.hexdigest(), prepared.model.base_hash(), versions(), torch.get_num_threads()]
+    facts = [
+        write_config(config),
+        prepared.pooling,
+        rows.hexdigest(),
+        prepared.model.base_hash(),
+        versions(),
+        torch.get_num_threads(),
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

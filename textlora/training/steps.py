@@ -1,4 +1,5 @@
-"""The steps of a training: which rows in which order, when to evaluate, at what rate, and in which pieces a step is computed."""
+"""The steps of a training: which rows in which order, when to evaluate, at what rate, and in which pieces a
+step is computed."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +11,16 @@ from textlora.core.config import TrainConfig, default_rate
 from textlora.data.tokenize import token_batches
 from textlora.training.prepare import Prepared
 
-PIECE_TOKENS = {"cpu": 384, "cuda": 32768}  # on a CPU faster than 768 and less memory (docs/log.md); what fills a GPU, where it fits
-MIN_PIECE = 96  # tokens of a thread below which one piece on all cores is faster; `classifier.MIN_SHARE_ONE_CORE` where a product takes one core
-KEPT_BYTES = 20  # of a token per layer and width for the backward pass in half precision, as measured (docs/log.md)
+PIECE_TOKENS = {
+    "cpu": 384,
+    "cuda": 32768,
+}  # on a CPU faster than 768 and less memory (docs/log.md); what fills a GPU, where it fits
+# tokens of a thread below which one piece on all cores is faster; `classifier.MIN_SHARE_ONE_CORE` where a
+# product takes one core
+MIN_PIECE = 96
+KEPT_BYTES = (
+    20  # of a token per layer and width for the backward pass in half precision, as measured (docs/log.md)
+)
 
 
 def plan_epoch(config: TrainConfig, lengths: np.ndarray, epoch: int) -> list[list[int]]:
@@ -35,15 +43,21 @@ def plan(config: TrainConfig, lengths: np.ndarray) -> list[tuple[float, list[int
     return [step for step in steps if step[0] <= config.epochs + 1e-9] or steps[:1]
 
 
-def evaluation_steps(config: TrainConfig, done: Sequence[float], epochs: Sequence[float] | None = None) -> list[int]:
+def evaluation_steps(
+    config: TrainConfig, done: Sequence[float], epochs: Sequence[float] | None = None
+) -> list[int]:
     """Numbers of steps, counted from 1, after which the model is evaluated.
 
     Args:
         done: epochs done after each step.
-        epochs: those to evaluate after; default: every one, or every `config.eval_every` steps. The last step is always among them.
+        epochs: those to evaluate after; default: every one, or every `config.eval_every` steps. The last step
+            is always among them.
     """
     if epochs is not None:
-        due = {1 + next((i for i, epoch in enumerate(done) if epoch >= wanted - 1e-9), len(done) - 1) for wanted in epochs}
+        due = {
+            1 + next((i for i, epoch in enumerate(done) if epoch >= wanted - 1e-9), len(done) - 1)
+            for wanted in epochs
+        }
     elif config.eval_every:
         due = set(range(config.eval_every, len(done), config.eval_every))
     else:
@@ -51,11 +65,15 @@ def evaluation_steps(config: TrainConfig, done: Sequence[float], epochs: Sequenc
     return sorted(due | {len(done)})
 
 
-def divide(lengths: np.ndarray, rows: Sequence[int], workers: int, piece_tokens: int, least: int = MIN_PIECE) -> list[list[int]]:
-    """Rows of a step as pieces of nearly equal work, one per worker, or more where a piece would pass `piece_tokens`, fewer where
-    one would have less than `least`; the longest work first, so that workers end together.
+def divide(
+    lengths: np.ndarray, rows: Sequence[int], workers: int, piece_tokens: int, least: int = MIN_PIECE
+) -> list[list[int]]:
+    """Rows of a step as pieces of nearly equal work, one per worker, or more where a piece would pass
+    `piece_tokens`, fewer where one would have less than `least`; the longest work first, so that workers end
+    together.
 
-    A text's work is taken as `L (1 + L / 512)`: attention costs about as much as the rest at 512 tokens (384 wide).
+    A text's work is taken as `L (1 + L / 512)`: attention costs about as much as the rest at 512 tokens (384
+    wide).
     """
     tokens = int(lengths[rows].sum())
     wanted = min(workers, max(1, tokens // least))
@@ -81,12 +99,15 @@ def piece_tokens(prepared: Prepared) -> int:
 
 
 def rate_at(config: TrainConfig, step: int, total: int) -> float:
-    """Share of the peak learning rate at a step counted from 0: linear warm-up, then linear, cosine or constant."""
+    """Share of the peak learning rate at a step counted from 0: linear warm-up, then linear, cosine or
+    constant."""
     warmup = int(config.warmup * total) if config.warmup < 1 else int(config.warmup)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, total - warmup)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.scheduler]
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
+        config.scheduler
+    ]
 
 
 def peak_rate(prepared: Prepared, steps: int) -> float:

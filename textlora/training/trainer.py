@@ -1,8 +1,10 @@
-"""The training loop: a generator of step and evaluation records over any `Model`. Knows no files and prints nothing.
+"""The training loop: a generator of step and evaluation records over any `Model`. Knows no files and prints
+nothing.
 
-Only A, B, DoRA's magnitudes and the head carry gradients. A step takes `batch_size x gradient_accumulation_steps` rows, computed in
-pieces of at most 384 tokens or so (32,768 on a GPU), on a CPU side by side; memory does not grow with the batch. Every random draw comes
-from (seed, epoch) or (seed, step, piece), and the pieces' gradients are summed in order.
+Only A, B, DoRA's magnitudes and the head carry gradients. A step takes `batch_size x
+gradient_accumulation_steps` rows, computed in pieces of at most 384 tokens or so (32,768 on a GPU), on a CPU
+side by side; memory does not grow with the batch. Every random draw comes from (seed, epoch) or (seed, step,
+piece), and the pieces' gradients are summed in order.
 """
 
 import math
@@ -25,15 +27,25 @@ from textlora.training.cuda_graphs import Filled, Recordings, fill_up
 from textlora.training.hidden_state_cache import HiddenStates
 from textlora.training.losses import Loss
 from textlora.training.prepare import Prepared
-from textlora.training.steps import MIN_PIECE, divide, evaluation_steps, peak_rate, piece_tokens, plan, rate_at
+from textlora.training.steps import (
+    MIN_PIECE,
+    divide,
+    evaluation_steps,
+    peak_rate,
+    piece_tokens,
+    plan,
+    rate_at,
+)
 
 
 class Trainer:
-    """State of one training: step, optimizer, best checkpoint. `records()` advances it; `state()` and `restore()` carry it over a kill.
+    """State of one training: step, optimizer, best checkpoint. `records()` advances it; `state()` and
+    `restore()` carry it over a kill.
 
     Args:
         prefix: hidden states of the splits, where they are known.
-        evaluate_after: epochs after which to evaluate; default: every one, or as `eval_every` says; after the last step in any case.
+        evaluate_after: epochs after which to evaluate; default: every one, or as `eval_every` says; after the
+            last step in any case.
         known: what cross-validation found at each evaluation, in place of scores of validation rows.
         loss: what a step minimises; default: the task's.
         steps: (epochs done after the step, its rows); default: as `steps.plan` has them.
@@ -50,7 +62,10 @@ class Trainer:
         steps: Sequence[tuple[float, list[int]]] | None = None,
         whole_steps: bool = False,
     ):
-        self.prepared, self.config, self.model, self.prefix = prepared, prepared.config, prepared.model, prefix or {}
+        self.prepared = prepared
+        self.config = prepared.config
+        self.model = prepared.model
+        self.prefix = prefix or {}
         self.known = known
         self.train_set = prepared.sets["train"]
         self.lengths = self.train_set.lengths
@@ -75,10 +90,22 @@ class Trainer:
 
     def _recordings(self) -> Recordings | None:
         """On a GPU, where a step draws no random numbers and keeps all it computes."""
-        plain = self.model.path == "packed" and not self.whole_steps and not self.config.lora_dropout and not self.config.gradient_checkpointing
-        if not plain or torch.device(self.prepared.device).type != "cuda" or self.model.dtype == torch.float32:
+        plain = (
+            self.model.path == "packed"
+            and not self.whole_steps
+            and not self.config.lora_dropout
+            and not self.config.gradient_checkpointing
+        )
+        if (
+            not plain
+            or torch.device(self.prepared.device).type != "cuda"
+            or self.model.dtype == torch.float32
+        ):
             return None
-        zeros = [torch.zeros((), device=self.prepared.device), *(torch.zeros_like(t, requires_grad=False) for t in self.parameters.values())]
+        zeros = [
+            torch.zeros((), device=self.prepared.device),
+            *(torch.zeros_like(t, requires_grad=False) for t in self.parameters.values()),
+        ]
         return Recordings(self._sums, zeros)
 
     def _optimizer(self) -> AdamW:
@@ -88,12 +115,19 @@ class Trainer:
             decay = self.config.weight_decay if tensor.ndim > 1 else 0.0
             ratio = self.config.loraplus_ratio if ".lora_B." in name else 1.0
             groups.setdefault((decay, ratio), []).append(tensor)
-        return AdamW([{"params": tensors, "weight_decay": decay, "lr": 0.0, "ratio": ratio} for (decay, ratio), tensors in groups.items()])
+        return AdamW(
+            [
+                {"params": tensors, "weight_decay": decay, "lr": 0.0, "ratio": ratio}
+                for (decay, ratio), tensors in groups.items()
+            ]
+        )
 
     @property
     def finished(self) -> bool:
         patience = self.config.early_stopping_patience
-        return self.evaluated_at == self.step and (self.step == len(self.steps) or (patience is not None and self.waited >= patience))
+        return self.evaluated_at == self.step and (
+            self.step == len(self.steps) or (patience is not None and self.waited >= patience)
+        )
 
     @property
     def epochs_done(self) -> float:
@@ -118,7 +152,9 @@ class Trainer:
         batch = pack([self.train_set.encoded[i] for i in rows], self.train_set.labels[rows], device)
         return self.prefix["train"].attach(batch, rows) if "train" in self.prefix else batch
 
-    def _sums(self, batch: PackedBatch, counted: Tensor | None = None, seed: int | None = None) -> list[Tensor | None]:
+    def _sums(
+        self, batch: PackedBatch, counted: Tensor | None = None, seed: int | None = None
+    ) -> list[Tensor | None]:
         """Sum of the losses of a batch, or of the rows that count, and its gradients."""
         losses = self.loss(self.model.forward(batch, seed), batch.labels)
         loss = (losses if counted is None else losses * counted).sum()
@@ -127,7 +163,9 @@ class Trainer:
     def _piece(self, item: tuple[int, list[int]]) -> list[Tensor | None]:
         """`_sums` of some of a step's rows."""
         number, rows = item
-        seed = int(np.random.SeedSequence([self.config.seed, self.step, number]).generate_state(1, np.uint64)[0] >> 1)
+        seed = int(
+            np.random.SeedSequence([self.config.seed, self.step, number]).generate_state(1, np.uint64)[0] >> 1
+        )
         return self._sums(self._batch(rows, self.prepared.device), seed=seed)
 
     def _fill(self, step: int) -> list[Filled]:
@@ -161,14 +199,18 @@ class Trainer:
         torch._foreach_mul_(known, 1 / max(weight, 1e-12))  # type: ignore[attr-defined]
         length = torch.nn.utils.get_total_norm(known)
         if self.config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.max_grad_norm, length)
+            torch.nn.utils.clip_grads_with_norm_(
+                list(self.parameters.values()), self.config.max_grad_norm, length
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.recordings is not None and self.step + 1 < len(self.steps):
             self._filled[self.step + 1] = self._fill(self.step + 1)  # while the device works
-        loss, norm = torch.stack([total.float(), length.float()]).tolist()  # the one place where a step waits for the device
+        loss, norm = torch.stack(
+            [total.float(), length.float()]
+        ).tolist()  # the one place where a step waits for the device
         mean = loss / weight if weight else 0.0
         if not math.isfinite(mean):
             raise TrainingError(f"the loss is {mean} at step {self.step + 1}", "lower --learning-rate")
@@ -189,7 +231,12 @@ class Trainer:
 
     def _evaluate(self, workers: Workers) -> dict[str, Any]:
         self.evaluated_at = self.step
-        record = {"kind": "evaluation", "split": "validation", "step": self.step, "epoch": round(self.epochs_done, 6)}
+        record = {
+            "kind": "evaluation",
+            "split": "validation",
+            "step": self.step,
+            "epoch": round(self.epochs_done, 6),
+        }
         found = self._scores(workers)
         if found is None:
             self._keep(None)
@@ -204,13 +251,19 @@ class Trainer:
         return record | {"loss": found.loss, "metrics": found.metrics, "best": better, "kept": kept}
 
     def _scores(self, workers: Workers) -> Evaluation | None:
-        """Of the validation rows now, or what cross-validation found at this point; None where there is neither."""
+        """Of the validation rows now, or what cross-validation found at this point; None where there is
+        neither."""
         if self.known is not None:
             return self.known[self.evaluate_at.index(self.step)]
         held = self.prepared.sets.get("validation")
         if held is None:
             return None
-        self.evaluations.append(Evaluation(self.epochs_done, *score(self.prepared, held, self.loss, workers, self.prefix.get("validation"))))
+        self.evaluations.append(
+            Evaluation(
+                self.epochs_done,
+                *score(self.prepared, held, self.loss, workers, self.prefix.get("validation")),
+            )
+        )
         return self.evaluations[-1]
 
     def _keep(self, value: float | None) -> None:
@@ -219,11 +272,23 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON-able facts from which `restore` continues to the same bytes."""
-        tensors = {f"now/{name}": t for name, t in self.parameters.items()} | {f"best/{name}": t for name, t in self.best.items()}
+        tensors = {f"now/{name}": t for name, t in self.parameters.items()} | {
+            f"best/{name}": t for name, t in self.best.items()
+        }
         for name, tensor in self.parameters.items():
             for key, value in self.optimizer.state.get(tensor, {}).items():
                 tensors[f"{key}/{name}"] = value
-        facts = ("step", "tokens", "seconds", "evaluated_at", "best_score", "kept_score", "best_step", "best_epoch", "waited")
+        facts = (
+            "step",
+            "tokens",
+            "seconds",
+            "evaluated_at",
+            "best_score",
+            "kept_score",
+            "best_step",
+            "best_epoch",
+            "waited",
+        )
         return tensors, {fact: getattr(self, fact) for fact in facts}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -233,6 +298,8 @@ class Trainer:
         self.best = {name: tensors[f"best/{name}"].to(device) for name in self.parameters}
         for name, tensor in self.parameters.items():
             if f"step/{name}" in tensors:
-                self.optimizer.state[tensor] = {key: tensors[f"{key}/{name}"].to(device) for key in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[tensor] = {
+                    key: tensors[f"{key}/{name}"].to(device) for key in ("step", "exp_avg", "exp_avg_sq")
+                }
         for fact, value in state.items():
             setattr(self, fact, value)

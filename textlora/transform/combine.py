@@ -2,15 +2,18 @@
 
 With `D_i = s_i B_i A_i` the difference that adapter i makes to a layer and `w_i` its weight:
 
-    linear  D = sum w_i D_i, exactly, by putting the A and B side by side (PEFT calls this "cat"; its "linear" mixes A and B apart)
+    linear  D = sum w_i D_i, exactly, by putting the A and B side by side (PEFT calls this "cat"; its "linear"
+            mixes A and B apart)
     svd     the same sum, cut to rank r
-    ties    each D_i keeps its `density` largest entries; per entry the sign with the larger weighted sum wins, and the weighted mean of
-            the entries of that sign is taken, times sum w_i (arXiv 2306.01708); cut to rank r
-    dare    each entry of D_i is kept with probability `density` and divided by it, then the weighted sum (arXiv 2311.03099); cut to rank r
+    ties    each D_i keeps its `density` largest entries; per entry the sign with the larger weighted sum wins,
+            and the weighted mean of the entries of that sign is taken, times sum w_i (arXiv 2306.01708); cut to
+            rank r
+    dare    each entry of D_i is kept with probability `density` and divided by it, then the weighted sum
+            (arXiv 2311.03099); cut to rank r
 
-Entries are counted layer by layer. What the adapters train in full (the head) is averaged by weight, labels matched by name. Heads are averaged
-as they were trained, and then divided by the geometric mean of the temperatures, weighted alike: one that was fitted to be less sure of itself
-does not count for less.
+Entries are counted layer by layer. What the adapters train in full (the head) is averaged by weight, labels
+matched by name. Heads are averaged as they were trained, and then divided by the geometric mean of the
+temperatures, weighted alike: one that was fitted to be less sure of itself does not count for less.
 """
 
 import dataclasses
@@ -60,8 +63,9 @@ def combine(
     """Write one adapter made of several.
 
     Args:
-        folders: adapters of one base, with one pooling, truncation, task and set of labels. The result has the longest `max_length` of
-            them and the first one's order of labels; its temperature is the mean of theirs, and it has no thresholds.
+        folders: adapters of one base, with one pooling, truncation, task and set of labels. The result has
+            the longest `max_length` of them and the first one's order of labels; its temperature is the mean
+            of theirs, and it has no thresholds.
         output: new or empty folder.
         weights: one per adapter; default: equal, with sum 1. Negative ones subtract.
         combination_type: linear, svd, ties or dare.
@@ -69,11 +73,13 @@ def combine(
         r: rank of svd, ties and dare; default: the largest of the adapters.
         seed: of dare's choice.
         base: base model; default: the one the first adapter names.
-        rows: gives labelled rows, read as the first adapter needs them, to score each adapter and the combination on.
+        rows: gives labelled rows, read as the first adapter needs them, to score each adapter and the
+            combination on.
 
     Returns:
-        {"output", "combination_type", "weights", "r", "residual", "metric", "scores"}: "residual" is what cutting to rank r left out
-        (Frobenius, relative), "scores" has "name" and all metrics of each adapter and then of the combination; None without rows.
+        {"output", "combination_type", "weights", "r", "residual", "metric", "scores"}: "residual" is what
+        cutting to rank r left out (Frobenius, relative), "scores" has "name" and all metrics of each adapter
+        and then of the combination; None without rows.
 
     Raises:
         UsageError: the adapters do not go together, or an argument makes no sense.
@@ -83,22 +89,31 @@ def combine(
     weights, density = _checked(len(folders), weights, combination_type, density, r)
     places = [adapter_folder(folder) for folder in folders]
     files = find_adapter_base(read_adapter(places[0]), base)
-    loaded = [TextClassifier.load(folder, base=str(files.folder), device=device) for folder in places]  # refuses one of another base
+    loaded = [
+        TextClassifier.load(folder, base=str(files.folder), device=device) for folder in places
+    ]  # refuses one of another base
     for folder, classifier in zip(folders[1:], loaded[1:], strict=True):
         _require_same(folders[0], loaded[0], folder, classifier)
     table = None if rows is None else rows(loaded[0])
     models, first = [classifier.model for classifier in loaded], loaded[0].meta
     r = r or max(lora.A.shape[0] for model in models for lora in named_loras(model).values())
-    made, size, left = _combined_layers(models, files, len(first.labels), weights, combination_type, density, r, seed)
+    made, size, left = _combined_layers(
+        models, files, len(first.labels), weights, combination_type, density, r, seed
+    )
     rank = max(A.shape[0] for A, _ in made.values())
     lora = dataclasses.replace(
         models[0].lora, r=rank, lora_alpha=rank, target_modules=tuple(made), layers="all", use_rslora=False, use_dora=False,
         rank_pattern={}, alpha_pattern={}, lora_dropout=0.0,
     )  # fmt: skip
     model, _ = open_model(files, lora, len(first.labels), pooling=first.pooling)
-    temperature = math.exp(sum(w * math.log(_whole_temperature(c.meta)) for w, c in zip(weights, loaded, strict=True)) / sum(weights))
+    temperature = math.exp(
+        sum(w * math.log(_whole_temperature(c.meta)) for w, c in zip(weights, loaded, strict=True))
+        / sum(weights)
+    )
     shift = _mean_shift(loaded, weights)
-    model.load_trainable(shifted_head(scaled_head(_tensors(model, made, rank, loaded, weights), 1 / temperature), shift))
+    model.load_trainable(
+        shifted_head(scaled_head(_tensors(model, made, rank, loaded, weights), 1 / temperature), shift)
+    )
     meta = AdapterMeta(
         labels=first.labels, problem_type=first.problem_type, pairs=first.pairs, pooling=first.pooling,
         max_length=max(classifier.tokenizer.max_length for classifier in loaded), truncation=first.truncation,
@@ -109,7 +124,9 @@ def combine(
         },
         textlora_version=version("textlora"),
     )  # fmt: skip
-    tokenizer = max((classifier.tokenizer for classifier in loaded), key=lambda tokenizer: tokenizer.max_length)
+    tokenizer = max(
+        (classifier.tokenizer for classifier in loaded), key=lambda tokenizer: tokenizer.max_length
+    )
     with new_folder(output) as folder:
         summary = f"Made of {len(folders)} adapters by `textlora combine --combination {combination_type}`."
         result = write_adapter(folder, output.name, model, files, meta, tokenizer, places[0], summary)
@@ -125,14 +142,18 @@ def combine(
     }
 
 
-def _checked(count: int, weights: Sequence[float] | None, kind: str, density: float | None, r: int | None) -> tuple[tuple[float, ...], float | None]:
+def _checked(
+    count: int, weights: Sequence[float] | None, kind: str, density: float | None, r: int | None
+) -> tuple[tuple[float, ...], float | None]:
     if count < 2:
         raise UsageError("there is one adapter only", "name at least two folders")
     weights = tuple(weights) if weights is not None else (1 / count,) * count
     if len(weights) != count:
         raise UsageError(f"--weights has {len(weights)} numbers for {count} adapters", "give one per adapter")
     if not all(math.isfinite(weight) for weight in weights) or sum(weights) <= 0:
-        raise UsageError(f"--weights {','.join(f'{weight:g}' for weight in weights)}: must be finite numbers with a sum above 0")
+        raise UsageError(
+            f"--weights {','.join(f'{weight:g}' for weight in weights)}: must be finite numbers with a sum above 0"
+        )
     if kind not in COMBINATION_TYPES:
         raise UsageError(f"--combination {kind}: not one of {', '.join(COMBINATION_TYPES)}")
     if density is not None and kind not in DENSITY:
@@ -140,7 +161,10 @@ def _checked(count: int, weights: Sequence[float] | None, kind: str, density: fl
     if density is not None and not 0 < density <= 1:
         raise UsageError(f"--density {density:g}: must be above 0 and at most 1")
     if r is not None and kind == "linear":
-        raise UsageError("--combination linear is exact, its rank is the sum of the ranks", "leave out --r, or take --combination svd")
+        raise UsageError(
+            "--combination linear is exact, its rank is the sum of the ranks",
+            "leave out --r, or take --combination svd",
+        )
     if r is not None and r < 1:
         raise UsageError(f"--r {r}: the rank must be at least 1")
     return weights, density if density is not None else DENSITY.get(kind)
@@ -149,11 +173,19 @@ def _checked(count: int, weights: Sequence[float] | None, kind: str, density: fl
 def _require_same(name: Path, first: TextClassifier, other_name: Path, other: TextClassifier) -> None:
     """Refuse adapters that do not go together. Raises UsageError with the first thing that differs."""
     a, b = first.meta, other.meta
-    facts = [(what, getattr(a, what), getattr(b, what)) for what in ("problem_type", "pairs", "pooling", "truncation")]
-    for what, mine, theirs in [*facts, ("tokenizer", first.tokenizer.backend.to_str(), other.tokenizer.backend.to_str())]:
+    facts = [
+        (what, getattr(a, what), getattr(b, what))
+        for what in ("problem_type", "pairs", "pooling", "truncation")
+    ]
+    for what, mine, theirs in [
+        *facts,
+        ("tokenizer", first.tokenizer.backend.to_str(), other.tokenizer.backend.to_str()),
+    ]:
         if mine != theirs:
             shown = f" ({mine} and {theirs})" if what != "tokenizer" else ""
-            raise UsageError(f"{name} and {other_name} have different values of {what}{shown}, one adapter cannot have both")
+            raise UsageError(
+                f"{name} and {other_name} have different values of {what}{shown}, one adapter cannot have both"
+            )
     if sorted(a.labels) != sorted(b.labels):
         odd = sorted(set(a.labels) ^ set(b.labels))[0]
         raise UsageError(
@@ -161,31 +193,51 @@ def _require_same(name: Path, first: TextClassifier, other_name: Path, other: Te
             "`textlora inspect --relabel old=new` renames what means the same",
         )
     if trained_whole(first.model).keys() != trained_whole(other.model).keys():
-        raise UsageError(f"{name} and {other_name} train different tensors besides A and B, so those cannot be averaged")
+        raise UsageError(
+            f"{name} and {other_name} train different tensors besides A and B, so those cannot be averaged"
+        )
 
 
 def _combined_layers(
-    models: list[Model], files: BaseFiles, num_labels: int, weights: Sequence[float], kind: str, density: float | None, r: int, seed: int
+    models: list[Model],
+    files: BaseFiles,
+    num_labels: int,
+    weights: Sequence[float],
+    kind: str,
+    density: float | None,
+    r: int,
+    seed: int,
 ) -> tuple[dict[str, Factors], float, float]:
-    """A and B of every layer that some adapter changes, at scale 1; the size of the whole difference and what was cut off."""
+    """A and B of every layer that some adapter changes, at scale 1; the size of the whole difference and what
+    was cut off."""
     loras = [named_loras(model) for model in models]
     names = list(dict.fromkeys(name for found in loras for name in found))
     dora = any(lora.magnitude is not None for found in loras for lora in found.values())
     if dora and kind == "linear":
-        raise UsageError("a DoRA adapter's difference has no low rank, so the sum is not exact", "take --combination svd, and look at its residual")
+        raise UsageError(
+            "a DoRA adapter's difference has no low rank, so the sum is not exact",
+            "take --combination svd, and look at its residual",
+        )
     base = dict(load_net(files.folder, num_labels).named_parameters()) if dora else {}
     generator, made, size, left = torch.Generator().manual_seed(seed), {}, 0.0, 0.0
     for name in names:
         parts = [(weight, found[name]) for weight, found in zip(weights, loras, strict=True) if name in found]
         if kind == "linear":
-            made[name] = (torch.cat([lora.A for _, lora in parts]), torch.cat([w * lora.scaling * lora.B for w, lora in parts], dim=1))
+            made[name] = (
+                torch.cat([lora.A for _, lora in parts]),
+                torch.cat([w * lora.scaling * lora.B for w, lora in parts], dim=1),
+            )
             rank, most = made[name][0].shape[0], min(made[name][0].shape[1], made[name][1].shape[0])
             if rank > most:
-                raise UsageError(f"the ranks add up to {rank}, more than {name} takes ({most})", "take --combination svd")
+                raise UsageError(
+                    f"the ranks add up to {rank}, more than {name} takes ({most})", "take --combination svd"
+                )
             continue
         like = parts[0][1].B @ parts[0][1].A
         weight_of = base[f"{name}.weight"].detach().double() if dora else like
-        deltas = [delta(weight_of, found[name]) if name in found else torch.zeros_like(like) for found in loras]
+        deltas = [
+            delta(weight_of, found[name]) if name in found else torch.zeros_like(like) for found in loras
+        ]
         change = combined_delta(deltas, weights, kind, density, generator)
         U, values, V = torch.linalg.svd(change, full_matrices=False)
         root = values[:r].sqrt()
@@ -194,7 +246,13 @@ def _combined_layers(
     return made, size, left
 
 
-def combined_delta(deltas: Sequence[Tensor], weights: Sequence[float], kind: str, density: float | None, generator: torch.Generator) -> Tensor:
+def combined_delta(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    kind: str,
+    density: float | None,
+    generator: torch.Generator,
+) -> Tensor:
     """One layer's difference out of several, (out, in) each, by the formulas at the head of this module."""
     stacked, scale = torch.stack(list(deltas)), torch.tensor(weights, dtype=deltas[0].dtype).view(-1, 1, 1)
     if kind == "ties":
@@ -210,14 +268,20 @@ def combined_delta(deltas: Sequence[Tensor], weights: Sequence[float], kind: str
     return (stacked * scale).sum(0)
 
 
-def _tensors(model: Model, made: dict[str, Factors], rank: int, loaded: list[TextClassifier], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The combination's tensors: A and B filled up to one rank with zeros, the head as it was trained averaged, with its labels in the first one's order."""
+def _tensors(
+    model: Model, made: dict[str, Factors], rank: int, loaded: list[TextClassifier], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """The combination's tensors: A and B filled up to one rank with zeros, the head as it was trained
+    averaged, with its labels in the first one's order."""
     found, first = {}, loaded[0].meta
     for name, (A, B) in made.items():
         found[f"{PREFIX}{name}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, rank - A.shape[0]))
         found[f"{PREFIX}{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, rank - B.shape[1]))
     whole = [
-        scaled_head(shifted_head(trained_whole(classifier.model), classifier.meta.fitted_shift, -1), classifier.meta.fitted_temperature)
+        scaled_head(
+            shifted_head(trained_whole(classifier.model), classifier.meta.fitted_shift, -1),
+            classifier.meta.fitted_temperature,
+        )
         for classifier in loaded
     ]
     last = list(trained_whole(model))[-1].rpartition(".")[0]  # the layer whose rows are labels
@@ -238,21 +302,33 @@ def _tensors(model: Model, made: dict[str, Factors], rank: int, loaded: list[Tex
 
 
 def _mean_shift(loaded: list[TextClassifier], weights: Sequence[float]) -> tuple[float, ...] | None:
-    """What is added to each logit, by weight, in the first one's order of labels; None where no adapter adds anything."""
+    """What is added to each logit, by weight, in the first one's order of labels; None where no adapter adds
+    anything."""
     if all(classifier.meta.fitted_shift is None for classifier in loaded):
         return None
     labels, found = loaded[0].meta.labels, []
     for classifier in loaded:
-        own = dict(zip(classifier.meta.labels, classifier.meta.fitted_shift or (0.0,) * len(labels), strict=True))
+        own = dict(
+            zip(classifier.meta.labels, classifier.meta.fitted_shift or (0.0,) * len(labels), strict=True)
+        )
         found.append([own[label] for label in labels])
-    return tuple(sum(w * one[c] for w, one in zip(weights, found, strict=True)) / sum(weights) for c in range(len(labels)))
+    return tuple(
+        sum(w * one[c] for w, one in zip(weights, found, strict=True)) / sum(weights)
+        for c in range(len(labels))
+    )
 
 
 def _whole_temperature(meta: AdapterMeta) -> float:
-    """What the logits of the head as it was trained are divided by, whether in the saved head or by who reads it."""
+    """What the logits of the head as it was trained are divided by, whether in the saved head or by who reads
+    it."""
     return meta.fitted_temperature * temperature_of(meta)
 
 
-def _scores(names: Sequence[Path], classifiers: Sequence[TextClassifier], table: Table) -> list[dict[str, Any]]:
+def _scores(
+    names: Sequence[Path], classifiers: Sequence[TextClassifier], table: Table
+) -> list[dict[str, Any]]:
     results = [evaluate_table(classifier, table) for classifier in classifiers]
-    return [{"name": name.name, "rows": result["rows"], **result["test"]} for name, result in zip(names, results, strict=True)]
+    return [
+        {"name": name.name, "rows": result["rows"], **result["test"]}
+        for name, result in zip(names, results, strict=True)
+    ]

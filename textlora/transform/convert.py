@@ -1,4 +1,5 @@
-"""`textlora convert`: an adapter of another program to a folder of ours, proved against what it was made from."""
+"""`textlora convert`: an adapter of another program to a folder of ours, proved against what it was made
+from."""
 
 import inspect
 import json
@@ -56,22 +57,26 @@ def convert(
     max_length: int | None = None,
     lora_alpha: float | None = None,
 ) -> dict[str, Any]:
-    """Write a full textlora folder from a PEFT folder or hub id, an HF Trainer or AutoTrain output, or a loralib checkpoint.
+    """Write a full textlora folder from a PEFT folder or hub id, an HF Trainer or AutoTrain output, or a
+    loralib checkpoint.
 
-    The written folder is loaded back and its logits of the golden texts are compared with the source's: by PEFT itself where it is PEFT's,
-    by transformers with loralib's update added to the weights where it is loralib's.
+    The written folder is loaded back and its logits of the golden texts are compared with the source's: by
+    PEFT itself where it is PEFT's, by transformers with loralib's update added to the weights where it is
+    loralib's.
 
     Args:
         output: new or empty folder; nothing is left in it where an error is raised.
         model: base model; default: the one the source names.
         labels: class names in order; default: what a config.json beside the source or of the base names.
-        problem_type: task; default: as that config says, else regression for one output and single-label for more.
-        max_length: tokens kept of a text; default: what the source's own files say, else what the base takes, at most 512.
+        problem_type: task; default: as that config says, else regression for one output and single-label for
+            more.
+        max_length: tokens kept of a text; default: what the source's own files say, else what the base takes,
+            at most 512.
         lora_alpha: of a loralib checkpoint, which does not store it.
 
     Returns:
-        {"output", "source", "note", "model", "path", "labels", "labels_from", "problem_type", "max_length", "max_length_from",
-        "adapter_parameters", "head_parameters", "rows", "largest_logit", "difference"}
+        {"output", "source", "note", "model", "path", "labels", "labels_from", "problem_type", "max_length",
+        "max_length_from", "adapter_parameters", "head_parameters", "rows", "largest_logit", "difference"}
 
     Raises:
         AdapterError: the source is damaged, incomplete, or of a kind that textlora does not run.
@@ -91,17 +96,24 @@ def convert(
         loralib = to_peft(found.folder.path, found.folder.tensors, _parameters(files), lora_alpha)
         found = replace(found, folder=replace(found.folder, config=loralib.config, tensors=loralib.tensors))
     elif lora_alpha is not None:
-        raise UsageError(f"--lora-alpha: {found.folder.path / CONFIG_FILE} has its own", "leave it out; only loralib files lack it")
+        raise UsageError(
+            f"--lora-alpha: {found.folder.path / CONFIG_FILE} has its own",
+            "leave it out; only loralib files lack it",
+        )
     folder = found.folder
     if folder.config.get("peft_type") == MEAN_POOLING_TYPE:
-        raise AdapterError(f"{folder.path}: a textlora adapter whose textlora.json is missing", "copy the folder again")
+        raise AdapterError(
+            f"{folder.path}: a textlora adapter whose textlora.json is missing", "copy the folder again"
+        )
     facts = find_facts(folder, files.config, labels, problem_type)
     lora = lora_config(folder)
     try:
         fresh, _ = open_model(files, lora, len(facts.labels))
         fresh.load_trainable(folder.tensors)
     except AdapterError as error:
-        raise AdapterError(f"{folder.path}: {error.message}", error.fix or "pass the base it was trained on as --model") from error
+        raise AdapterError(
+            f"{folder.path}: {error.message}", error.fix or "pass the base it was trained on as --model"
+        ) from error
     except UsageError as error:  # layers that this base does not have
         what = f"{folder.path} does not fit {files.folder}: {error.message}"
         raise AdapterError(what, "pass the base it was trained on as --model") from error
@@ -113,14 +125,19 @@ def convert(
     encoded = tokenizer.encode([text for text, _ in rows])
     with exact_float32():
         theirs = _source_logits(found, loralib, files, len(facts.labels), encoded)
-    golden = [{"text": text, "text_pair": pair, "logits": [float(x) for x in row]} for (text, pair), row in zip(rows, theirs, strict=True)]
+    golden = [
+        {"text": text, "text_pair": pair, "logits": [float(x) for x in row]}
+        for (text, pair), row in zip(rows, theirs, strict=True)
+    ]
     meta = AdapterMeta(
         labels=facts.labels, problem_type=facts.problem_type, pairs=False, pooling="first", max_length=length.tokens, truncation=length.truncation,
         base={"id": files.id, "revision": files.revision, "model_type": files.config["model_type"], "hash": fresh.base_hash()},
         golden=tuple(golden), training={"converted_from": found.kind, "converted_by": f"textlora {version('textlora')}"},
     )  # fmt: skip
     with new_folder(output) as part:
-        ours = peft_config(lora, fresh.target_modules, fresh.modules_to_save, "first", files.id, files.revision)
+        ours = peft_config(
+            lora, fresh.target_modules, fresh.modules_to_save, "first", files.id, files.revision
+        )
         write_weights(part, folder.config | ours, folder.tensors)  # keys that are not ours are kept
         write_tokenizer(tokenizer, (*found.places, files.folder), files.config, part, truncate=False)
         write_text(part / CARD_FILE, _card(found, meta, lora, output.name))
@@ -147,9 +164,12 @@ def convert(
 
 
 def _parameters(files: BaseFiles) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter of the transformers classifier on this base, without reading its weights."""
+    """Name -> shape of every parameter of the transformers classifier on this base, without reading its
+    weights."""
     try:
-        config = transformers.AutoConfig.from_pretrained(str(files.folder), local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(
+            str(files.folder), local_files_only=True, trust_remote_code=False
+        )
         with torch.device("meta"):
             net = transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except Exception as error:  # a config may hold anything
@@ -174,7 +194,9 @@ def _tokenizer(found: Source, files: BaseFiles, length: Length) -> TextTokenizer
     return TextTokenizer(backend, length.tokens, length.truncation)
 
 
-def _source_logits(found: Source, loralib: Converted | None, files: BaseFiles, count: int, encoded: Sequence[Encoded]) -> np.ndarray:
+def _source_logits(
+    found: Source, loralib: Converted | None, files: BaseFiles, count: int, encoded: Sequence[Encoded]
+) -> np.ndarray:
     """Logits (N, C) of the source without our reading of it."""
     if loralib is not None:
         return _merged_logits(loralib, files, count, encoded)
@@ -186,7 +208,9 @@ def _source_logits(found: Source, loralib: Converted | None, files: BaseFiles, c
         return encoded_logits(ReferenceModel.from_adapter(Path(name), files.folder, count), encoded)
 
 
-def _merged_logits(loralib: Converted, files: BaseFiles, count: int, encoded: Sequence[Encoded]) -> np.ndarray:
+def _merged_logits(
+    loralib: Converted, files: BaseFiles, count: int, encoded: Sequence[Encoded]
+) -> np.ndarray:
     """Logits of plain transformers with loralib's updates added to the weights, one text at a time."""
     net = load_net(files.folder, count)
     tensors = dict(net.named_parameters())
@@ -200,7 +224,11 @@ def _merged_logits(loralib: Converted, files: BaseFiles, count: int, encoded: Se
         rows = []
         for text in encoded:
             inputs = {"input_ids": text.ids, **({"token_type_ids": text.type_ids} if takes_types else {})}
-            rows.append(net(**{name: torch.from_numpy(ids.astype(np.int64))[None] for name, ids in inputs.items()}).logits[0].numpy())
+            rows.append(
+                net(**{name: torch.from_numpy(ids.astype(np.int64))[None] for name, ids in inputs.items()})
+                .logits[0]
+                .numpy()
+            )
     return np.stack(rows)
 
 
@@ -212,7 +240,8 @@ def _prove(folder: Path, files: BaseFiles, theirs: np.ndarray) -> float:
     difference = np.abs(ours - theirs)
     if not (difference <= TOLERANCE * np.maximum(1, np.abs(theirs))).all():
         raise VerificationError(
-            f"the converted adapter gives logits {difference.max():.2g} away from the source's", "please report this with adapter_config.json"
+            f"the converted adapter gives logits {difference.max():.2g} away from the source's",
+            "please report this with adapter_config.json",
         )
     return float(difference.max())
 
@@ -227,5 +256,14 @@ def _card(found: Source, meta: AdapterMeta, lora: LoraConfig, name: str) -> str:
     if _TEMPLATE not in text:
         return text
     by = version("textlora")
-    card = model_card(replace(meta, textlora_version=by), lora, "AutoModelForSequenceClassification", "", {"converted from": found.kind}, name)
-    return card.replace(f"trained with textlora {by}.", f"converted by textlora {by} from an adapter of {found.kind}.")
+    card = model_card(
+        replace(meta, textlora_version=by),
+        lora,
+        "AutoModelForSequenceClassification",
+        "",
+        {"converted from": found.kind},
+        name,
+    )
+    return card.replace(
+        f"trained with textlora {by}.", f"converted by textlora {by} from an adapter of {found.kind}."
+    )

@@ -1,7 +1,8 @@
-"""A merged classifier minus its base, back to an adapter: the low-rank part of each dense layer's difference, by SVD in float64.
+"""A merged classifier minus its base, back to an adapter: the low-rank part of each dense layer's difference,
+by SVD in float64.
 
-What rounding leaves in a difference is known: half a unit in the last place of the file's dtype per weight, at random. Singular values
-above that noise are the adapter, and nothing else may be left over.
+What rounding leaves in a difference is known: half a unit in the last place of the file's dtype per weight,
+at random. Singular values above that noise are the adapter, and nothing else may be left over.
 """
 
 import dataclasses
@@ -41,8 +42,8 @@ EDGE = 2.0  # singular values of rounding noise end at about 1 x its root mean s
 
 @dataclass(frozen=True)
 class Layer:
-    """The difference of one dense layer: rank taken, rank above the noise, its size, the part left over, the part that rounding explains
-    (Frobenius norms), and A, B."""
+    """The difference of one dense layer: rank taken, rank above the noise, its size, the part left over, the
+    part that rounding explains (Frobenius norms), and A, B."""
 
     name: str
     rank: int
@@ -58,20 +59,25 @@ def extract(merged: str, base: str, output: Path, r: int | None = None) -> dict[
     """Write the adapter that turns `base` into `merged`.
 
     Args:
-        merged: a transformers classification folder or hub id, or a folder that `merge` wrote of a mean-pooled adapter.
+        merged: a transformers classification folder or hub id, or a folder that `merge` wrote of a
+            mean-pooled adapter.
         base: what it was merged into; folder, hub id or minilm.
         output: new or empty folder.
-        r: largest rank; default: what the spectrum shows, as long as A and B hold fewer numbers than the layer.
+        r: largest rank; default: what the spectrum shows, as long as A and B hold fewer numbers than the
+            layer.
 
     Returns:
-        {"output", "dtype", "r", "residual", "rounding", "layers": {name: {"rank", "residual", "rounding"}}, "difference",
-        "rounding_difference"}: residuals are relative Frobenius norms, "difference" is the largest of a golden logit between adapter and
-        merged model, "rounding_difference" what rounding the extracted adapter's merge to "dtype" does to them.
+        {"output", "dtype", "r", "residual", "rounding", "layers": {name: {"rank", "residual", "rounding"}},
+        "difference", "rounding_difference"}: residuals are relative Frobenius norms, "difference" is the
+        largest of a golden logit between adapter and merged model, "rounding_difference" what rounding the
+        extracted adapter's merge to "dtype" does to them.
 
     Raises:
         ModelError: one of the two cannot be read, or they are of different types.
-        AdapterError: the difference is no adapter: not of low rank, drowned by rounding, or elsewhere than in dense layers and head.
-        VerificationError: the adapter does not answer as the merged model does, up to rounding and what `r` cut off.
+        AdapterError: the difference is no adapter: not of low rank, drowned by rounding, or elsewhere than in
+            dense layers and head.
+        VerificationError: the adapter does not answer as the merged model does, up to rounding and what `r`
+            cut off.
     """
     require_free(output)
     if r is not None and r < 1:
@@ -79,17 +85,26 @@ def extract(merged: str, base: str, output: Path, r: int | None = None) -> dict[
     files, whole = find_base(base), find_base(merged)
     kinds = files.config["model_type"], whole.config["model_type"]
     if kinds[0] != kinds[1]:
-        raise AdapterError(f"{merged} is a {kinds[1]}, {base} is a {kinds[0]}", "pass the base it was merged into as --base")
+        raise AdapterError(
+            f"{merged} is a {kinds[1]}, {base} is a {kinds[0]}", "pass the base it was merged into as --base"
+        )
     labels, problem_type = _labels(whole)
     note = whole.config.get(NOTE)
     note = note if isinstance(note, dict) else {}
     pooling = "mean" if note.get("pooling") == "mean" else "first"
-    places, _ = open_model(files, LoraConfig(r=1, target_modules=("all-linear",)), len(labels), pooling=pooling)
+    places, _ = open_model(
+        files, LoraConfig(r=1, target_modules=("all-linear",)), len(labels), pooling=pooling
+    )
     load = load_pooled if pooling == "mean" else load_net
     old, new = load(files.folder, len(labels)), load(whole.folder, len(labels), whole=True)
     layers, poolers, dtype = _compare(old, new, places, merged, r)
     rank = max(layer.rank for layer in layers)
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=tuple(layer.name for layer in layers if layer.rank), modules_to_save=poolers)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=tuple(layer.name for layer in layers if layer.rank),
+        modules_to_save=poolers,
+    )
     model, _ = open_model(files, lora, len(labels), pooling=pooling)
     model.load_trainable(_tensors(layers, rank, model, new))
     tokenizer = _tokenizer(whole, note, model.max_length)
@@ -103,7 +118,16 @@ def extract(merged: str, base: str, output: Path, r: int | None = None) -> dict[
         textlora_version=version("textlora") if note else "",
     )  # fmt: skip
     with new_folder(output) as folder:
-        classifier = write_adapter(folder, output.name, model, files, meta, tokenizer, whole.folder, "Taken out of a merged model by SVD.")
+        classifier = write_adapter(
+            folder,
+            output.name,
+            model,
+            files,
+            meta,
+            tokenizer,
+            whole.folder,
+            "Taken out of a merged model by SVD.",
+        )
         rows = golden_rows(meta.pairs)
         fresh = ask_fresh(whole.folder, rows, "mean by hand" if pooling == "mean" else "first")
         same_tokens(classifier, rows, fresh)
@@ -111,31 +135,46 @@ def extract(merged: str, base: str, output: Path, r: int | None = None) -> dict[
         merge_into(old, model, dtype)
         rounding = np.abs(net_logits(old, fresh.inputs) - mine)
         difference = np.abs(fresh.logits - mine)
-        allowed = TOLERANCE * np.maximum(1, np.abs(mine)) + (2 * rounding.max() if dtype != torch.float32 else 0)
-        cut = any(layer.rank < layer.shown for layer in layers)  # at r, and what that left out is within MAX_RESIDUAL
+        allowed = TOLERANCE * np.maximum(1, np.abs(mine)) + (
+            2 * rounding.max() if dtype != torch.float32 else 0
+        )
+        cut = any(
+            layer.rank < layer.shown for layer in layers
+        )  # at r, and what that left out is within MAX_RESIDUAL
         if not cut and not (difference <= allowed).all():
-            raise VerificationError(f"the extracted adapter gives logits up to {difference.max():.2g} away from {merged}")
-    size, left, noise = (math.hypot(*(getattr(layer, name) for layer in layers)) for name in ("size", "left", "rounding"))
+            raise VerificationError(
+                f"the extracted adapter gives logits up to {difference.max():.2g} away from {merged}"
+            )
+    size, left, noise = (
+        math.hypot(*(getattr(layer, name) for layer in layers)) for name in ("size", "left", "rounding")
+    )
     return {
         "output": str(output),
         "dtype": str(dtype).removeprefix("torch."),
         "r": rank,
         "residual": left / size,
         "rounding": noise / size,
-        "layers": {la.name: {"rank": la.rank, "residual": la.left / la.size, "rounding": la.rounding / la.size} for la in layers},
+        "layers": {
+            la.name: {"rank": la.rank, "residual": la.left / la.size, "rounding": la.rounding / la.size}
+            for la in layers
+        },
         "difference": float(difference.max()),
         "rounding_difference": float(rounding.max()),
     }
 
 
-def _compare(old: nn.Module, new: nn.Module, places: Model, merged: str, r: int | None) -> tuple[list[Layer], tuple[str, ...], torch.dtype]:
+def _compare(
+    old: nn.Module, new: nn.Module, places: Model, merged: str, r: int | None
+) -> tuple[list[Layer], tuple[str, ...], torch.dtype]:
     """Layers that differ, poolers that differ, and the dtype that `new` was rounded to."""
     before, after = dict(old.named_parameters()), dict(new.named_parameters())
     heads = set(trained_whole(places))
     names = [name for name in after if name not in heads]
     for name in names:
         if after[name].shape != before[name].shape:
-            raise AdapterError(f"{merged}: tensor '{name}' has shape {tuple(after[name].shape)}, the base {tuple(before[name].shape)}")
+            raise AdapterError(
+                f"{merged}: tensor '{name}' has shape {tuple(after[name].shape)}, the base {tuple(before[name].shape)}"
+            )
         if not torch.isfinite(after[name]).all():
             raise AdapterError(f"{merged}: tensor '{name}' holds values that are not finite numbers")
     dtype = _rounded_to([after[name] for name in names])
@@ -148,7 +187,9 @@ def _compare(old: nn.Module, new: nn.Module, places: Model, merged: str, r: int 
             f"{merged}: tensor '{others[0]}' differs from the base ({len(others)} such outside dense layers and head), LoRA did not do that",
             "is --base the model it was merged into?",
         )
-    layers = [_split(dense[name], before[name], after[name], dtype, r, merged) for name in changed if name in dense]
+    layers = [
+        _split(dense[name], before[name], after[name], dtype, r, merged) for name in changed if name in dense
+    ]
     if not layers:
         raise AdapterError(f"{merged}: no dense layer differs from the base, so there is no adapter in it")
     size, left = (math.hypot(*(getattr(layer, name) for layer in layers)) for name in ("size", "left"))
@@ -162,7 +203,8 @@ def _compare(old: nn.Module, new: nn.Module, places: Model, merged: str, r: int 
 
 
 def _rounded_to(tensors: list[Tensor]) -> torch.dtype:
-    """The coarsest dtype that holds all values: a bfloat16 merge saved in float32 is still rounded to bfloat16."""
+    """The coarsest dtype that holds all values: a bfloat16 merge saved in float32 is still rounded to
+    bfloat16."""
     fits = lambda dtype: all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in tensors)
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if fits(dtype)), torch.float32)
 
@@ -182,10 +224,14 @@ def _split(name: str, before: Tensor, after: Tensor, dtype: torch.dtype, r: int 
         if left > max(MAX_RESIDUAL * size, 3 * rounding):
             raise AdapterError(
                 f"{merged}: at rank {rank} {left / size:.1%} of the difference of {name} is left over (at most {MAX_RESIDUAL:.0%} may be)",
-                f"the spectrum shows rank {shown}, raise --r" if rank == r else "it has no low rank: fine-tuned whole, or merged from DoRA",
+                f"the spectrum shows rank {shown}, raise --r"
+                if rank == r
+                else "it has no low rank: fine-tuned whole, or merged from DoRA",
             )
         root = values[:rank].sqrt()
-        return Layer(name, rank, shown, size, left, rounding, root.unsqueeze(1) * V[:rank], U[:, :rank] * root)
+        return Layer(
+            name, rank, shown, size, left, rounding, root.unsqueeze(1) * V[:rank], U[:, :rank] * root
+        )
 
 
 def _tensors(layers: list[Layer], rank: int, model: Model, net: nn.Module) -> dict[str, Tensor]:
@@ -193,9 +239,15 @@ def _tensors(layers: list[Layer], rank: int, model: Model, net: nn.Module) -> di
     after, found = dict(net.named_parameters()), {}
     for layer in layers:
         if layer.rank:
-            found[f"{PREFIX}{layer.name}.lora_A.weight"] = nn.functional.pad(layer.A, (0, 0, 0, rank - layer.rank)).float()
-            found[f"{PREFIX}{layer.name}.lora_B.weight"] = nn.functional.pad(layer.B, (0, rank - layer.rank)).float()
-    own = {name: after[name.removeprefix(PREFIX)].detach() for name in model.trainable() if ".lora_" not in name}
+            found[f"{PREFIX}{layer.name}.lora_A.weight"] = nn.functional.pad(
+                layer.A, (0, 0, 0, rank - layer.rank)
+            ).float()
+            found[f"{PREFIX}{layer.name}.lora_B.weight"] = nn.functional.pad(
+                layer.B, (0, rank - layer.rank)
+            ).float()
+    own = {
+        name: after[name.removeprefix(PREFIX)].detach() for name in model.trainable() if ".lora_" not in name
+    }
     return {name: (found | own)[name] for name in model.trainable()}
 
 
@@ -205,11 +257,14 @@ def _encoded(given: dict[str, list[int]]) -> Encoded:
 
 
 def _labels(files: BaseFiles) -> tuple[tuple[str, ...], str]:
-    """Label names in class order and the problem type of a transformers config. Raises AdapterError where they cannot be."""
+    """Label names in class order and the problem type of a transformers config. Raises AdapterError where
+    they cannot be."""
     config = files.config
     named = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})  # transformers leaves its default out
     if not isinstance(named, dict) or sorted(named, key=str) != sorted(map(str, range(len(named)))):
-        raise AdapterError(f"{files.folder}: config.json has no id2label for every class", "is this a classifier?")
+        raise AdapterError(
+            f"{files.folder}: config.json has no id2label for every class", "is this a classifier?"
+        )
     labels = tuple(str(named[str(i)]) for i in range(len(named)))
     if len(set(labels)) != len(labels):
         raise AdapterError(f"{files.folder}: config.json gives two classes one name")
@@ -220,7 +275,8 @@ def _labels(files: BaseFiles) -> tuple[tuple[str, ...], str]:
 
 
 def _tokenizer(files: BaseFiles, note: dict[str, Any], longest: int) -> TextTokenizer:
-    """The merged folder's tokenizer; length and side of truncation as it says, else what the model takes, at most 512."""
+    """The merged folder's tokenizer; length and side of truncation as it says, else what the model takes, at
+    most 512."""
     try:
         settings = json.loads((files.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -234,11 +290,23 @@ def _tokenizer(files: BaseFiles, note: dict[str, Any], longest: int) -> TextToke
 
 def base_facts(files: BaseFiles, model: Model) -> dict[str, Any]:
     """The `base` of `textlora.json`."""
-    return {"id": files.id, "revision": files.revision, "model_type": files.config["model_type"], "hash": model.base_hash()}
+    return {
+        "id": files.id,
+        "revision": files.revision,
+        "model_type": files.config["model_type"],
+        "hash": model.base_hash(),
+    }
 
 
 def write_adapter(
-    folder: Path, name: str, model: Model, files: BaseFiles, meta: AdapterMeta, tokenizer: TextTokenizer, tokenizer_from: Path, summary: str
+    folder: Path,
+    name: str,
+    model: Model,
+    files: BaseFiles,
+    meta: AdapterMeta,
+    tokenizer: TextTokenizer,
+    tokenizer_from: Path,
+    summary: str,
 ) -> TextClassifier:
     """Write a whole adapter folder, golden examples by transformers + peft, and load it as anybody would.
 
@@ -250,13 +318,20 @@ def write_adapter(
     Raises:
         AdapterError: what was written does not answer as transformers + peft do.
     """
-    config = peft_config(model.lora, model.target_modules, model.modules_to_save, meta.pooling, files.id, files.revision)
+    config = peft_config(
+        model.lora, model.target_modules, model.modules_to_save, meta.pooling, files.id, files.revision
+    )
     write_weights(folder, config, model.trainable())
     write_tokenizer(tokenizer, (tokenizer_from, files.folder), files.config, folder, truncate=False)
     rows = golden_rows(meta.pairs)
     reference = ReferenceModel.from_adapter(folder, files.folder, len(meta.labels), pooling=meta.pooling)
-    logits = encoded_logits(reference, tokenizer.encode([text for text, _ in rows], [pair for _, pair in rows]))
-    golden = tuple({"text": a, "text_pair": b, "logits": [float(x) for x in row]} for (a, b), row in zip(rows, logits, strict=True))
+    logits = encoded_logits(
+        reference, tokenizer.encode([text for text, _ in rows], [pair for _, pair in rows])
+    )
+    golden = tuple(
+        {"text": a, "text_pair": b, "logits": [float(x) for x in row]}
+        for (a, b), row in zip(rows, logits, strict=True)
+    )
     adapter, head = parameter_counts(model.trainable())
     counts = {"path": model.path, "adapter_parameters": adapter, "head_parameters": head}
     meta = dataclasses.replace(meta, golden=golden, training=meta.training | counts)

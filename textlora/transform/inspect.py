@@ -1,4 +1,5 @@
-"""What is in an adapter folder, in plain facts; whether it fits a base; and the one legitimate edit, renaming labels."""
+"""What is in an adapter folder, in plain facts; whether it fits a base; and the one legitimate edit, renaming
+labels."""
 
 import dataclasses
 import hashlib
@@ -13,7 +14,15 @@ import torch
 from torch import Tensor
 
 from textlora.adapters.card import relabelled
-from textlora.adapters.folder import CARD_FILE, WEIGHTS_FILE, AdapterFolder, changed_files, lora_config, read_adapter, write_side_file
+from textlora.adapters.folder import (
+    CARD_FILE,
+    WEIGHTS_FILE,
+    AdapterFolder,
+    changed_files,
+    lora_config,
+    read_adapter,
+    write_side_file,
+)
 from textlora.adapters.hub import adapter_folder
 from textlora.adapters.importers.facts import class_count
 from textlora.core.config import LoraConfig
@@ -25,11 +34,14 @@ from textlora.model.families import SLOTS, read_spec
 from textlora.model.open import open_model
 
 
-def inspect_folder(path: Path | str, against: str | None = None, revision: str | None = None) -> dict[str, Any]:
+def inspect_folder(
+    path: Path | str, against: str | None = None, revision: str | None = None
+) -> dict[str, Any]:
     """Facts about an adapter folder, or about one on the hub.
 
     Args:
-        against: a base model; adds "fits" (bool), "fits_why", and "fits_checks" with one record per thing compared.
+        against: a base model; adds "fits" (bool), "fits_why", and "fits_checks" with one record per thing
+            compared.
         revision: branch, tag or commit of an adapter on the hub.
 
     Raises:
@@ -38,11 +50,18 @@ def inspect_folder(path: Path | str, against: str | None = None, revision: str |
     folder = read_adapter(adapter_folder(path, revision))
     lora, meta = lora_config(folder), folder.meta
     adapter, rest = parameter_counts(folder.tensors)
-    head = sum(tensor.numel() for name, tensor in folder.tensors.items() if name.removeprefix(PREFIX).rpartition(".")[0] in lora.modules_to_save)
+    head = sum(
+        tensor.numel()
+        for name, tensor in folder.tensors.items()
+        if name.removeprefix(PREFIX).rpartition(".")[0] in lora.modules_to_save
+    )
     layers = layer_facts(folder, lora)
     facts: dict[str, Any] = {
         "folder": str(path),
-        "method": " + ".join(name for name, on in (("DoRA", lora.use_dora), ("rsLoRA", lora.use_rslora)) if on) or "LoRA",
+        "method": " + ".join(
+            name for name, on in (("DoRA", lora.use_dora), ("rsLoRA", lora.use_rslora)) if on
+        )
+        or "LoRA",
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
@@ -62,8 +81,21 @@ def inspect_folder(path: Path | str, against: str | None = None, revision: str |
     if meta is None:
         facts["note"] = "no textlora.json: labels, task, length and base weights are not recorded"
     else:
-        keys = ("labels", "problem_type", "pairs", "pooling", "max_length", "truncation", "base", "temperature", "fitted_temperature", "fitted_shift")
-        facts |= {key: getattr(meta, key) for key in (*keys, "thresholds", "scores", "training", "textlora_version")}
+        keys = (
+            "labels",
+            "problem_type",
+            "pairs",
+            "pooling",
+            "max_length",
+            "truncation",
+            "base",
+            "temperature",
+            "fitted_temperature",
+            "fitted_shift",
+        )
+        facts |= {
+            key: getattr(meta, key) for key in (*keys, "thresholds", "scores", "training", "textlora_version")
+        }
         facts["edited"] = changed_files(folder.path, meta)
     if against is not None:
         facts["fits_checks"] = compare(folder, against)
@@ -73,8 +105,9 @@ def inspect_folder(path: Path | str, against: str | None = None, revision: str |
 
 
 def layer_facts(folder: AdapterFolder, lora: LoraConfig) -> list[dict[str, Any]]:
-    """One record per adapted layer, in the order of the blocks: module, shape [out, in], r, lora_alpha, scaling, parameters, and
-    what its update `s B A` is like: singular_values (largest first), frobenius, top, effective_rank.
+    """One record per adapted layer, in the order of the blocks: module, shape [out, in], r, lora_alpha,
+    scaling, parameters, and what its update `s B A` is like: singular_values (largest first), frobenius, top,
+    effective_rank.
 
     Raises:
         AdapterError: an A without its B, shapes that do not go together, or values that are not finite.
@@ -83,39 +116,66 @@ def layer_facts(folder: AdapterFolder, lora: LoraConfig) -> list[dict[str, Any]]
     for module in sorted(lora.target_modules or (), key=_natural):
         A, B = (folder.tensors.get(f"{PREFIX}{module}.lora_{side}.weight") for side in "AB")
         if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-            raise AdapterError(f"{folder.path / WEIGHTS_FILE}: lora_A and lora_B of '{module}' do not go together", "copy the adapter again")
+            raise AdapterError(
+                f"{folder.path / WEIGHTS_FILE}: lora_A and lora_B of '{module}' do not go together",
+                "copy the adapter again",
+            )
         if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-            raise AdapterError(f"{folder.path / WEIGHTS_FILE}: LoRA of '{module}' holds values that are not finite numbers", "copy it again")
+            raise AdapterError(
+                f"{folder.path / WEIGHTS_FILE}: LoRA of '{module}' holds values that are not finite numbers",
+                "copy it again",
+            )
         r, scaling = A.shape[0], lora.scaling_of(module)
         values = spectrum(A, B, scaling)
         alpha = scaling * (math.sqrt(r) if lora.use_rslora else r)
-        record = {"module": module, "shape": [B.shape[0], A.shape[1]], "r": r, "lora_alpha": round(alpha, 6), "scaling": scaling}
-        own = [tensor for name, tensor in folder.tensors.items() if name.startswith(f"{PREFIX}{module}.lora_")]
-        record |= {"parameters": sum(tensor.numel() for tensor in own), "frobenius": math.hypot(*values), "top": values[0]}
+        record = {
+            "module": module,
+            "shape": [B.shape[0], A.shape[1]],
+            "r": r,
+            "lora_alpha": round(alpha, 6),
+            "scaling": scaling,
+        }
+        own = [
+            tensor for name, tensor in folder.tensors.items() if name.startswith(f"{PREFIX}{module}.lora_")
+        ]
+        record |= {
+            "parameters": sum(tensor.numel() for tensor in own),
+            "frobenius": math.hypot(*values),
+            "top": values[0],
+        }
         made.append(record | {"effective_rank": effective_rank(values), "singular_values": values})
     return made
 
 
 def spectrum(A: Tensor, B: Tensor, scaling: float) -> list[float]:
-    """The min(r, in, out) singular values of `s B A` that can differ from zero, largest first; A (r, in), B (out, r).
+    """The min(r, in, out) singular values of `s B A` that can differ from zero, largest first; A (r, in), B
+    (out, r).
 
-    Taken in float64 from the r x r product of the triangles of two QR decompositions: no (out, in) matrix is made.
+    Taken in float64 from the r x r product of the triangles of two QR decompositions: no (out, in) matrix is
+    made.
     """
     b, a = (torch.linalg.qr(tensor.double(), mode="r").R for tensor in (B, A.T))
     return (scaling * torch.linalg.svdvals(b @ a.T)).tolist()
 
 
 def effective_rank(values: Sequence[float]) -> float:
-    """exp of the entropy of the singular values taken as shares of their sum (Roy and Vetterli 2007): 1 to their number, 0 where all are zero."""
+    """exp of the entropy of the singular values taken as shares of their sum (Roy and Vetterli 2007): 1 to
+    their number, 0 where all are zero."""
     total = sum(values)
-    return math.exp(-sum(value / total * math.log(value / total) for value in values if value > 0)) if total else 0.0
+    return (
+        math.exp(-sum(value / total * math.log(value / total) for value in values if value > 0))
+        if total
+        else 0.0
+    )
 
 
 def fingerprint(folder: AdapterFolder, lora: LoraConfig) -> str:
-    """SHA-256 over what the adapter computes: method, pooling, scale of each adapted layer, and every tensor in float32.
+    """SHA-256 over what the adapter computes: method, pooling, scale of each adapted layer, and every tensor
+    in float32.
 
-    Equal for folders that give the same logits on the same base, whoever wrote the files, in whichever order and under whatever labels. A temperature in
-    the head counts, one that is only noted or that the reader applies does not.
+    Equal for folders that give the same logits on the same base, whoever wrote the files, in whichever order
+    and under whatever labels. A temperature in the head counts, one that is only noted or that the reader
+    applies does not.
     """
     facts = {"dora": lora.use_dora, "pooling": folder.meta.pooling if folder.meta else "first"}
     facts["scaling"] = {module: lora.scaling_of(module) for module in lora.target_modules or ()}
@@ -124,8 +184,8 @@ def fingerprint(folder: AdapterFolder, lora: LoraConfig) -> str:
 
 
 def compare(folder: AdapterFolder, base: str) -> list[dict[str, Any]]:
-    """What an adapter asks of a base, in order: architecture, layers, shapes, weights; each a record of what, ok and said.
-    It ends with the first that does not hold.
+    """What an adapter asks of a base, in order: architecture, layers, shapes, weights; each a record of what,
+    ok and said. It ends with the first that does not hold.
 
     Raises:
         ModelError: the base cannot be found or read.
@@ -141,18 +201,29 @@ def compare(folder: AdapterFolder, base: str) -> list[dict[str, Any]]:
     if meta is not None:
         same = kind == meta.base["model_type"]
         if not add(
-            "architecture", same, f"both are {kind}" if same else f"the base is a {kind}, the adapter was trained on a {meta.base['model_type']}"
+            "architecture",
+            same,
+            f"both are {kind}"
+            if same
+            else f"the base is a {kind}, the adapter was trained on a {meta.base['model_type']}",
         ):
             return checks
     modules = lora.target_modules or ()
     there = _layers_of(files)
     missing = [module for module in modules if there is not None and module not in there]
-    said = f"{len(missing)} of its {len(modules)} adapted layers are not in the base, such as {missing[0]}" if missing else ""
+    said = (
+        f"{len(missing)} of its {len(modules)} adapted layers are not in the base, such as {missing[0]}"
+        if missing
+        else ""
+    )
     if not add("layers", not missing, said or f"all {len(modules)} adapted layers are there"):
         return checks
     try:
         model, _ = open_model(
-            files, lora, len(meta.labels) if meta else class_count(folder.tensors, folder.path), pooling=meta.pooling if meta else "first"
+            files,
+            lora,
+            len(meta.labels) if meta else class_count(folder.tensors, folder.path),
+            pooling=meta.pooling if meta else "first",
         )
         model.load_trainable(folder.tensors)
     except TextloraError as error:
@@ -162,22 +233,30 @@ def compare(folder: AdapterFolder, base: str) -> list[dict[str, Any]]:
     if meta is None:
         add("weights", True, "names and shapes fit; which weights it was trained on is not recorded")
     elif model.base_hash() != meta.base["hash"]:
-        add("weights", False, f"names and shapes fit, but the weights differ: {model.base_hash()[:19]} is not {meta.base['hash'][:19]}")
+        add(
+            "weights",
+            False,
+            f"names and shapes fit, but the weights differ: {model.base_hash()[:19]} is not {meta.base['hash'][:19]}",
+        )
     else:
         add("weights", True, "same weights as it was trained on")
     return checks
 
 
 def _layers_of(files: BaseFiles) -> set[str] | None:
-    """Dense layers of a base of the fast path, the head's among them; None for others, whose model must be built to know."""
+    """Dense layers of a base of the fast path, the head's among them; None for others, whose model must be
+    built to know."""
     spec = read_spec(files.config)
     if isinstance(spec, str):
         return None
-    return {spec.family.module(i, slot) for i in range(spec.layers) for slot in SLOTS} | {layer.module for layer in spec.family.head}
+    return {spec.family.module(i, slot) for i in range(spec.layers) for slot in SLOTS} | {
+        layer.module for layer in spec.family.head
+    }
 
 
 def relabel_folder(path: Path, changes: Sequence[str]) -> None:
-    """Rename labels, `old=new` each; order and weights stay. Raises UsageError for an unknown, empty or doubled name."""
+    """Rename labels, `old=new` each; order and weights stay. Raises UsageError for an unknown, empty or
+    doubled name."""
     folder = read_adapter(path)
     if folder.meta is None:
         raise UsageError(f"{path} has no textlora.json to relabel")
@@ -185,7 +264,9 @@ def relabel_folder(path: Path, changes: Sequence[str]) -> None:
     for change in changes:
         old, separator, new = change.partition("=")
         if not separator or old not in known or not new:
-            raise UsageError(f"--relabel {change}: not old=new with a known label", f"labels are: {', '.join(known[:10])}")
+            raise UsageError(
+                f"--relabel {change}: not old=new with a known label", f"labels are: {', '.join(known[:10])}"
+            )
         renamed[old] = new
     names = [renamed.get(label, label) for label in known]  # all at once, so that two names can be swapped
     if len(set(names)) != len(names):
@@ -217,22 +298,34 @@ def summary_lines(facts: dict[str, Any]) -> list[str]:
         named = ", ".join(labels[:10]) + (f", ... ({len(labels)})" if len(labels) > 10 else "")
         lines.append(f"task: {facts['problem_type']}, labels: {named}")
         base = facts["base"]
-        lines.append(f"base: {base['id'] or 'a local folder'} ({base['model_type']}), weights {base['hash'][:19]}")
+        lines.append(
+            f"base: {base['id'] or 'a local folder'} ({base['model_type']}), weights {base['hash'][:19]}"
+        )
         lines.append(
             f"input: {'text pairs' if facts['pairs'] else 'single texts'}, {facts['max_length']} tokens, cut at the {facts['truncation']}, {facts['pooling']} pooling"
         )
         if (applied := facts["temperature"]) != 1:
             lines.append(f"temperature: {applied:.4g}, by which whoever reads it divides the logits")
         if (fitted := facts["fitted_temperature"]) != 1:
-            moved = f", and the classes' frequencies added by {1 - 1 / fitted:.2g}" if facts["fitted_shift"] else ""
+            moved = (
+                f", and the classes' frequencies added by {1 - 1 / fitted:.2g}"
+                if facts["fitted_shift"]
+                else ""
+            )
             lines.append(f"temperature: {fitted:.4g}, divided into the head{moved}")
         for split, metrics in facts["scores"].items():
-            lines.append(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None))
+            lines.append(
+                f"{split}: "
+                + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None)
+            )
     lines += [f"fingerprint: {facts['fingerprint'][:23]}", *_spectrum_lines(layers)]
     if facts.get("edited"):
         lines.append(f"changed since it was saved: {', '.join(facts['edited'])}")
     if "fits" in facts:
-        lines += [f"{check['what']:12}  {'yes' if check['ok'] else 'no':3}  {check['said']}" for check in facts["fits_checks"]]
+        lines += [
+            f"{check['what']:12}  {'yes' if check['ok'] else 'no':3}  {check['said']}"
+            for check in facts["fits_checks"]
+        ]
         lines.append(("fits: " if facts["fits"] else "does not fit: ") + facts["fits_why"])
     return lines
 
@@ -243,7 +336,9 @@ def _spectrum_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
     shared = next((i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), 0)
     short = [".".join(name[shared:]) for name in parts]
     width = max(map(len, short), default=0)
-    lines = [f"{'update s B A by layer':{width}}  {'r':>3}  {'alpha':>6}  {'Frobenius norm':>14}  {'largest value':>13}  {'effective rank':>14}"]
+    lines = [
+        f"{'update s B A by layer':{width}}  {'r':>3}  {'alpha':>6}  {'Frobenius norm':>14}  {'largest value':>13}  {'effective rank':>14}"
+    ]
     for name, layer in zip(short, layers, strict=True):
         lines.append(
             f"{name:{width}}  {layer['r']:3}  {layer['lora_alpha']:6g}  {layer['frobenius']:14.4f}  {layer['top']:13.4f}  {layer['effective_rank']:14.2f}"

@@ -1,7 +1,9 @@
-"""A base and an adapter to one folder that needs no textlora, compared from its files by a process that imports none.
+"""A base and an adapter to one folder that needs no textlora, compared from its files by a process that
+imports none.
 
-The folder of an adapter with the architecture's own head is a plain transformers classifier; that of a mean-pooled one is for
-sentence-transformers and, with a modelling file, for transformers (`pooled`). The base is never edited.
+The folder of an adapter with the architecture's own head is a plain transformers classifier; that of a
+mean-pooled one is for sentence-transformers and, with a modelling file, for transformers (`pooled`). The base
+is never edited.
 """
 
 import json
@@ -23,12 +25,30 @@ from textlora.model.reference_model import quietly
 from textlora.transform.fresh_process import Fresh, ask_fresh, same_tokens
 from textlora.transform.output_folder import new_folder, require_free, write_tokenizer
 from textlora.transform.sentence_transformers import load_pooled, write_pooled
-from textlora.transform.transformers_names import DTYPES, NOTE, load_net, merge_into, net_logits, save_net, settled, temperature_of
+from textlora.transform.transformers_names import (
+    DTYPES,
+    NOTE,
+    load_net,
+    merge_into,
+    net_logits,
+    save_net,
+    settled,
+    temperature_of,
+)
 
 TOLERANCE = 1e-4  # of a logit from the written files, relative to max(1, |logit|)
 SCORE_TOLERANCE = 1e-5  # of a score in float32; of a regression's value, relative to max(1, |value|)
 _LEFT_OUT = ("_name_or_path", "auto_map", "torch_dtype")
-_KEPT = ("pairs", "pooling", "truncation", "temperature", "fitted_temperature", "fitted_shift", "thresholds", "label_separator")
+_KEPT = (
+    "pairs",
+    "pooling",
+    "truncation",
+    "temperature",
+    "fitted_temperature",
+    "fitted_shift",
+    "thresholds",
+    "label_separator",
+)
 
 
 def merge(
@@ -39,7 +59,8 @@ def merge(
     dtype: str = "float32",
     rows: Sequence[tuple[str, str | None]] = (),
 ) -> dict[str, Any]:
-    """Write base plus adapter as a folder that others load without textlora, and prove it before it gets its name.
+    """Write base plus adapter as a folder that others load without textlora, and prove it before it gets its
+    name.
 
     A temperature that the adapter applies goes into the head, so that scores are `predict`'s.
 
@@ -52,11 +73,13 @@ def merge(
         rows: (text, text_pair) to compare logits and scores on besides the golden examples.
 
     Returns:
-        {"output", "dtype", "pooling", "layers", "rows", "left_out", "largest_logit", "difference", "rounding", "as_loaded", "score_difference"}: the first
-        three differences are the largest of a logit from the unmerged float32 one over the temperature; "difference" is that of the written
-        weights in float32 arithmetic, "rounding" that of the exact merge rounded once in memory (0 for float32), "as_loaded" that of the
-        written folder in its own dtype. "score_difference" is the largest of a score (softmax, sigmoid, or the value of a regression) from
-        `predict`'s, by every way the folder is for. "left_out" counts rows that transformers cuts elsewhere (head-tail truncation).
+        {"output", "dtype", "pooling", "layers", "rows", "left_out", "largest_logit", "difference",
+        "rounding", "as_loaded", "score_difference"}: the first three differences are the largest of a logit
+        from the unmerged float32 one over the temperature; "difference" is that of the written weights in
+        float32 arithmetic, "rounding" that of the exact merge rounded once in memory (0 for float32),
+        "as_loaded" that of the written folder in its own dtype. "score_difference" is the largest of a score
+        (softmax, sigmoid, or the value of a regression) from `predict`'s, by every way the folder is for.
+        "left_out" counts rows that transformers cuts elsewhere (head-tail truncation).
 
     Raises:
         UsageError: `output` is in use, or transformers has no class to build a mean-pooled classifier on.
@@ -67,7 +90,10 @@ def merge(
     golden = [(row["text"], row["text_pair"]) for row in meta.golden]
     rows = [*golden, *rows]
     if not rows:
-        raise UsageError("this adapter carries no golden examples, so there is nothing to compare on", "give rows with --data")
+        raise UsageError(
+            "this adapter carries no golden examples, so there is nothing to compare on",
+            "give rows with --data",
+        )
     net = (load_pooled if meta.pooling == "mean" else load_net)(files.folder, len(meta.labels))
     layers = merge_into(net, classifier.model, DTYPES[dtype], temperature_of(meta))
     with new_folder(output) as folder:
@@ -77,16 +103,25 @@ def merge(
         else:
             with quietly():
                 save_net(net, folder, DTYPES[dtype])
-        write_text(folder / "config.json", json.dumps(_config(files, meta, dtype) | named, indent=2, ensure_ascii=False) + "\n")
-        write_tokenizer(classifier.tokenizer, (tokenizer_from, files.folder), files.config, folder, truncate=True)
+        write_text(
+            folder / "config.json",
+            json.dumps(_config(files, meta, dtype) | named, indent=2, ensure_ascii=False) + "\n",
+        )
+        write_tokenizer(
+            classifier.tokenizer, (tokenizer_from, files.folder), files.config, folder, truncate=True
+        )
         write_text(folder / "README.md", merged_card(meta, dtype, output.name))
         fresh = ask_fresh(folder, rows, meta.pooling)
         if fresh.labels != meta.labels:
-            raise VerificationError(f"the merged folder names other labels than the adapter: {', '.join(fresh.labels)}")
+            raise VerificationError(
+                f"the merged folder names other labels than the adapter: {', '.join(fresh.labels)}"
+            )
         kept = same_tokens(classifier, rows, fresh)
         with exact_float32():
             unmerged = classifier.plain_logits(*zip(*rows, strict=True)) / temperature_of(meta)
-            predicted = probabilities(classifier.logits(*zip(*rows, strict=True)), meta.problem_type, meta.temperature)
+            predicted = probabilities(
+                classifier.logits(*zip(*rows, strict=True)), meta.problem_type, meta.temperature
+            )
             expected = unmerged if dtype == "float32" else net_logits(net, fresh.inputs)
         _require_logits(fresh, expected, unmerged, kept)
         scores = _score_difference(fresh, predicted, kept, meta, dtype)
@@ -107,7 +142,8 @@ def merge(
 
 
 def _require_logits(fresh: Fresh, expected: np.ndarray, unmerged: np.ndarray, kept: np.ndarray) -> None:
-    """Raises VerificationError where logits (N, C) from the files are further from the expected ones than float32 explains."""
+    """Raises VerificationError where logits (N, C) from the files are further from the expected ones than
+    float32 explains."""
     for found in (fresh.logits, fresh.encoded):
         if found is None:
             continue
@@ -121,13 +157,20 @@ def _require_logits(fresh: Fresh, expected: np.ndarray, unmerged: np.ndarray, ke
             )
 
 
-def _score_difference(fresh: Fresh, predicted: np.ndarray, kept: np.ndarray, meta: AdapterMeta, dtype: str) -> float:
-    """The largest difference of a score from `predict`'s. Raises VerificationError where float32 is beyond the tolerance."""
-    found = [fresh.scores] + ([] if fresh.encoded is None else [probabilities(fresh.encoded, meta.problem_type)])
+def _score_difference(
+    fresh: Fresh, predicted: np.ndarray, kept: np.ndarray, meta: AdapterMeta, dtype: str
+) -> float:
+    """The largest difference of a score from `predict`'s. Raises VerificationError where float32 is beyond
+    the tolerance."""
+    found = [fresh.scores] + (
+        [] if fresh.encoded is None else [probabilities(fresh.encoded, meta.problem_type)]
+    )
     worst = max(float(np.abs(scores - predicted)[kept].max()) for scores in found)
     scale = max(1.0, float(np.abs(predicted[kept]).max())) if meta.problem_type == REGRESSION else 1.0
     if dtype == "float32" and not worst <= SCORE_TOLERANCE * scale:
-        raise VerificationError(f"the merged files give scores up to {worst:.2g} away from predict's, more than {SCORE_TOLERANCE:g}")
+        raise VerificationError(
+            f"the merged files give scores up to {worst:.2g} away from predict's, more than {SCORE_TOLERANCE:g}"
+        )
     return worst
 
 

@@ -38,7 +38,9 @@ def new_folder(output: Path) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
     except OSError as error:
-        raise StorageError(f"cannot write {output}: {error.strerror or error}", "choose another folder") from error
+        raise StorageError(
+            f"cannot write {output}: {error.strerror or error}", "choose another folder"
+        ) from error
     try:
         yield part
         mask = os.umask(0)
@@ -57,8 +59,11 @@ def new_folder(output: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def write_tokenizer(tokenizer: TextTokenizer, sources: Sequence[Path], config: dict[str, Any], folder: Path, truncate: bool) -> None:
-    """Write tokenizer.json and tokenizer_config.json so that transformers cuts as the adapter does, as far as it can.
+def write_tokenizer(
+    tokenizer: TextTokenizer, sources: Sequence[Path], config: dict[str, Any], folder: Path, truncate: bool
+) -> None:
+    """Write tokenizer.json and tokenizer_config.json so that transformers cuts as the adapter does, as far as
+    it can.
 
     Args:
         sources: folders, the first with a tokenizer_config.json gives the other settings.
@@ -82,11 +87,19 @@ def write_tokenizer(tokenizer: TextTokenizer, sources: Sequence[Path], config: d
         settings = json.loads(path.read_text(encoding="utf-8")) if path else {}
     except ValueError:
         settings = {}
-    dropped = ("name_or_path", "auto_map", "max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
+    dropped = (
+        "name_or_path",
+        "auto_map",
+        "max_length",
+        "stride",
+        "truncation_strategy",
+        "pad_to_multiple_of",
+    )
     settings = {key: value for key, value in settings.items() if key not in dropped}
     family = next((family for family in FAMILIES if config["model_type"] in family.model_types), None)
     types = family.uses_type_ids if family else (config.get("type_vocab_size") or 0) > 1
-    # The general class reads tokenizer.json as it stands; a family's own class builds another one from the vocabulary.
+    # The general class reads tokenizer.json as it stands; a family's own class builds another one from the
+    # vocabulary.
     settings |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": tokenizer.max_length,

@@ -1,6 +1,7 @@
 """Whether a search has found anything better than the defaults: the held-out answers of both, row by row.
 
-The best of many trials owes a part of its lead to luck, so the lead must be larger than the luck of the best of so many.
+The best of many trials owes a part of its lead to luck, so the lead must be larger than the luck of the best
+of so many.
 """
 
 import base64
@@ -21,12 +22,15 @@ from textlora.metrics.scores import METRICS, evaluate
 CHANCE = 0.05  # of leaving defaults that are as good as every other trial
 MOST_BYTES = 48_000  # of a trial's answers before they are written as text: some databases take 64 kB
 RESAMPLES, FEW_RESAMPLES = 2000, 300
-LUCK = 0.015  # by which a training's score moves with its seed (standard deviation, metrics from 0 to 1), which rows cannot tell
+# by which a training's score moves with its seed (standard deviation, metrics from 0 to 1), which rows cannot
+# tell
+LUCK = 0.015
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which trial is taken, and why in one sentence; `difference` is the best trial's lead over the defaults on `rows` rows."""
+    """Which trial is taken, and why in one sentence; `difference` is the best trial's lead over the defaults
+    on `rows` rows."""
 
     number: int
     why: str
@@ -38,7 +42,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Answers:
-    """Packs what a trial answered on N held-out rows: decisions where they determine the metric, else logits in half precision.
+    """Packs what a trial answered on N held-out rows: decisions where they determine the metric, else logits
+    in half precision.
 
     Of more rows than `MOST_BYTES` have room for, some are kept, evenly spaced, the same of every trial.
 
@@ -80,29 +85,49 @@ class Answers:
             values = decide(probabilities(logits, self.problem_type), self.problem_type)
         else:
             values = np.clip(logits, -6e4, 6e4)
-        return base64.b64encode(zlib.compress(np.ascontiguousarray(values.astype(self._dtype)).tobytes(), 9)).decode()
+        return base64.b64encode(
+            zlib.compress(np.ascontiguousarray(values.astype(self._dtype)).tobytes(), 9)
+        ).decode()
 
     def unpack(self, text: str) -> np.ndarray:
         values = np.frombuffer(zlib.decompress(base64.b64decode(text)), self._dtype)
-        return values.reshape(-1, self._width) if not self.decided or self.problem_type == MULTI_LABEL else values
+        return (
+            values.reshape(-1, self._width)
+            if not self.decided or self.problem_type == MULTI_LABEL
+            else values
+        )
 
     def lead(self, mine: str, theirs: str) -> tuple[float, float] | None:
-        """How much better `mine` is than `theirs` (above 0 whichever way the metric goes), and the standard error: by a paired bootstrap over the
-        rows (Efron and Tibshirani 1993), with the luck of the trainings added. None where the metric has no value."""
+        """How much better `mine` is than `theirs` (above 0 whichever way the metric goes), and the standard
+        error: by a paired bootstrap over the rows (Efron and Tibshirani 1993), with the luck of the trainings
+        added. None where the metric has no value."""
         labels, sign = self.labels[self.picked], 1 if METRICS[self.metric].higher_is_better else -1
         a, b = self.unpack(mine), self.unpack(theirs)
         if self.decided:
-            scores = paired_scores(self.problem_type, self.metric, labels, {"mine": {0: a}, "theirs": {0: b}}, resamples=RESAMPLES)
-            value, draws = scores.values["mine"][0] - scores.values["theirs"][0], scores.draws["mine"] - scores.draws["theirs"]
+            scores = paired_scores(
+                self.problem_type,
+                self.metric,
+                labels,
+                {"mine": {0: a}, "theirs": {0: b}},
+                resamples=RESAMPLES,
+            )
+            value = scores.values["mine"][0] - scores.values["theirs"][0]
+            draws = scores.draws["mine"] - scores.draws["theirs"]
         else:
             random = np.random.default_rng(0)
-            score = lambda logits, rows: evaluate(self.problem_type, labels[rows], logits[rows].astype(np.float64), list(self.names))[self.metric]
+            score = lambda logits, rows: evaluate(
+                self.problem_type, labels[rows], logits[rows].astype(np.float64), list(self.names)
+            )[self.metric]
             both = [[score(logits, rows) for logits in (a, b)] for rows in self._draws(random)]
             pairs = np.array([[math.nan if x is None else x for x in pair] for pair in both])
             value, draws = pairs[0, 0] - pairs[0, 1], pairs[1:, 0] - pairs[1:, 1]
         draws = draws[np.isfinite(draws)]
         luck = 0.0 if self.metric in ("log_loss", "mse", "mae") else LUCK * math.sqrt(2 / self.trainings)
-        return (sign * float(value), math.hypot(float(draws.std()), luck)) if math.isfinite(value) and len(draws) > 1 else None
+        return (
+            (sign * float(value), math.hypot(float(draws.std()), luck))
+            if math.isfinite(value) and len(draws) > 1
+            else None
+        )
 
     def _draws(self, random: np.random.Generator) -> list[np.ndarray]:
         count = len(self.picked)
@@ -110,7 +135,8 @@ class Answers:
 
 
 def factor(others: int) -> float:
-    """Standard errors that the best of so many trials must lead by, so that equally good ones are preferred with a chance of `CHANCE` (Bonferroni)."""
+    """Standard errors that the best of so many trials must lead by, so that equally good ones are preferred
+    with a chance of `CHANCE` (Bonferroni)."""
     return NormalDist().inv_cdf(1 - CHANCE / max(1, others))
 
 
@@ -126,16 +152,27 @@ def choose(trials: Sequence[Mapping[str, Any]], best: int, answers: Answers) -> 
     rows = len(answers.picked)
     if defaults is None or defaults["state"] != "complete":
         reason = "" if defaults is None or not defaults["reason"] else f" ({defaults['reason']})"
-        return Verdict(best, f"The defaults have no score to compare with{reason}, so the best trial is taken.")
+        return Verdict(
+            best, f"The defaults have no score to compare with{reason}, so the best trial is taken."
+        )
     if chosen is defaults:
         number = sum(trial["state"] == "complete" for trial in trials)
-        why = "No other trial is complete" if number == 1 else f"No trial scored above the defaults on the {len(answers.labels):,} held-out rows"
+        why = (
+            "No other trial is complete"
+            if number == 1
+            else f"No trial scored above the defaults on the {len(answers.labels):,} held-out rows"
+        )
         return Verdict(best, f"{why}: the defaults are kept.", rows=rows)
     known = chosen["answers"] and defaults["answers"]
     found = answers.lead(chosen["answers"], defaults["answers"]) if known else None
     if found is None:
         return Verdict(
-            defaults["number"], f"Trial {best} cannot be compared with the defaults row by row, so the defaults are kept.", None, None, None, rows
+            defaults["number"],
+            f"Trial {best} cannot be compared with the defaults row by row, so the defaults are kept.",
+            None,
+            None,
+            None,
+            rows,
         )
     lead, error = found
     others = sum(trial["state"] in ("complete", "pruned") for trial in trials) - 1

@@ -35,13 +35,18 @@ if TYPE_CHECKING:
     import optuna
 
 Record = dict[str, Any]
-COMPLETE_TRIALS, FIRST_EPOCH, FIRST_FOLD = 5, 2, 1  # a trial is pruned from there on, where so many complete trials got as far
+COMPLETE_TRIALS, FIRST_EPOCH, FIRST_FOLD = (
+    5,
+    2,
+    1,
+)  # a trial is pruned from there on, where so many complete trials got as far
 ENOUGH_FOR_IMPORTANCE = 5
 POLL_SECONDS = 0.5
 
 
 class Search:
-    """Runs trials until there are enough, then sees to the one that is chosen. The first trial is the defaults: `train` with the settings given."""
+    """Runs trials until there are enough, then sees to the one that is chosen. The first trial is the
+    defaults: `train` with the settings given."""
 
     def __init__(
         self,
@@ -57,25 +62,35 @@ class Search:
         self.shared, self.config, self.given, self.free, self.blocks = shared, config, given, free, blocks
         self.output, self.emit = output, emit
         self.test_rows = len(prepared.sets["test"].rows) if "test" in prepared.sets else 0
-        self.prepared = dataclasses.replace(prepared, sets={split: data for split, data in prepared.sets.items() if split != "test"})
-        self.ranges = distributions(free, blocks, prepared.files.config.get("hidden_size") or prepared.files.config.get("dim") or 32)
+        self.prepared = dataclasses.replace(
+            prepared, sets={split: data for split, data in prepared.sets.items() if split != "test"}
+        )
+        self.ranges = distributions(
+            free, blocks, prepared.files.config.get("hidden_size") or prepared.files.config.get("dim") or 32
+        )
         self.steps = len(plan(config, prepared.sets["train"].lengths))
         self.folds = 0 if prepared.folds is None else len(set(prepared.folds[prepared.folds >= 0].tolist()))
         held = prepared.sets["validation"].labels if prepared.folds is None else self._held_labels()
-        self.answers = Answers(prepared.schema.problem_type, prepared.metric, held, prepared.schema.labels, max(1, self.folds))
+        self.answers = Answers(
+            prepared.schema.problem_type, prepared.metric, held, prepared.schema.labels, max(1, self.folds)
+        )
         self._prefixes: dict[int, Mapping[str, HiddenStates]] = {}
 
     def _held_labels(self) -> np.ndarray:
         """Labels of the rows that folds hold out, in the order of `Trainings.evaluations`."""
         assert self.prepared.folds is not None
-        places = [np.flatnonzero(self.prepared.folds == fold) for fold in range(int(self.prepared.folds.max()) + 1)]
+        places = [
+            np.flatnonzero(self.prepared.folds == fold) for fold in range(int(self.prepared.folds.max()) + 1)
+        ]
         return self.prepared.sets["train"].labels[np.concatenate(places)]
 
     def run(self, trials: int, end: float | None) -> None:
         import optuna
 
         first = FIRST_FOLD if self.folds else FIRST_EPOCH
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=COMPLETE_TRIALS, n_warmup_steps=first, n_min_trials=COMPLETE_TRIALS)
+        pruner = optuna.pruners.MedianPruner(
+            n_startup_trials=COMPLETE_TRIALS, n_warmup_steps=first, n_min_trials=COMPLETE_TRIALS
+        )
         self.shared.study.pruner = pruner
         self.emit(
             {
@@ -87,7 +102,8 @@ class Search:
                 "lines": self.prepared.split_lines,
             }
         )
-        start, waiting = start_parameters(self.config, self.ranges, self.blocks, peak_rate(self.prepared, self.steps)), False
+        start = start_parameters(self.config, self.ranges, self.blocks, peak_rate(self.prepared, self.steps))
+        waiting = False
         while True:
             late = end is not None and time.monotonic() >= end
             trial = None if late else self.shared.claim(trials, self.ranges, start, self.config.seed)
@@ -110,11 +126,22 @@ class Search:
         return trial_settings(self.config, self.given, trial.params, self.blocks)
 
     def _run(self, trial: "optuna.Trial") -> None:
-        self.emit({"kind": "trial", "number": trial.number, "parameters": trial.params, "defaults": is_defaults(trial)})
+        self.emit(
+            {
+                "kind": "trial",
+                "number": trial.number,
+                "parameters": trial.params,
+                "defaults": is_defaults(trial),
+            }
+        )
         began = time.perf_counter()
         try:
             value = self._train(trial)
-            reason = None if value is None or math.isfinite(value) else f"{self.prepared.metric} has no value on the held-out rows"
+            reason = (
+                None
+                if value is None or math.isfinite(value)
+                else f"{self.prepared.metric} has no value on the held-out rows"
+            )
         except TrainingError as error:
             value, reason = math.nan, error.message
         except (MemoryError, torch.OutOfMemoryError):
@@ -144,10 +171,13 @@ class Search:
         )
 
     def _train(self, trial: "optuna.Trial") -> float | None:
-        """Held-out score of the weights that would be kept; None where the trial was pruned, NaN where no score was defined."""
+        """Held-out score of the weights that would be kept; None where the trial was pruned, NaN where no
+        score was defined."""
         prepared = fresh(self.prepared, self.settings(trial))
         trial.set_user_attr("adapter_parameters", parameter_counts(prepared.model.trainable())[0])
-        known = dict(self.shared.trials()[trial.number].intermediate_values)  # of a process that died in this trial
+        known = dict(
+            self.shared.trials()[trial.number].intermediate_values
+        )  # of a process that died in this trial
         trainings = Trainings(prepared, self._prefix(prepared), start_head, last=False)
         for record in trainings.records():
             found = self._looked_at(trial.number, trainings, record)
@@ -165,7 +195,8 @@ class Search:
         return math.nan if value is None else value
 
     def _looked_at(self, number: int, trainings: Trainings, record: Record) -> tuple[int, float] | None:
-        """What a trial is compared on while it runs: its score after each epoch; in a cross-validation after each fold, of the rows held out so far."""
+        """What a trial is compared on while it runs: its score after each epoch; in a cross-validation after
+        each fold, of the rows held out so far."""
         if record["kind"] != "evaluation" or (trainings.in_folds and not trainings.trainer.finished):
             return None
         metric, epochs = self.prepared.metric, trainings.prepared.config.epochs
@@ -185,7 +216,9 @@ class Search:
         depth = prepared.model.depth
         if depth not in self._prefixes:
             found = build_prefix(prepared, self.output)
-            size = sum(states.states.nbytes for kept in (found, *self._prefixes.values()) for states in kept.values())
+            size = sum(
+                states.states.nbytes for kept in (found, *self._prefixes.values()) for states in kept.values()
+            )
             if not found or size > LIMIT_BYTES:
                 return found
             self._prefixes[depth] = found
@@ -200,33 +233,56 @@ class Search:
         return max(complete, key=lambda trial: sign * trial.value, default=None)
 
     def finish(self, began: float) -> Record:
-        """Choose, train what is chosen as `train` does, the defaults beside it where there are test rows, and write the report."""
+        """Choose, train what is chosen as `train` does, the defaults beside it where there are test rows, and
+        write the report."""
         best, study = self._best(), self.record()
         if best is None:
             write_text(self.output / "report.html", render_study(study, self.output.resolve().name))
             reasons = [trial["reason"] for trial in study["trials"] if trial["reason"]]
             raise TrainingError(
-                f"no trial of {len(study['trials'])} was completed" + (f" (trial {study['trials'][0]['number']}: {reasons[0]})" if reasons else ""),
+                f"no trial of {len(study['trials'])} was completed"
+                + (f" (trial {study['trials'][0]['number']}: {reasons[0]})" if reasons else ""),
                 "look at report.html, and give the same command more --trials or a longer --timeout",
             )
         with self.shared.locks.held(FINISH):
-            verdict = choose([trial | {"answers": self._kept_answers(trial["number"])} for trial in study["trials"]], best.number, self.answers)
+            verdict = choose(
+                [trial | {"answers": self._kept_answers(trial["number"])} for trial in study["trials"]],
+                best.number,
+                self.answers,
+            )
             chosen = study["trials"][verdict.number]
-            self.emit({"kind": "best", **{key: chosen[key] for key in ("number", "defaults", "value", "parameters")}, "why": verdict.why})
+            self.emit(
+                {
+                    "kind": "best",
+                    **{key: chosen[key] for key in ("number", "defaults", "value", "parameters")},
+                    "why": verdict.why,
+                }
+            )
             settings = self.settings(self.shared.trials()[verdict.number])
             result = retrain(dataclasses.replace(settings, output=str(self.output / "best")), self.emit)
             if chosen["defaults"]:
-                shutil.rmtree(self.output / "defaults", ignore_errors=True)  # of a choice that fewer trials led to
+                shutil.rmtree(
+                    self.output / "defaults", ignore_errors=True
+                )  # of a choice that fewer trials led to
             defaults = result if chosen["defaults"] else self._defaults_result()
             kept = ("validation", "test", "output")
             study |= {
-                "choice": {"number": verdict.number, "defaults": chosen["defaults"], **dataclasses.asdict(verdict)},
+                "choice": {
+                    "number": verdict.number,
+                    "defaults": chosen["defaults"],
+                    **dataclasses.asdict(verdict),
+                },
                 "result": {key: result[key] for key in kept if key in result},
-                "defaults_result": None if defaults is None else {key: defaults[key] for key in kept if key in defaults},
+                "defaults_result": None
+                if defaults is None
+                else {key: defaults[key] for key in kept if key in defaults},
             }
             study["sentences"] = sentences(study)
             write_text(self.output / "report.html", render_study(study, self.output.resolve().name))
-        counts = {state: sum(trial["state"] == state for trial in study["trials"]) for state in ("complete", "pruned", "failed")}
+        counts = {
+            state: sum(trial["state"] == state for trial in study["trials"])
+            for state in ("complete", "pruned", "failed")
+        }
         told = lambda trial: {key: trial[key] for key in ("number", "value", "parameters", "settings")}
         first = next((trial for trial in study["trials"] if trial["defaults"]), None)
         return {
@@ -249,7 +305,8 @@ class Search:
         }  # fmt: skip
 
     def _defaults_result(self) -> Record | None:
-        """The defaults trained as `train` does it, for their test score; None where there are no test rows, or where they fail."""
+        """The defaults trained as `train` does it, for their test score; None where there are no test rows,
+        or where they fail."""
         output = self.output / "defaults"
         first = next((trial for trial in self.shared.trials() if is_defaults(trial)), None)
         if not self.test_rows or first is None or first.state.name != "COMPLETE":
@@ -262,7 +319,13 @@ class Search:
 
     def record(self) -> Record:
         """The study as plain values: what the report is made from."""
-        names = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
+        names = {
+            "COMPLETE": "complete",
+            "PRUNED": "pruned",
+            "FAIL": "failed",
+            "RUNNING": "running",
+            "WAITING": "waiting",
+        }
         trials = []
         for trial in self.shared.trials():
             settings = self.settings(trial)
@@ -288,14 +351,19 @@ class Search:
             "higher_is_better": METRICS[self.prepared.metric].higher_is_better,
             "model": self.prepared.files.id or self.prepared.files.folder.name,
             "problem_type": self.prepared.schema.problem_type,
-            "rows": {split: len(data.rows) for split, data in self.prepared.sets.items()} | ({"test": self.test_rows} if self.test_rows else {}),
+            "rows": {split: len(data.rows) for split, data in self.prepared.sets.items()}
+            | ({"test": self.test_rows} if self.test_rows else {}),
             "held": len(self.answers.labels),
             "folds": self.folds,
             "searched": list(self.free),
             "trials": trials,
             "best": None if best is None else best.number,
             "importance": self._importance(),
-            "settings": {name: value for name, value in self.shared.study.user_attrs["textlora"].items() if name not in hidden},
+            "settings": {
+                name: value
+                for name, value in self.shared.study.user_attrs["textlora"].items()
+                if name not in hidden
+            },
             "choice": None,
             "result": None,
             "defaults_result": None,
@@ -303,15 +371,24 @@ class Search:
         }
 
     def _importance(self) -> dict[str, float] | None:
-        """Share of the score's variance that each setting explains (fANOVA, Hutter et al. 2014); None while too few trials are complete."""
+        """Share of the score's variance that each setting explains (fANOVA, Hutter et al. 2014); None while
+        too few trials are complete."""
         import optuna
 
         names = list(self.ranges)  # the defaults may lie outside some ranges, and then they are left out
-        if sum(trial.state.name == "COMPLETE" and set(names) <= set(trial.params) for trial in self.shared.trials()) < ENOUGH_FOR_IMPORTANCE:
+        if (
+            sum(
+                trial.state.name == "COMPLETE" and set(names) <= set(trial.params)
+                for trial in self.shared.trials()
+            )
+            < ENOUGH_FOR_IMPORTANCE
+        ):
             return None
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=self.config.seed)
         try:
-            return dict(optuna.importance.get_param_importances(self.shared.study, evaluator=evaluator, params=names))
+            return dict(
+                optuna.importance.get_param_importances(self.shared.study, evaluator=evaluator, params=names)
+            )
         except RuntimeError:  # all trials scored the same
             return None
 
@@ -336,7 +413,11 @@ def sentences(study: Record) -> list[str]:
     score = lambda result: ((result or {}).get("test") or {}).get(metric)
     mine, theirs = score(study["result"]), score(study["defaults_result"])
     if mine is not None:
-        beside = "" if choice["defaults"] else " (the defaults: " + ("no score)" if theirs is None else f"{theirs:.4f})")
+        beside = (
+            ""
+            if choice["defaults"]
+            else " (the defaults: " + ("no score)" if theirs is None else f"{theirs:.4f})")
+        )
         found.append(f"Test {metric} of {name} on {study['rows']['test']:,} rows: {mine:.4f}{beside}.")
     return found
 
@@ -346,7 +427,9 @@ def fresh(prepared: Prepared, config: TrainConfig) -> Prepared:
     old = prepared.model
     if isinstance(old, PackedModel):
         count = len(prepared.schema.labels)
-        model: Model = PackedModel(old.base, config.lora, count, prepared.pooling, config.seed, prepared.device, old.encoder)
+        model: Model = PackedModel(
+            old.base, config.lora, count, prepared.pooling, config.seed, prepared.device, old.encoder
+        )
     else:
         model, _ = open_model(
             prepared.files,
@@ -362,7 +445,8 @@ def fresh(prepared: Prepared, config: TrainConfig) -> Prepared:
 
 
 def retrain(config: TrainConfig, emit: Callable[[Record], None]) -> Record:
-    """Train into `config.output`; a run with these settings that is there already is gone on with, one with others makes room."""
+    """Train into `config.output`; a run with these settings that is there already is gone on with, one with
+    others makes room."""
     output = Path(str(config.output))
     same = False
     if (output / "run" / "config.toml").is_file():

@@ -1,7 +1,9 @@
-"""A study that several processes work on: which trial is whose, by locks that the kernel drops when a process dies.
+"""A study that several processes work on: which trial is whose, by locks that the kernel drops when a process
+dies.
 
-A trial is claimed under one lock and held under another for as long as its process runs it. A trial that is marked as running in
-the storage but held by nobody belonged to a process that died; whoever claims next takes it up, with the same number and parameters.
+A trial is claimed under one lock and held under another for as long as its process runs it. A trial that is
+marked as running in the storage but held by nobody belonged to a process that died; whoever claims next takes
+it up, with the same number and parameters.
 """
 
 import fcntl
@@ -23,7 +25,12 @@ if TYPE_CHECKING:
 
 MAX_STARTS = 3
 DEFAULTS = "defaults"  # attribute of the first trial
-JOURNAL, CLAIM, FINISH, TRIALS = 0, 1, 2, 3  # bytes of the lock file: one each for writes, claims and the end, then one for each trial
+JOURNAL, CLAIM, FINISH, TRIALS = (
+    0,
+    1,
+    2,
+    3,
+)  # bytes of the lock file: one each for writes, claims and the end, then one for each trial
 
 
 class Locks:
@@ -34,7 +41,9 @@ class Locks:
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror or error}", "choose another folder") from error
+            raise StorageError(
+                f"cannot write {path}: {error.strerror or error}", "choose another folder"
+            ) from error
 
     def take(self, place: int, wait: bool = True) -> bool:
         try:
@@ -42,7 +51,9 @@ class Locks:
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:
-            raise StorageError(f"cannot lock {self.path}: {error.strerror or error}", "choose a file system with locks") from error
+            raise StorageError(
+                f"cannot lock {self.path}: {error.strerror or error}", "choose a file system with locks"
+            ) from error
         return True
 
     def drop(self, place: int) -> None:
@@ -57,7 +68,8 @@ class Locks:
             self.drop(place)
 
     def name(self) -> str:
-        """What tells this lock file from those of other machines: written into it once. Only for who holds CLAIM."""
+        """What tells this lock file from those of other machines: written into it once. Only for who holds
+        CLAIM."""
         if not os.pread(self._file, 32, 0):
             os.pwrite(self._file, uuid.uuid4().hex.encode(), 0)
         return os.pread(self._file, 32, 0).decode()
@@ -67,7 +79,8 @@ class Locks:
 
 
 class _JournalLock:
-    """What Optuna's journal asks of a lock. Its own ones stay behind when a process is killed, and hold the others up for 30 seconds."""
+    """What Optuna's journal asks of a lock. Its own ones stay behind when a process is killed, and hold the
+    others up for 30 seconds."""
 
     def __init__(self, locks: Locks):
         self._locks = locks
@@ -102,7 +115,10 @@ def check_storage(storage: str) -> None:
     except OSError as error:
         raise UsageError(f"--storage {storage}: {error.strerror or error}", "name a file") from error
     if not known:
-        raise UsageError(f"--storage {storage}: is not an Optuna journal", "name a new file, or one that `textlora tune` has made")
+        raise UsageError(
+            f"--storage {storage}: is not an Optuna journal",
+            "name a new file, or one that `textlora tune` has made",
+        )
 
 
 class SharedStudy:
@@ -143,13 +159,20 @@ class SharedStudy:
             else:
                 with self.locks.held(JOURNAL):
                     _mend(Path(storage))
-                backend = optuna.storages.JournalStorage(JournalFileBackend(storage, lock_obj=_JournalLock(self.locks)))  # type: ignore[arg-type]
+                backend = optuna.storages.JournalStorage(
+                    JournalFileBackend(storage, lock_obj=_JournalLock(self.locks))
+                )  # type: ignore[arg-type]
             names = optuna.get_all_study_names(backend)
         except Exception as error:  # whatever the database's driver raises
             reason = shown((str(error).splitlines() or [""])[0])
-            raise UsageError(f"--storage {shown(storage)}: cannot be opened ({reason})", "name a file, or a URL that Optuna takes") from error
+            raise UsageError(
+                f"--storage {shown(storage)}: cannot be opened ({reason})",
+                "name a file, or a URL that Optuna takes",
+            ) from error
         if name not in names:
-            study = optuna.create_study(storage=backend, study_name=name, direction="maximize" if maximize else "minimize")
+            study = optuna.create_study(
+                storage=backend, study_name=name, direction="maximize" if maximize else "minimize"
+            )
         else:
             study = optuna.load_study(storage=backend, study_name=name)
         kept = study.user_attrs.get("textlora")
@@ -160,7 +183,8 @@ class SharedStudy:
         elif kept != facts:
             changed = [key for key in {**kept, **facts} if key != "data" and kept.get(key) != facts.get(key)]
             raise UsageError(
-                f"study '{name}' was begun with other " + (f"settings ({', '.join(changed)})" if changed else "rows"),
+                f"study '{name}' was begun with other "
+                + (f"settings ({', '.join(changed)})" if changed else "rows"),
                 "give the same, or choose another --output, or --study in the same --storage",
             )
         return study
@@ -168,18 +192,24 @@ class SharedStudy:
     def trials(self) -> "list[optuna.trial.FrozenTrial]":
         return self.study.get_trials(deepcopy=False)
 
-    def claim(self, limit: int, ranges: Mapping[str, Any], start: Mapping[str, Any], seed: int) -> "optuna.Trial | None":
-        """A trial for this process to run: one that a dead process left, else a new one while there are fewer than `limit`, else None.
+    def claim(
+        self, limit: int, ranges: Mapping[str, Any], start: Mapping[str, Any], seed: int
+    ) -> "optuna.Trial | None":
+        """A trial for this process to run: one that a dead process left, else a new one while there are fewer
+        than `limit`, else None.
 
         Args:
             ranges: parameter name -> distribution.
-            start: parameters of the first trial, the defaults, as far as they lie in their ranges. The others are drawn by TPE (Bergstra et al. 2011) from (seed, number) and what is
-                known by then, so one process draws the same in one go or in several.
+            start: parameters of the first trial, the defaults, as far as they lie in their ranges. The others
+                are drawn by TPE (Bergstra et al. 2011) from (seed, number) and what is known by then, so one
+                process draws the same in one go or in several.
         """
         with self.locks.held(CLAIM):
             trial = self._left_behind(seed) or self._new(limit, start, seed)
             if trial is not None:
-                drawn = start if trial.user_attrs.get(DEFAULTS) else ranges  # the defaults may lie outside some ranges
+                drawn = (
+                    start if trial.user_attrs.get(DEFAULTS) else ranges
+                )  # the defaults may lie outside some ranges
                 for name in drawn:  # its process may have died between two of them
                     trial._suggest(name, ranges[name])
             return trial

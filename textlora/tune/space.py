@@ -15,7 +15,8 @@ DEFAULT_TARGETS = "default"  # the base model's own, query and value
 
 
 def free_settings(config: TrainConfig, given: Collection[str]) -> tuple[str, ...]:
-    """Names of the settings to search: those that were not given. A token budget per step takes the place of the batch size."""
+    """Names of the settings to search: those that were not given. A token budget per step takes the place of
+    the batch size."""
     kept = {*given} | ({"batch_size"} if config.batch_tokens else set())
     return tuple(name for name in SEARCHED if name not in kept)
 
@@ -46,11 +47,23 @@ def distributions(free: Collection[str], blocks: int, width: int) -> dict[str, "
     return {name: ranges[name] for name in SEARCHED if name in free}
 
 
-def start_parameters(config: TrainConfig, ranges: Mapping[str, "BaseDistribution"], blocks: int, rate: float) -> dict[str, Any]:
-    """What `train` would do with these settings, at this rate where they name none, as parameters of the first trial; what lies outside its range is left out."""
-    layers = blocks if config.layers == "all" else int(config.layers.removeprefix("last:")) if config.layers.startswith("last:") else 0
+def start_parameters(
+    config: TrainConfig, ranges: Mapping[str, "BaseDistribution"], blocks: int, rate: float
+) -> dict[str, Any]:
+    """What `train` would do with these settings, at this rate where they name none, as parameters of the
+    first trial; what lies outside its range is left out."""
+    layers = (
+        blocks
+        if config.layers == "all"
+        else int(config.layers.removeprefix("last:"))
+        if config.layers.startswith("last:")
+        else 0
+    )
     targets = DEFAULT_TARGETS if config.target_modules is None else ",".join(config.target_modules)
-    values = {name: getattr(config, name) for name in SEARCHED} | {"layers": layers, "target_modules": targets}
+    values = {name: getattr(config, name) for name in SEARCHED} | {
+        "layers": layers,
+        "target_modules": targets,
+    }
     values["learning_rate"] = config.learning_rate or rate
     found = {}
     for name, distribution in ranges.items():
@@ -63,17 +76,21 @@ def start_parameters(config: TrainConfig, ranges: Mapping[str, "BaseDistribution
     return found
 
 
-def trial_settings(config: TrainConfig, given: Collection[str], parameters: Mapping[str, Any], blocks: int) -> TrainConfig:
+def trial_settings(
+    config: TrainConfig, given: Collection[str], parameters: Mapping[str, Any], blocks: int
+) -> TrainConfig:
     """The settings of a trial's run.
 
-    `lora_alpha` follows the rank, so that the update's scale, and with it the meaning of a learning rate, stays; unless it was given, or
-    rsLoRA sees to that.
+    `lora_alpha` follows the rank, so that the update's scale, and with it the meaning of a learning rate,
+    stays; unless it was given, or rsLoRA sees to that.
     """
     changes = dict(parameters)
     if "layers" in changes:
         changes["layers"] = "all" if changes["layers"] == blocks else f"last:{changes['layers']}"
     if "target_modules" in changes:
-        changes["target_modules"] = None if changes["target_modules"] == DEFAULT_TARGETS else (changes["target_modules"],)
+        changes["target_modules"] = (
+            None if changes["target_modules"] == DEFAULT_TARGETS else (changes["target_modules"],)
+        )
     if "epochs" in changes:
         changes["epochs"] = float(changes["epochs"])
     if "r" in changes and "lora_alpha" not in given and not config.use_rslora:

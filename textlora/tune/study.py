@@ -1,8 +1,9 @@
-"""A search over training settings: one Optuna study in a file or database, which several processes may work on.
+"""A search over training settings: one Optuna study in a file or database, which several processes may work
+on.
 
 out/  config.toml  study.log (the study, unless it lies elsewhere)  report.html
-out/best/  the adapter of the settings that were chosen, trained as `train` does it; only there the test rows are scored
-out/defaults/  the same of the defaults, where others were chosen and there are test rows
+out/best/  the adapter of the settings that were chosen, trained as `train` does it; only there the test rows
+are scored out/defaults/  the same of the defaults, where others were chosen and there are test rows
 """
 
 import dataclasses
@@ -46,12 +47,15 @@ def tune(
     study: str = STUDY,
     on_record: Callable[[Record], None] = lambda record: None,
 ) -> Record:
-    """Search settings, train once more with what is chosen, leave the adapter in `config.output`/best; return the result record.
+    """Search settings, train once more with what is chosen, leave the adapter in `config.output`/best; return
+    the result record.
 
-    The first trial is the defaults, `config` as it is; the best trial is chosen only where it leads them clearly (`choice.choose`).
-    Trials are scored on the validation rows, or in a cross-validation where `prepare` has folds.
+    The first trial is the defaults, `config` as it is; the best trial is chosen only where it leads them
+    clearly (`choice.choose`). Trials are scored on the validation rows, or in a cross-validation where
+    `prepare` has folds.
 
-    Several processes that are given the same work on one study. A process that dies is made good by any other, or by the same call again.
+    Several processes that are given the same work on one study. A process that dies is made good by any
+    other, or by the same call again.
 
     Args:
         config: what a trial starts from.
@@ -60,7 +64,8 @@ def tune(
         timeout: seconds after which this process begins no further trial.
         storage: journal file or database URL; default: `study.log` in the output folder.
         study: name of the study in the storage.
-        on_record: called with records of kind study, trial, epoch, fold, trial_end, waiting, best and defaults, and with those of the last training run.
+        on_record: called with records of kind study, trial, epoch, fold, trial_end, waiting, best and
+            defaults, and with those of the last training run.
 
     Raises:
         TextloraError: what is wrong and where; TrainingError where no trial was completed.
@@ -74,10 +79,14 @@ def tune(
     if config.threads:
         torch.set_num_threads(config.threads)
     began = time.monotonic()
-    everything = {name: value for name, value in (("layers", "all"), ("target_modules", None)) if name in free}
+    everything = {
+        name: value for name, value in (("layers", "all"), ("target_modules", None)) if name in free
+    }
     prepared = prepare(dataclasses.replace(config, **everything))
     if prepared.folds is None and "validation" not in prepared.sets:
-        raise UsageError("no row is left for validation, which trials are compared on", "name a file with --validation")
+        raise UsageError(
+            "no row is left for validation, which trials are compared on", "name a file with --validation"
+        )
     blocks = count_blocks(prepared.model.target_modules)
     new = not output.exists()
     try:
@@ -93,14 +102,18 @@ def tune(
             finally:
                 shared.close()
     except BaseException:
-        if new and not (output / "config.toml").is_file():  # nothing worth keeping was written, unless by another process
+        if (
+            new and not (output / "config.toml").is_file()
+        ):  # nothing worth keeping was written, unless by another process
             (output / "study.locks").unlink(missing_ok=True)
             with suppress(OSError):
                 output.rmdir()
         raise
 
 
-def _check(config: TrainConfig, output: Path, storage: str, free: Collection[str], trials: int, timeout: float | None) -> None:
+def _check(
+    config: TrainConfig, output: Path, storage: str, free: Collection[str], trials: int, timeout: float | None
+) -> None:
     """Refuse what cannot work before anything is read or written."""
     if trials < 1:
         raise UsageError(f"--trials {trials}: must be at least 1")
@@ -110,11 +123,17 @@ def _check(config: TrainConfig, output: Path, storage: str, free: Collection[str
         if getattr(config, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} has no meaning for tune", "leave it out")
     if not free:
-        raise UsageError("every setting that tune searches was given", "leave some out: the ones left out are searched")
+        raise UsageError(
+            "every setting that tune searches was given", "leave some out: the ones left out are searched"
+        )
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output}: is a file", "choose a folder")
     ours = {"study.log", "study.log.locks", "study.locks"}  # another process may be starting
-    held = [p for p in output.glob("*") if p.name not in ours and not (p.name.startswith(".") and p.suffix == ".part")]
+    held = [
+        p
+        for p in output.glob("*")
+        if p.name not in ours and not (p.name.startswith(".") and p.suffix == ".part")
+    ]
     if held and not (output / "config.toml").is_file():
         raise StorageError(f"--output {output}: is not empty, and holds no study", "choose another folder")
     check_storage(storage)
@@ -124,7 +143,9 @@ def _check(config: TrainConfig, output: Path, storage: str, free: Collection[str
         import optuna  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise UsageError("textlora tune needs optuna and scikit-learn", 'install them with pip install "textlora[tune]"') from error
+        raise UsageError(
+            "textlora tune needs optuna and scikit-learn", 'install them with pip install "textlora[tune]"'
+        ) from error
 
 
 def _keep_config(config: TrainConfig, output: Path) -> None:
@@ -154,8 +175,16 @@ def _facts(prepared: Prepared, config: TrainConfig, free: Collection[str], block
             rows.update(encoded.ids.tobytes())
     if prepared.folds is not None:
         rows.update(prepared.folds.tobytes())
-    settings = {item.name: getattr(config, item.name) for item in dataclasses.fields(config) if item.name not in _UNLIKE}
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items() if value is not None}
+    settings = {
+        item.name: getattr(config, item.name)
+        for item in dataclasses.fields(config)
+        if item.name not in _UNLIKE
+    }
+    settings = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in settings.items()
+        if value is not None
+    }
     settings |= {"metric": prepared.metric, "blocks": blocks, "searched": list(free)}
     settings["scored on"] = "validation rows" if prepared.folds is None else "cross-validation"
     return settings | {"base model": prepared.model.base_hash(), "data": rows.hexdigest()}

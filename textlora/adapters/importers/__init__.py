@@ -1,1 +1,2 @@
-"""Adapters that other programs made: PEFT, the HF Trainer, AutoTrain and loralib. Reading runs no code that a file brings."""
+"""Adapters that other programs made: PEFT, the HF Trainer, AutoTrain and loralib. Reading runs no code that a
+file brings."""

@@ -1,4 +1,5 @@
-"""What a foreign adapter does not say itself and files beside it may: number and names of its classes, the task, the length of texts."""
+"""What a foreign adapter does not say itself and files beside it may: number and names of its classes, the
+task, the length of texts."""
 
 import json
 import re
@@ -15,7 +16,14 @@ from textlora.core.errors import AdapterError, UsageError
 
 DEFAULT_MAX_LENGTH = 512
 # The last layer of the classification heads of transformers: its rows are the classes.
-_LAST = ("classifier.out_proj", "classifier.linear_out", "logits_proj", "sequence_summary.summary", "score", "classifier")
+_LAST = (
+    "classifier.out_proj",
+    "classifier.linear_out",
+    "logits_proj",
+    "sequence_summary.summary",
+    "score",
+    "classifier",
+)
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,20 @@ def named_labels(config: Mapping[str, Any], count: int) -> tuple[str, ...] | Non
     if not isinstance(table, dict) or sorted(table) != sorted(map(str, range(count))):
         return None
     names = [table[str(i)] for i in range(count)]
-    real = all(isinstance(name, str) and name.strip() and not re.fullmatch(r"LABEL_\d+", name) for name in names)
+    real = all(
+        isinstance(name, str) and name.strip() and not re.fullmatch(r"LABEL_\d+", name) for name in names
+    )
     return tuple(names) if real and len(set(names)) == count else None
 
 
-def find_facts(folder: AdapterFolder, base: Mapping[str, Any], labels: Sequence[str] | None = None, problem_type: str | None = None) -> Facts:
-    """Labels and task: those given, else of a config.json beside the adapter or its checkpoints, else of the base's config.
+def find_facts(
+    folder: AdapterFolder,
+    base: Mapping[str, Any],
+    labels: Sequence[str] | None = None,
+    problem_type: str | None = None,
+) -> Facts:
+    """Labels and task: those given, else of a config.json beside the adapter or its checkpoints, else of the
+    base's config.
 
     Args:
         base: the base's config.json.
@@ -83,14 +99,19 @@ def find_facts(folder: AdapterFolder, base: Mapping[str, Any], labels: Sequence[
     """
     path = folder.path
     count = class_count(folder.tensors, path)
-    places = [path / "config.json", *([path.parent / "config.json"] if re.fullmatch(r"checkpoint-\d+", path.name) else [])]
+    places = [
+        path / "config.json",
+        *([path.parent / "config.json"] if re.fullmatch(r"checkpoint-\d+", path.name) else []),
+    ]
     found = [(str(place), read_json(place)) for place in places] + [("the base's config.json", base)]
     source, config = next(((name, config) for name, config in found if named_labels(config, count)), ("", {}))
     names = named_labels(config, count)
     if labels is not None:
         names, source = tuple(labels), "--labels"
         if len(names) != count:
-            raise UsageError(f"--labels: {len(names)} name{'s' * (len(names) != 1)} for a head of {count} class{'es' * (count != 1)} ({path})")
+            raise UsageError(
+                f"--labels: {len(names)} name{'s' * (len(names) != 1)} for a head of {count} class{'es' * (count != 1)} ({path})"
+            )
         if len(set(names)) != count or not all(isinstance(name, str) and name.strip() for name in names):
             raise UsageError("--labels: empty or doubled names")
     stated = config.get("problem_type")
@@ -114,16 +135,25 @@ def find_length(places: Sequence[Path], limit: int, stated: Mapping[str, Any] | 
     """Length and side of truncation as they were in training, as far as files say.
 
     Args:
-        places: folders that may hold the tokenizer that was used. Its tokenizer.json remembers the last truncation, that of training.
+        places: folders that may hold the tokenizer that was used. Its tokenizer.json remembers the last
+            truncation, that of training.
         limit: tokens the base takes.
         stated: source -> number of tokens or None, taken before what the tokenizer says.
     """
-    used = next((content for place in places if (content := read_json(place / "tokenizer.json"))), {}).get("truncation")
-    settings = next((content for place in places if (content := read_json(place / "tokenizer_config.json"))), {})
+    used = next((content for place in places if (content := read_json(place / "tokenizer.json"))), {}).get(
+        "truncation"
+    )
+    settings = next(
+        (content for place in places if (content := read_json(place / "tokenizer_config.json"))), {}
+    )
     used = used if isinstance(used, dict) else {}
     side = used.get("direction") or settings.get("truncation_side")
     truncation = "tail" if isinstance(side, str) and side.lower() == "left" else "head"
-    known = {**(stated or {}), "truncation in tokenizer.json": used.get("max_length"), "tokenizer_config.json": settings.get("model_max_length")}
+    known = {
+        **(stated or {}),
+        "truncation in tokenizer.json": used.get("max_length"),
+        "tokenizer_config.json": settings.get("model_max_length"),
+    }
     for source, tokens in known.items():
         if type(tokens) is int and 8 <= tokens <= limit:
             return Length(tokens, truncation, source)

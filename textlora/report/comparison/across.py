@@ -1,7 +1,9 @@
-"""Several comparisons together: each method's mean over the data sets, and mean differences with two kinds of interval.
+"""Several comparisons together: each method's mean over the data sets, and mean differences with two kinds of
+interval.
 
-Over the sets: a t interval with the sets as the units, for what to expect on another set like these. Inside the sets: the
-paired bootstrap draws of each set, averaged, for what the test rows and seeds of these very sets leave open. In points.
+Over the sets: a t interval with the sets as the units, for what to expect on another set like these. Inside
+the sets: the paired bootstrap draws of each set, averaged, for what the test rows and seeds of these very
+sets leave open. In points.
 """
 
 import math
@@ -21,7 +23,8 @@ __all__ = ["Across", "Average", "Pair", "across"]
 
 @dataclass(frozen=True)
 class Pair:
-    """One method minus another over the sets that have both: each set's difference, their mean, half its t interval, p."""
+    """One method minus another over the sets that have both: each set's difference, their mean, half its t
+    interval, p."""
 
     values: dict[str, float]
     mean: float
@@ -32,7 +35,13 @@ class Pair:
     def as_dict(self) -> dict[str, Any]:
         interval = None if self.half is None else [self.mean - self.half, self.mean + self.half]
         inside = self.inside and [self.inside.low, self.inside.high]
-        return {"mean": self.mean, "interval": interval, "p": self.p, "on_these_sets": inside, "sets": self.values}
+        return {
+            "mean": self.mean,
+            "interval": interval,
+            "p": self.p,
+            "on_these_sets": inside,
+            "sets": self.values,
+        }
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,8 @@ class Average:
 
 @dataclass(frozen=True)
 class Across:
-    """All sets: their tables, and the methods from best to worst; those that lack a set come after those that have all."""
+    """All sets: their tables, and the methods from best to worst; those that lack a set come after those that
+    have all."""
 
     tables: list[Comparison]
     averages: list[Average]
@@ -74,7 +84,9 @@ class Across:
         methods, pairs = [], {}
         for average in self.averages:
             scores = {data: 100 * row.mean for data, row in average.rows.items()}
-            methods.append({"method": average.name, "mean": average.mean, "p_holm": average.p_holm, "scores": scores})
+            methods.append(
+                {"method": average.name, "mean": average.mean, "p_holm": average.p_holm, "scores": scores}
+            )
             for other in self.averages:
                 if other is not average and (pair := self.pair(average.name, other.name)):
                     pairs.setdefault(average.name, {})[other.name] = pair.as_dict()
@@ -86,12 +98,22 @@ def across(sets: Sequence[tuple[dict[str, Any], Sequence[Run]]]) -> Across:
     tables = [compare(settings, runs) for settings, runs in sets]
     for table in tables:
         if table.metric in OWN_UNIT or not METRICS[table.metric].higher_is_better:
-            raise UsageError(f"{table.data} is scored by {table.metric}, which cannot be averaged with other sets' scores", "leave the set out")
+            raise UsageError(
+                f"{table.data} is scored by {table.metric}, which cannot be averaged with other sets' scores",
+                "leave the set out",
+            )
     names = dict.fromkeys(row.name for table in tables for row in table.scored)
     averages = []
     for name in names:
         rows = {table.data: row for table in tables for row in table.scored if row.name == name}
-        averages.append(Average(name, next(iter(rows.values())).method, rows, 100 * float(np.mean([row.mean for row in rows.values()]))))
+        averages.append(
+            Average(
+                name,
+                next(iter(rows.values())).method,
+                rows,
+                100 * float(np.mean([row.mean for row in rows.values()])),
+            )
+        )
     averages.sort(key=lambda average: (-len(average.rows), -average.mean))
     pairs = {average.name: _pair(tables, average.name, averages[0].name) for average in averages[1:]}
     tested = [name for name, pair in pairs.items() if pair and pair.p is not None]
@@ -99,7 +121,11 @@ def across(sets: Sequence[tuple[dict[str, Any], Sequence[Run]]]) -> Across:
     done = []
     for average in averages:
         to_full = _pair(tables, average.name, "full") if average.name != "full" else None
-        done.append(replace(average, to_best=pairs.get(average.name), p_holm=adjusted.get(average.name), to_full=to_full))
+        done.append(
+            replace(
+                average, to_best=pairs.get(average.name), p_holm=adjusted.get(average.name), to_full=to_full
+            )
+        )
     return Across(tables, done)
 
 

@@ -1,4 +1,5 @@
-"""The tables of a comparison as text: for the page (with marks and small print) and, from the same cells, for Markdown."""
+"""The tables of a comparison as text: for the page (with marks and small print) and, from the same cells, for
+Markdown."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +27,20 @@ def _cell(text: str, under: str = "", strong: bool = False) -> dict[str, Any]:
 def methods(table: Comparison, icons: Icons) -> dict[str, Any]:
     """One row per method of one comparison."""
     scale = Scale(table.metric)
-    cost = ["trainable parameters", "head", "seconds", "peak memory", "saved", "spread over rates", "over seeds"]
+    cost = [
+        "trainable parameters",
+        "head",
+        "seconds",
+        "peak memory",
+        "saved",
+        "spread over rates",
+        "over seeds",
+    ]
     head = ["method", "size", "best rate", f"{table.split} {scale.name}", "to the best", "p (Holm)", *cost]
-    rows = [{"name": r.name, "icon": icons.get(r.name), "best": r is table.best, **_method(r, table, scale)} for r in table.rows]
+    rows = [
+        {"name": r.name, "icon": icons.get(r.name), "best": r is table.best, **_method(r, table, scale)}
+        for r in table.rows
+    ]
     return {"head": head, "rows": rows, "notes": _notes(table, scale)}
 
 
@@ -36,8 +48,16 @@ def _method(row: Row, table: Comparison, scale: Scale) -> dict[str, Any]:
     if row.mean is None:
         return {"cells": [], "error": row.error}
     difference, rates = row.difference, row.rates
-    under = f"{rates.alike} rates" + (f", {rates.failed} failed" if rates.failed else "") if rates and rates.points else ""
-    to_best = _cell(scale.signed(difference.value), scale.interval(difference)) if difference else _cell("best" if row is table.best else NONE)
+    under = (
+        f"{rates.alike} rates" + (f", {rates.failed} failed" if rates.failed else "")
+        if rates and rates.points
+        else ""
+    )
+    to_best = (
+        _cell(scale.signed(difference.value), scale.interval(difference))
+        if difference
+        else _cell("best" if row is table.best else NONE)
+    )
     cells = [
         _cell(", ".join(f"{name} {value}" for name, value in row.size.items()) or NONE),
         _cell(setting(row.learning_rate)),
@@ -56,7 +76,9 @@ def _method(row: Row, table: Comparison, scale: Scale) -> dict[str, Any]:
 
 
 def _seeds(row: Row) -> str:
-    return "no seed" if row.learning_rate is None else "1 seed" if row.one_seed else f"{len(row.scores)} seeds"
+    return (
+        "no seed" if row.learning_rate is None else "1 seed" if row.one_seed else f"{len(row.scores)} seeds"
+    )
 
 
 def _notes(table: Comparison, scale: Scale) -> list[str]:
@@ -77,19 +99,30 @@ def _notes(table: Comparison, scale: Scale) -> list[str]:
             "every run with a score on the test rows was trained on all of them."
         )
     if table.split == "validation":
-        notes[1] = "There was no test set: these rows also chose rates and checkpoints, so new rows will score a little lower, and nothing is tested."
+        notes[1] = (
+            "There was no test set: these rows also chose rates and checkpoints, so new rows will score a little lower, and nothing is tested."
+        )
     return notes
 
 
 def _pooled(table: Comparison) -> list[str]:
     """What the heads see, where that is not the same for all."""
     usual = table.settings.get("pooling")
-    words = {"first": "the first token, through the head that transformers has for the base", "mean": "the mean of all tokens"}
+    words = {
+        "first": "the first token, through the head that transformers has for the base",
+        "mean": "the mean of all tokens",
+    }
     found = []
     for pooling in words:
-        others = list(dict.fromkeys(run["method"] for run in table.runs if run.get("pooling") == pooling and pooling != usual))
+        others = list(
+            dict.fromkeys(
+                run["method"] for run in table.runs if run.get("pooling") == pooling and pooling != usual
+            )
+        )
         if usual in words and others:
-            found.append(f"{', '.join(others)}: the head sees {words[pooling]}, since peft has no other way; all others: {words[usual]}.")
+            found.append(
+                f"{', '.join(others)}: the head sees {words[pooling]}, since peft has no other way; all others: {words[usual]}."
+            )
     return found
 
 
@@ -102,7 +135,10 @@ def averages(found: Across, icons: Icons) -> dict[str, Any]:
     rows = []
     for a in found.averages:
         cells = [
-            _cell(_POINTS.score(a.mean / 100), "" if len(a.rows) == len(found.tables) else f"{len(a.rows)} set{'s' * (len(a.rows) > 1)}"),
+            _cell(
+                _POINTS.score(a.mean / 100),
+                "" if len(a.rows) == len(found.tables) else f"{len(a.rows)} set{'s' * (len(a.rows) > 1)}",
+            ),
             _over(a.to_best, "best" if a is found.best else NONE),
         ]
         cells += [_cell(p_text(a.p_holm), strong=told_apart(a)), _inside(a.to_best)]
@@ -121,11 +157,18 @@ def averages(found: Across, icons: Icons) -> dict[str, Any]:
 def _over(pair: Pair | None, without: str) -> dict[str, Any]:
     if pair is None:
         return _cell(without)
-    return _cell(_signed(pair.mean), f"{_signed(pair.mean - pair.half)} to {_signed(pair.mean + pair.half)}" if pair.half is not None else "")
+    return _cell(
+        _signed(pair.mean),
+        f"{_signed(pair.mean - pair.half)} to {_signed(pair.mean + pair.half)}"
+        if pair.half is not None
+        else "",
+    )
 
 
 def _inside(pair: Pair | None) -> dict[str, Any]:
-    return _cell(f"{_signed(pair.inside.low)} to {_signed(pair.inside.high)}" if pair and pair.inside else NONE)
+    return _cell(
+        f"{_signed(pair.inside.low)} to {_signed(pair.inside.high)}" if pair and pair.inside else NONE
+    )
 
 
 def _signed(points: float) -> str:
@@ -146,10 +189,26 @@ def by_set(found: Across, icons: Icons, folder: Path) -> dict[str, Any]:
             good = row is not None and (row is table.best or (row.p_holm is not None and row.p_holm >= NOISE))
             scale = Scale(table.metric)
             text = scale.score(row.mean) if row else NONE
-            cells.append(_cell(text, f"± {scale.score(row.half)}" if row and row.half is not None else "", strong=good))
-        rows.append({"name": average.name, "icon": icons.get(average.name), "best": average is found.best, "cells": cells})
-    notes = ["± is the 95 % t interval over seeds. Bold: the best of the set and what is not told apart from it (paired test, Holm)."]
-    notes += [f"{row.name} on {table.data}: {row.error}." for table in found.tables for row in table.rows if row.error]
+            cells.append(
+                _cell(text, f"± {scale.score(row.half)}" if row and row.half is not None else "", strong=good)
+            )
+        rows.append(
+            {
+                "name": average.name,
+                "icon": icons.get(average.name),
+                "best": average is found.best,
+                "cells": cells,
+            }
+        )
+    notes = [
+        "± is the 95 % t interval over seeds. Bold: the best of the set and what is not told apart from it (paired test, Holm)."
+    ]
+    notes += [
+        f"{row.name} on {table.data}: {row.error}."
+        for table in found.tables
+        for row in table.rows
+        if row.error
+    ]
     return {"title": "Every set", "head": ["method", *heads], "rows": rows, "notes": notes}
 
 
@@ -161,18 +220,31 @@ def pairs(found: Across, icons: Icons) -> dict[str, Any]:
         for other in found.averages:
             pair = found.pair(average.name, other.name) if other is not average else None
             clear = pair is not None and pair.half is not None and abs(pair.mean) > pair.half
-            cells.append(_cell(_signed(pair.mean) if pair else NONE if other is not average else "", strong=clear))
+            cells.append(
+                _cell(_signed(pair.mean) if pair else NONE if other is not average else "", strong=clear)
+            )
         rows.append({"name": average.name, "icon": icons.get(average.name), "best": False, "cells": cells})
     notes = [
         "Row minus column in points, mean over the sets. Bold: the 95 % interval over the sets leaves out 0 (not corrected for the number of pairs)."
     ]
-    return {"title": "Every pair", "head": ["method", *(average.name for average in found.averages)], "rows": rows, "notes": notes}
+    return {
+        "title": "Every pair",
+        "head": ["method", *(average.name for average in found.averages)],
+        "rows": rows,
+        "notes": notes,
+    }
 
 
 def record(row: Row, table: Comparison) -> list[dict[str, Any]]:
-    """Lines of report.csv about a method: at all training rows, then one for each smaller number. Raw numbers, no rounding."""
+    """Lines of report.csv about a method: at all training rows, then one for each smaller number. Raw
+    numbers, no rounding."""
     rates = row.rates
-    facts = {"data": table.data, "method": row.method, "size": " ".join(f"{k}={v}" for k, v in row.size.items()), "learning_rate": row.learning_rate}
+    facts = {
+        "data": table.data,
+        "method": row.method,
+        "size": " ".join(f"{k}={v}" for k, v in row.size.items()),
+        "learning_rate": row.learning_rate,
+    }
     full = max((count for count, *_ in row.curve), default=table.train_rows)
     line = {
         **facts,
@@ -209,8 +281,15 @@ def record(row: Row, table: Comparison) -> list[dict[str, Any]]:
 
 
 def _ends(name: str, mean: float | None, half: float | None) -> dict[str, float | None]:
-    return {f"{name}_low": mean - half, f"{name}_high": mean + half} if half is not None else {f"{name}_low": None, f"{name}_high": None}
+    return (
+        {f"{name}_low": mean - half, f"{name}_high": mean + half}
+        if half is not None
+        else {f"{name}_low": None, f"{name}_high": None}
+    )
 
 
 def _bounds(difference: Difference | None) -> dict[str, float | None]:
-    return {"difference_low": difference.low if difference else None, "difference_high": difference.high if difference else None}
+    return {
+        "difference_low": difference.low if difference else None,
+        "difference_high": difference.high if difference else None,
+    }

@@ -1,7 +1,7 @@
 """Places for the names beside the points of a figure, so that they cover neither each other nor the points.
 
-Greedy, then a few rounds of improvement: every name tries the same ring of places around its point and takes the cheapest.
-All lengths are in the unit of the drawing; boxes are (left, bottom, right, top).
+Greedy, then a few rounds of improvement: every name tries the same ring of places around its point and takes
+the cheapest. All lengths are in the unit of the drawing; boxes are (left, bottom, right, top).
 """
 
 import math
@@ -49,13 +49,17 @@ def place(
             others = boxes[placed]
             names = 3 * _covered(offers[i], others).sum(axis=1)
             own = np.stack([_inside(lead, others) for lead in _leads(points[i], offers[i])])
-            theirs = sum((_inside(_leads(points[j], boxes[j][None])[0], offers[i], per_box=True) for j in placed), np.zeros(len(offers[i])))
+            theirs = sum(
+                (_inside(_leads(points[j], boxes[j][None])[0], offers[i], per_box=True) for j in placed),
+                np.zeros(len(offers[i])),
+            )
             boxes[i] = offers[i][np.argmin(fixed[i] + names + _LINE_THROUGH * (own + theirs))]
     return boxes
 
 
 def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The places, moved as little as needed to lie at least `gap` apart inside [low, high], in the same order."""
+    """The places, moved as little as needed to lie at least `gap` apart inside [low, high], in the same
+    order."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     groups: list[tuple[float, int]] = []  # mean place and number of neighbours that touch: they move as one
 
@@ -82,7 +86,9 @@ def _offers(point: np.ndarray, size: np.ndarray, marker: float) -> np.ndarray:
             angle = 2 * math.pi * step / 24
             # The point of the box that is nearest to the marker lies `away` from its centre.
             centre = (
-                point + away * np.array([math.cos(angle), math.sin(angle)]) + size / 2 * np.array([_soft(math.cos(angle)), _soft(math.sin(angle))])
+                point
+                + away * np.array([math.cos(angle), math.sin(angle)])
+                + size / 2 * np.array([_soft(math.cos(angle)), _soft(math.sin(angle))])
             )
             boxes.append(np.concatenate([centre - size / 2, centre + size / 2]))
     return np.array(boxes)

@@ -1,7 +1,7 @@
 """How figures look and how they leave: marks and colours, PNG and SVG files, SVG inside the page.
 
-A figure is drawn once in the light colours of the page. In the page those become the style sheet's variables, so that it
-follows light and dark; as a file it keeps them, on white.
+A figure is drawn once in the light colours of the page. In the page those become the style sheet's variables,
+so that it follows light and dark; as a file it keeps them, on white.
 """
 
 import functools
@@ -29,7 +29,13 @@ MARKERS = (*"osD^vPXph<>*d", (4, 1, 0), (3, 1, 0), (4, 1, 45), (3, 1, 180), (6, 
 FROZEN = ("majority", "tfidf", "probe", "head")
 TEXT = 9.0  # points
 _FONT = "DejaVu Sans"
-RC = {"svg.fonttype": "none", "svg.hashsalt": "textlora", "font.family": _FONT, "font.size": TEXT, "axes.unicode_minus": True}
+RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "textlora",
+    "font.family": _FONT,
+    "font.size": TEXT,
+    "axes.unicode_minus": True,
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,11 @@ class Drawing:
             text = text.replace(colour, f"var(--{name})")
         text = text.replace(f"'{_FONT}'", "system-ui, sans-serif")
         label = f'<svg role="img" aria-label="{escape(clean(self.caption))}" '
-        return Markup(re.sub(r"<svg ", lambda _: label, re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2), count=1))
+        return Markup(
+            re.sub(
+                r"<svg ", lambda _: label, re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2), count=1
+            )
+        )
 
     @functools.cached_property
     def _svg(self) -> str:
@@ -77,8 +87,15 @@ class Drawing:
 
 
 def mark(method: str, place_in_order: int) -> Mark:
-    """Marker by the method's place in the order, colour by its kind: LoRA and its kin, the encoder untouched, all else."""
-    colour = SOFT if method in FROZEN else BLUE if "lora" in method or method in ("defaults", "dora", "pissa") else ORANGE
+    """Marker by the method's place in the order, colour by its kind: LoRA and its kin, the encoder untouched,
+    all else."""
+    colour = (
+        SOFT
+        if method in FROZEN
+        else BLUE
+        if "lora" in method or method in ("defaults", "dora", "pissa")
+        else ORANGE
+    )
     return Mark(MARKERS[place_in_order % len(MARKERS)], colour)
 
 
@@ -88,6 +105,6 @@ def icon(look: Mark) -> Markup:
     outline = style.get_path().transformed(style.get_transform()).to_polygons(closed_only=False)
     points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in outline[0])
     name = next(name for name, colour in COLOURS.items() if colour == look.colour)
-    return Markup('<svg class="icon" viewBox="-.75 -.75 1.5 1.5" aria-hidden="true"><polygon points="{}" fill="var(--{})"/></svg>').format(
-        points, name
-    )
+    return Markup(
+        '<svg class="icon" viewBox="-.75 -.75 1.5 1.5" aria-hidden="true"><polygon points="{}" fill="var(--{})"/></svg>'
+    ).format(points, name)

@@ -1,4 +1,5 @@
-"""Run records of one comparison to the rows of its table: means over seeds, paired differences to the best, spreads.
+"""Run records of one comparison to the rows of its table: means over seeds, paired differences to the best,
+spreads.
 
 Every number of the report is made here, from the records alone. Scores are in the metric's own unit.
 """
@@ -28,8 +29,10 @@ class Spread:
     """How much a method's validation score moves with its learning rate, size and seed fixed.
 
     Attributes:
-        points: (learning rate, score, whether it was trained to the full length), by rate; None is a run that failed.
-        width: highest minus lowest score of the runs that are alike in length; None with fewer than two of them.
+        points: (learning rate, score, whether it was trained to the full length), by rate; None is a run that
+            failed.
+        width: highest minus lowest score of the runs that are alike in length; None with fewer than two of
+            them.
         failed: how many rates failed.
         alike: how many rates `width` is about.
     """
@@ -42,7 +45,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one size, at its best learning rate; a method that failed has no score and says why in `error`."""
+    """One method at one size, at its best learning rate; a method that failed has no score and says why in
+    `error`."""
 
     method: str
     size: dict[str, Any]
@@ -100,7 +104,11 @@ class Comparison:
         return next(iter(self.scored), None)
 
     def difference(self, row: Row, other: Row) -> Difference | None:
-        return self.paired.difference(row.name, other.name) if self.paired and {row.name, other.name} <= set(self.paired.values) else None
+        return (
+            self.paired.difference(row.name, other.name)
+            if self.paired and {row.name, other.name} <= set(self.paired.values)
+            else None
+        )
 
 
 def compare(settings: dict[str, Any], runs: Iterable[Run]) -> Comparison:
@@ -113,7 +121,17 @@ def compare(settings: dict[str, Any], runs: Iterable[Run]) -> Comparison:
     Raises:
         DataError: a run's predictions are not as many as the test rows.
     """
-    runs = sorted(runs, key=lambda run: (run["method"], str(run["size"]), run["learning_rate"] or 0, run["train_rows"], run["seed"], run["epochs"]))
+    runs = sorted(
+        runs,
+        key=lambda run: (
+            run["method"],
+            str(run["size"]),
+            run["learning_rate"] or 0,
+            run["train_rows"],
+            run["seed"],
+            run["epochs"],
+        ),
+    )
     metric = settings["metric"]
     split = "test" if any(run.get("test") for run in runs) else "validation"
     groups: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
@@ -132,14 +150,25 @@ def compare(settings: dict[str, Any], runs: Iterable[Run]) -> Comparison:
 
 
 def _rows_of(method: str, by_size: dict[str, list[Run]], metric: str, split: str) -> list[Row]:
-    """The method's rows: a row per size that was repeated over seeds, else one row that says why there is none."""
+    """The method's rows: a row per size that was repeated over seeds, else one row that says why there is
+    none."""
     repeated = {size: runs for size, runs in by_size.items() if any(run["stage"] == "seeds" for run in runs)}
     if not repeated:
         tried = [run for runs in by_size.values() for run in runs]
         known = next((run for run in tried if "error" not in run), tried[0] if tried else None)
         row = Row(method, {}, method, error=_why(tried))
-        rates = max((_spread(runs, metric) for runs in by_size.values()), key=lambda spread: len(spread.points), default=None)
-        return [replace(row, rates=rates, **({"trainable_parameters": known.get("trainable_parameters")} if known else {}))]
+        rates = max(
+            (_spread(runs, metric) for runs in by_size.values()),
+            key=lambda spread: len(spread.points),
+            default=None,
+        )
+        return [
+            replace(
+                row,
+                rates=rates,
+                **({"trainable_parameters": known.get("trainable_parameters")} if known else {}),
+            )
+        ]
     rows, others = [], {size: _spread(runs, metric) for size, runs in by_size.items() if size not in repeated}
     for size, runs in repeated.items():
         name = method if len(repeated) == 1 else f"{method} {size}"
@@ -149,7 +178,13 @@ def _rows_of(method: str, by_size: dict[str, list[Run]], metric: str, split: str
         error = f"{len(failed)} of {len(seeds)} seeds failed: {failed[0]['error']}" if failed else None
         if not scores:
             rows.append(
-                Row(method, runs[0]["size"], name, error=error or f"no {metric_name(metric)} on the {split} rows", rates=_spread(runs, metric))
+                Row(
+                    method,
+                    runs[0]["size"],
+                    name,
+                    error=error or f"no {metric_name(metric)} on the {split} rows",
+                    rates=_spread(runs, metric),
+                )
             )
             continue
         good = [run for run in seeds if run["seed"] in scores]
@@ -167,8 +202,12 @@ def _rows_of(method: str, by_size: dict[str, list[Run]], metric: str, split: str
                 trainable_parameters=good[0]["trainable_parameters"],
                 head_parameters=good[0]["head_parameters"],
                 saved_bytes=good[0]["saved_bytes"],
-                train_seconds=median(run["train_seconds"] for run in good),  # a run that was held up must not count
-                peak_memory_bytes=max((run["peak_memory_bytes"] for run in good if run.get("peak_memory_bytes")), default=None),
+                train_seconds=median(
+                    run["train_seconds"] for run in good
+                ),  # a run that was held up must not count
+                peak_memory_bytes=max(
+                    (run["peak_memory_bytes"] for run in good if run.get("peak_memory_bytes")), default=None
+                ),
                 rates=_spread(runs, metric),
                 other_sizes=others,
                 curve=_curve(runs, split, metric),
@@ -199,13 +238,21 @@ def _spread(runs: Sequence[Run], metric: str) -> Spread:
         if held is None or ("error" not in run, run["epochs"]) > ("error" not in held, held["epochs"]):
             longest[run["learning_rate"]] = run
     full = max((run["epochs"] for run in search), default=0.0)
-    points = [(rate, _score(run, "validation", metric), run["epochs"] == full) for rate, run in sorted(longest.items())]
+    points = [
+        (rate, _score(run, "validation", metric), run["epochs"] == full)
+        for rate, run in sorted(longest.items())
+    ]
     # Rates that were stopped early are compared at the length that the most of them had.
     lengths = Counter(run["epochs"] for run in search if _score(run, "validation", metric) is not None)
     length = max(lengths, key=lambda epochs: (lengths[epochs], epochs), default=None)
     alike = [_score(run, "validation", metric) for run in search if run["epochs"] == length]
     alike = [score for score in alike if score is not None]
-    return Spread(points, max(alike) - min(alike) if len(alike) > 1 else None, sum(score is None for _, score, _ in points), len(alike))
+    return Spread(
+        points,
+        max(alike) - min(alike) if len(alike) > 1 else None,
+        sum(score is None for _, score, _ in points),
+        len(alike),
+    )
 
 
 def _curve(runs: Sequence[Run], split: str, metric: str) -> list[tuple[int, float, float | None, int]]:
@@ -214,10 +261,16 @@ def _curve(runs: Sequence[Run], split: str, metric: str) -> list[tuple[int, floa
         value = _score(run, split, metric)
         if run["stage"] in ("seeds", "rows") and value is not None:
             scores[run["train_rows"]].append(value)
-    return [(count, *t_interval(values), len(values)) for count, values in sorted(scores.items())] if len(scores) > 1 else []
+    return (
+        [(count, *t_interval(values), len(values)) for count, values in sorted(scores.items())]
+        if len(scores) > 1
+        else []
+    )
 
 
-def _paired(settings: dict[str, Any], runs: Sequence[Run], rows: Sequence[Row], metric: str) -> PairedScores | None:
+def _paired(
+    settings: dict[str, Any], runs: Sequence[Run], rows: Sequence[Row], metric: str
+) -> PairedScores | None:
     labels, problem_type = settings.get("test_labels"), settings["problem_type"]
     if not labels or metric not in DECIDED[problem_type]:
         return None
@@ -225,7 +278,12 @@ def _paired(settings: dict[str, Any], runs: Sequence[Run], rows: Sequence[Row], 
     made: dict[str, dict[int, Any]] = defaultdict(dict)
     for run in runs:
         row = names.get((run["method"], _size_text(run["size"])))
-        if run["stage"] != "seeds" or row is None or run["seed"] not in row.scores or run.get("test_predictions") is None:
+        if (
+            run["stage"] != "seeds"
+            or row is None
+            or run["seed"] not in row.scores
+            or run.get("test_predictions") is None
+        ):
             continue
         if len(run["test_predictions"]) != len(labels):
             raise DataError(
@@ -233,7 +291,11 @@ def _paired(settings: dict[str, Any], runs: Sequence[Run], rows: Sequence[Row], 
                 "remove its file under runs/ and start again",
             )
         made[row.name][run["seed"]] = run["test_predictions"]
-    return paired_scores(problem_type, metric, labels, made, seed=zlib.crc32(settings["data"].encode())) if made else None
+    return (
+        paired_scores(problem_type, metric, labels, made, seed=zlib.crc32(settings["data"].encode()))
+        if made
+        else None
+    )
 
 
 def _with_differences(table: Comparison) -> list[Row]:

@@ -1,4 +1,5 @@
-"""What a comparison shows in plain words, and how its numbers are written. Scores are times 100 where that is usual."""
+"""What a comparison shows in plain words, and how its numbers are written. Scores are times 100 where that is
+usual."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +14,8 @@ FEW_TEST_ROWS = 200
 
 
 class Scale:
-    """Writes scores and differences of one metric: 87.3 and +1.2, or with four decimals in the metric's own unit."""
+    """Writes scores and differences of one metric: 87.3 and +1.2, or with four decimals in the metric's own
+    unit."""
 
     def __init__(self, metric: str):
         self.own = metric in OWN_UNIT
@@ -71,11 +73,17 @@ def sentences(table: Comparison) -> list[str]:
 
 
 def verdict(table: Comparison) -> list[str]:
-    """What to take away: what won, whether that is more than noise, how the defaults stand, and whether there are test rows enough to tell."""
+    """What to take away: what won, whether that is more than noise, how the defaults stand, and whether there
+    are test rows enough to tell."""
     best, scale = table.best, Scale(table.metric)
     if best is None:
         return ["No method has a score yet."]
-    return [_winner(table, best, scale), *_noise(table, best, scale), *_defaults(table, best, scale), *_few_rows(table, scale)]
+    return [
+        _winner(table, best, scale),
+        *_noise(table, best, scale),
+        *_defaults(table, best, scale),
+        *_few_rows(table, scale),
+    ]
 
 
 def _over(*rows: Row) -> str:
@@ -95,18 +103,24 @@ def _defaults(table: Comparison, best: Row, scale: Scale) -> list[str]:
     if row.difference is None:
         return [f"What textlora train does by default is {stand} {best.name}."]
     between = f"95 % interval {_over(best, row)} {scale.interval(row.difference)}"
-    return [f"What textlora train does by default is {stand} {best.name} ({between}): {_verdict(row.p_holm < NOISE, best, row)}."]
+    return [
+        f"What textlora train does by default is {stand} {best.name} ({between}): {_verdict(row.p_holm < NOISE, best, row)}."
+    ]
 
 
 def _few_rows(table: Comparison, scale: Scale) -> list[str]:
     """Whether the test rows can tell the methods apart at all."""
     if table.split != "test" or not 0 < table.test_rows < FEW_TEST_ROWS or len(table.scored) < 2:
         return []
-    halves = sorted((row.difference.high - row.difference.low) / 2 for row in table.scored[1:] if row.difference)
+    halves = sorted(
+        (row.difference.high - row.difference.low) / 2 for row in table.scored[1:] if row.difference
+    )
     if not halves:
         return [f"{whole(table.test_rows)} test rows are few: more of them would say more."]
     reach = halves[len(halves) // 2]
-    if reach <= 0 or (not scale.own and reach < 1 / table.test_rows):  # answers that agree say little of those that were not asked
+    if reach <= 0 or (
+        not scale.own and reach < 1 / table.test_rows
+    ):  # answers that agree say little of those that were not asked
         return [f"{whole(table.test_rows)} test rows are few: more of them would say more."]
     return [
         f"{whole(table.test_rows)} test rows are few: the intervals of the differences reach about {scale.points(reach)} to either side, "
@@ -115,8 +129,18 @@ def _few_rows(table: Comparison, scale: Scale) -> list[str]:
 
 
 def _winner(table: Comparison, best: Row, scale: Scale) -> str:
-    seeds = f", mean of {len(best.scores)} seeds" if len(best.scores) > 1 else ", with one seed" if best.one_seed else ""
-    on = f" on {whole(table.test_rows)} test rows" if table.split == "test" and table.test_rows else f" on the {table.split} rows"
+    seeds = (
+        f", mean of {len(best.scores)} seeds"
+        if len(best.scores) > 1
+        else ", with one seed"
+        if best.one_seed
+        else ""
+    )
+    on = (
+        f" on {whole(table.test_rows)} test rows"
+        if table.split == "test" and table.test_rows
+        else f" on the {table.split} rows"
+    )
     text = f"{best.name} has the best {scale.name}: {scale.score(best.mean)}{on}{seeds}."
     second = next(iter(table.scored[1:]), None)
     if second is None:
@@ -141,15 +165,21 @@ def _noise(table: Comparison, best: Row, scale: Scale) -> list[str]:
         return []
     others = [row for row in table.scored[1:] if row.p_holm is not None]
     if not others:
-        return [f"{scale.name} cannot be tested from decisions alone, so whether differences are noise is not known."]
+        return [
+            f"{scale.name} cannot be tested from decisions alone, so whether differences are noise is not known."
+        ]
     surely = [row for row in others if row.p_holm < NOISE]
     alike = [row for row in others if row.p_holm >= NOISE]
     text = []
     if surely:
-        text.append(f"Behind {best.name} by more than noise: {_names([f'{row.name} ({scale.signed(row.difference.value)})' for row in surely])}.")
+        text.append(
+            f"Behind {best.name} by more than noise: {_names([f'{row.name} ({scale.signed(row.difference.value)})' for row in surely])}."
+        )
     if alike:
         text.append(
-            f"Not told apart from {best.name}: {_names([row.name for row in alike])}." if surely else f"No method is told apart from {best.name}."
+            f"Not told apart from {best.name}: {_names([row.name for row in alike])}."
+            if surely
+            else f"No method is told apart from {best.name}."
         )
         text.append(_cheapest([best, *alike]))
     single = [row.name for row in (best, *others) if row.one_seed]
@@ -169,7 +199,9 @@ def _cheapest(rows: Sequence[Row]) -> str:
     for fact, tell in ways:
         row = min(rows, key=lambda row: getattr(row, fact))
         least.setdefault(row.name, []).append(tell(row))
-    return f"Of these {len(rows)}, " + "; ".join(f"{name} {_names(told)}" for name, told in least.items()) + "."
+    return (
+        f"Of these {len(rows)}, " + "; ".join(f"{name} {_names(told)}" for name, told in least.items()) + "."
+    )
 
 
 def _fewest(row: Row) -> str:
@@ -183,7 +215,9 @@ def _lora_and_full(table: Comparison, scale: Scale) -> list[str]:
     full = next((row for row in table.scored if row.method == "full"), None)
     lora = next((row for row in table.scored if row.method.startswith("lora")), None)
     difference = table.difference(lora, full) if full and lora else None
-    if difference is None or (table.best in (full, lora) and table.scored.index(full) + table.scored.index(lora) == 1):
+    if difference is None or (
+        table.best in (full, lora) and table.scored.index(full) + table.scored.index(lora) == 1
+    ):
         return []  # said already
     inside = difference.low <= 0 <= difference.high
     side = (
@@ -201,7 +235,10 @@ def _lora_and_full(table: Comparison, scale: Scale) -> list[str]:
 
 
 def _steady(table: Comparison, scale: Scale) -> list[str]:
-    moved = sorted((row for row in table.scored if row.rates and row.rates.width is not None), key=lambda row: row.rates.width)
+    moved = sorted(
+        (row for row in table.scored if row.rates and row.rates.width is not None),
+        key=lambda row: row.rates.width,
+    )
     text = []
     if len(moved) > 1:
         least, most = moved[0], moved[-1]
@@ -223,15 +260,23 @@ def sentences_of_many(found: Across) -> list[str]:
         return ["No method has a score yet."]
     count = len(found.tables)
     over = f"the {count}" if len(best.rows) == count else f"{len(best.rows)} of {count}"
-    text = [f"{best.name} has the best mean score over {over} sets: {Scale('accuracy').score(best.mean / 100)}."]
+    text = [
+        f"{best.name} has the best mean score over {over} sets: {Scale('accuracy').score(best.mean / 100)}."
+    ]
     others = [average for average in found.averages if average.to_best]
     surely, alike = [a for a in others if told_apart(a)], [a for a in others if not told_apart(a)]
     if others:
-        text[0] += f" {others[0].name} is next: {_difference(others[0].to_best)}, {'more' if told_apart(others[0]) else 'no more'} than noise."
+        text[0] += (
+            f" {others[0].name} is next: {_difference(others[0].to_best)}, {'more' if told_apart(others[0]) else 'no more'} than noise."
+        )
     if surely:
-        text.append(f"Behind {best.name} by more than noise: {_names([f'{a.name} ({_signed(a.to_best.mean)})' for a in surely])}.")
+        text.append(
+            f"Behind {best.name} by more than noise: {_names([f'{a.name} ({_signed(a.to_best.mean)})' for a in surely])}."
+        )
     if alike:
-        text.append(f"Not told apart from {best.name} over the sets: {_names([f'{a.name} ({_signed(a.to_best.mean)})' for a in alike])}.")
+        text.append(
+            f"Not told apart from {best.name} over the sets: {_names([f'{a.name} ({_signed(a.to_best.mean)})' for a in alike])}."
+        )
     lora = next((a for a in found.averages if a.method.startswith("lora") and a.to_full), None)
     if lora:
         text.append(f"The best LoRA ({lora.name}) against full fine-tuning: {_difference(lora.to_full)}.")
@@ -243,7 +288,11 @@ def sentences_of_many(found: Across) -> list[str]:
 
 
 def _difference(pair: Pair) -> str:
-    between = f" (95 % interval over the sets {_signed(pair.mean - pair.half)} to {_signed(pair.mean + pair.half)})" if pair.half is not None else ""
+    between = (
+        f" (95 % interval over the sets {_signed(pair.mean - pair.half)} to {_signed(pair.mean + pair.half)})"
+        if pair.half is not None
+        else ""
+    )
     return f"{_signed(pair.mean)} points{between}"
 
 

@@ -1,7 +1,8 @@
-"""The padded forward as an ONNX graph: the packed encoder's tables and tensors, the same numbers, for runtimes that want rectangles.
+"""The padded forward as an ONNX graph: the packed encoder's tables and tensors, the same numbers, for
+runtimes that want rectangles.
 
-Plain ONNX operators only. Tokens lie as (N, H) with N = batch x length, so that every dense layer is one `Gemm` on a weight as transformers stores
-it. B texts of padded length L, h heads, d = H / h.
+Plain ONNX operators only. Tokens lie as (N, H) with N = batch x length, so that every dense layer is one
+`Gemm` on a weight as transformers stores it. B texts of padded length L, h heads, d = H / h.
 """
 
 import json
@@ -14,7 +15,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from textlora.model.families import MEAN_HEAD, EncoderSpec, HeadLayer
 
-OPSET, IR_VERSION = 17, 8  # ONNX 1.12 of 2022: old enough for every runtime in use, the first with LayerNormalization
+OPSET, IR_VERSION = (
+    17,
+    8,
+)  # ONNX 1.12 of 2022: old enough for every runtime in use, the first with LayerNormalization
 LOWEST = float(np.finfo(np.float32).min)
 IDS, MASK, TYPES, LOGITS = "input_ids", "attention_mask", "token_type_ids", "logits"
 
@@ -25,7 +29,8 @@ def head_layers(spec: EncoderSpec, pooling: str) -> tuple[HeadLayer, ...]:
 
 
 def input_names(spec: EncoderSpec) -> tuple[str, ...]:
-    """The token inputs, named as transformers names them; segment ids only where the family's tokenizer hands them out."""
+    """The token inputs, named as transformers names them; segment ids only where the family's tokenizer hands
+    them out."""
     return (IDS, MASK, TYPES) if spec.family.uses_type_ids else (IDS, MASK)
 
 
@@ -56,17 +61,24 @@ class Graph:
     def optional(self, name: str, shape: tuple[str | int, ...], default: np.ndarray) -> str:
         """A float input that a run may leave out: a graph input that is an initializer too.
 
-        Names of dynamic sizes must differ where sizes may: ONNX Runtime plans one buffer for sizes of one name.
+        Names of dynamic sizes must differ where sizes may: ONNX Runtime plans one buffer for sizes of one
+        name.
         """
         self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         return self.tensor(name, default)
 
     def model(self, metadata: Mapping[str, Any]) -> ModelProto:
-        """The finished model, output `logits` (batch, labels); `metadata` goes into its properties under `textlora`, as JSON."""
+        """The finished model, output `logits` (batch, labels); `metadata` goes into its properties under
+        `textlora`, as JSON."""
         output = helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", "labels"])
         initializers = [numpy_helper.from_array(value, name) for name, value in self.initializers.items()]
         graph = helper.make_graph(self.nodes, "textlora", self.inputs, [output], initializers)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="textlora")
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="textlora",
+        )
         helper.set_model_props(model, {"textlora": json.dumps(metadata, ensure_ascii=False)})
         return model
 
@@ -77,11 +89,18 @@ class EncoderGraph(Graph):
     Args:
         weights: full transformers name -> float32 array: the encoder and what there is of the head.
         pooling: "first" or "mean".
-        adapted: full names of the dense layers that take `NAME.lora_A` (r, in), `NAME.lora_B` (out, r) with the scale s in it, and
-            `NAME.dora_scale` (out,) as optional inputs. Where any does, the head's tensors are optional inputs too.
+        adapted: full names of the dense layers that take `NAME.lora_A` (r, in), `NAME.lora_B` (out, r) with
+            the scale s in it, and `NAME.dora_scale` (out,) as optional inputs. Where any does, the head's
+            tensors are optional inputs too.
     """
 
-    def __init__(self, spec: EncoderSpec, weights: Mapping[str, np.ndarray], pooling: str, adapted: Collection[str] = ()):
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        weights: Mapping[str, np.ndarray],
+        pooling: str,
+        adapted: Collection[str] = (),
+    ):
         super().__init__()
         self.spec, self.weights, self.pooling, self.adapted = spec, weights, pooling, frozenset(adapted)
         self.table = {ours: f"{spec.family.prefix}.{theirs}" for ours, theirs in spec.tensors().items()}
@@ -91,7 +110,9 @@ class EncoderGraph(Graph):
         self.batch = self.op("Slice", shape, self.integers(0), self.integers(1))
         self.length = self.op("Slice", shape, self.integers(1), self.integers(2))
         self.rows = self.op("Concat", self.batch, self.length, self.integers(spec.hidden), axis=0)
-        self.heads = self.op("Concat", self.batch, self.length, self.integers(spec.heads, spec.hidden // spec.heads), axis=0)
+        self.heads = self.op(
+            "Concat", self.batch, self.length, self.integers(spec.heads, spec.hidden // spec.heads), axis=0
+        )
         self.real = self.op("Cast", MASK, to=TensorProto.FLOAT)
         absent = self.op("Mul", self.op("Sub", self.scalar(1.0), self.real), self.scalar(LOWEST))
         self.bias = self.op("Unsqueeze", absent, self.integers(1, 2))
@@ -108,11 +129,17 @@ class EncoderGraph(Graph):
         if self.pooling == "first":
             return x if self.spec.layers else self._firsts(x)
         mask = self.op("Unsqueeze", self.real, self.integers(2))
-        total = self.op("ReduceSum", self.op("Mul", self.op("Reshape", x, self.rows), mask), self.integers(1), keepdims=0)
+        total = self.op(
+            "ReduceSum", self.op("Mul", self.op("Reshape", x, self.rows), mask), self.integers(1), keepdims=0
+        )
         return self.op("Div", total, self.op("ReduceSum", mask, self.integers(1), keepdims=0))
 
     def _embed(self) -> str:
-        table = {name.removeprefix("embeddings."): full for name, full in self.table.items() if name.startswith("embeddings.")}
+        table = {
+            name.removeprefix("embeddings."): full
+            for name, full in self.table.items()
+            if name.startswith("embeddings.")
+        }
         x = self.op("Gather", self._constant(table["word"]), IDS)
         if "type" in table and self.spec.family.uses_type_ids:
             x = self.op("Add", x, self.op("Gather", self._constant(table["type"]), TYPES))
@@ -121,10 +148,15 @@ class EncoderGraph(Graph):
         x = self.op("Add", x, self._positions(self._constant(table["position"])))
         x = self._norm(x, table["norm.weight"].removesuffix(".weight"))
         x = self.op("Reshape", x, self.integers(-1, self.spec.embedding_size))
-        return self._dense(x, table["project.weight"].removesuffix(".weight")) if "project.weight" in table else x
+        return (
+            self._dense(x, table["project.weight"].removesuffix(".weight"))
+            if "project.weight" in table
+            else x
+        )
 
     def _positions(self, rows: str) -> str:
-        """Rows of the position table: the first L, or with RoBERTa's offset counted over the ids that are not padding."""
+        """Rows of the position table: the first L, or with RoBERTa's offset counted over the ids that are not
+        padding."""
         padding = self.spec.position_offset - 1
         if padding < 0:
             return self.op("Slice", rows, self.integers(0), self.length)
@@ -146,12 +178,19 @@ class EncoderGraph(Graph):
         shares = self.op("Softmax", self.op("Add", scores, self.bias), axis=-1)
         context = self.op("Transpose", self.op("MatMul", shares, value), perm=(0, 2, 1, 3))
         context = self.op("Reshape", context, self.integers(-1, self.spec.hidden))
-        x = self._norm(self.op("Add", asking, self._dense(context, module("attention_output"))), module("attention_norm"))
+        x = self._norm(
+            self.op("Add", asking, self._dense(context, module("attention_output"))), module("attention_norm")
+        )
         inner = self._activate(self._dense(x, module("intermediate")), self.spec.activation)
         return self._norm(self.op("Add", x, self._dense(inner, module("output"))), module("output_norm"))
 
     def _firsts(self, x: str) -> str:
-        return self.op("Gather", self.op("Reshape", x, self.rows), self.tensor("first", np.array(0, dtype=np.int64)), axis=1)
+        return self.op(
+            "Gather",
+            self.op("Reshape", x, self.rows),
+            self.tensor("first", np.array(0, dtype=np.int64)),
+            axis=1,
+        )
 
     def _norm(self, x: str, module: str) -> str:
         weight, bias = self._constant(f"{module}.weight"), self._constant(f"{module}.bias")
@@ -165,7 +204,10 @@ class EncoderGraph(Graph):
     def _product(self, x: str, module: str, weight: str, bias: str, out: int, inner: int) -> str:
         if module not in self.adapted:
             return self.op("Gemm", x, weight, bias, name=module, transB=1)
-        r, none = f"{module}.r", np.zeros((0, inner), dtype=np.float32)  # r = 0: a layer that the active adapter leaves alone
+        r, none = (
+            f"{module}.r",
+            np.zeros((0, inner), dtype=np.float32),
+        )  # r = 0: a layer that the active adapter leaves alone
         A = self.optional(f"{module}.lora_A", (r, inner), none)
         B = self.optional(f"{module}.lora_B", (out, r), np.zeros((out, 0), dtype=np.float32))
         scale = self.optional(f"{module}.dora_scale", (out,), np.ones(out, dtype=np.float32))
@@ -181,9 +223,18 @@ class EncoderGraph(Graph):
             if self.adapted:
                 known = weight in self.weights
                 fan_out: str | int = "labels" if last else (width if known else "dense")
-                none = (0, 0 if isinstance(fan_in, str) else fan_in)  # a head that is not given yields no logits, never wrong ones
-                self.optional(weight, (fan_out, fan_in), self.weights[weight] if known else np.zeros(none, dtype=np.float32))
-                self.optional(bias, (fan_out,), self.weights[bias] if known else np.zeros(0, dtype=np.float32))
+                none = (
+                    0,
+                    0 if isinstance(fan_in, str) else fan_in,
+                )  # a head that is not given yields no logits, never wrong ones
+                self.optional(
+                    weight,
+                    (fan_out, fan_in),
+                    self.weights[weight] if known else np.zeros(none, dtype=np.float32),
+                )
+                self.optional(
+                    bias, (fan_out,), self.weights[bias] if known else np.zeros(0, dtype=np.float32)
+                )
                 fan_in = fan_out
             else:
                 self._constant(weight), self._constant(bias)
@@ -198,11 +249,15 @@ class EncoderGraph(Graph):
             inner = self.op("Erf", self.op("Mul", x, self.scalar(0.5**0.5)))
         else:  # gelu_new, gelu_pytorch_tanh
             cube = self.op("Mul", self.op("Mul", self.op("Mul", x, x), x), self.scalar(0.044715))
-            inner = self.op("Tanh", self.op("Mul", self.op("Add", x, cube), self.scalar(math.sqrt(2 / math.pi))))
+            inner = self.op(
+                "Tanh", self.op("Mul", self.op("Add", x, cube), self.scalar(math.sqrt(2 / math.pi)))
+            )
         return self.op("Mul", half, self.op("Add", inner, self.scalar(1.0)))
 
 
-def classifier_model(spec: EncoderSpec, weights: Mapping[str, np.ndarray], pooling: str, metadata: Mapping[str, Any]) -> ModelProto:
+def classifier_model(
+    spec: EncoderSpec, weights: Mapping[str, np.ndarray], pooling: str, metadata: Mapping[str, Any]
+) -> ModelProto:
     """A merged classifier: token inputs (batch, length) to `logits` (batch, labels).
 
     Args:
@@ -215,14 +270,19 @@ def classifier_model(spec: EncoderSpec, weights: Mapping[str, np.ndarray], pooli
 
 
 def base_model(
-    spec: EncoderSpec, weights: Mapping[str, np.ndarray], pooling: str, adapted: Collection[str], guard: str, metadata: Mapping[str, Any]
+    spec: EncoderSpec,
+    weights: Mapping[str, np.ndarray],
+    pooling: str,
+    adapted: Collection[str],
+    guard: str,
+    metadata: Mapping[str, Any],
 ) -> ModelProto:
     """A base whose adapters are inputs, for any rank and number of labels.
 
     Args:
         adapted: full names of the dense layers that take LoRA; at least one.
-        guard: name of an input (1,) that every adapter of this base gives, zero. A runtime refuses inputs that a graph does not have, and so
-            an adapter of another base.
+        guard: name of an input (1,) that every adapter of this base gives, zero. A runtime refuses inputs
+            that a graph does not have, and so an adapter of another base.
     """
     graph = EncoderGraph(spec, weights, pooling, adapted)
     zero = graph.optional(guard, (1,), np.zeros(1, dtype=np.float32))

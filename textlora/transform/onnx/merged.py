@@ -47,7 +47,12 @@ LEFT_OUT = ("_name_or_path", "auto_map", "torch_dtype", "dtype")
 
 
 def export_classifier(
-    classifier: TextClassifier, files: BaseFiles, output: Path, *, int8: bool = False, table: Table | None = None
+    classifier: TextClassifier,
+    files: BaseFiles,
+    output: Path,
+    *,
+    int8: bool = False,
+    table: Table | None = None,
 ) -> dict[str, Any]:
     """Write the merged classifier as a folder with model.onnx, config.json and the tokenizer.
 
@@ -59,8 +64,10 @@ def export_classifier(
         table: labelled rows to compare on besides the golden examples.
 
     Returns:
-        {"output", "opset", "bytes", "rows", "golden", "score_difference"}: bytes by file name, and the largest difference of a logit from the packed
-        model's over its temperature on the golden examples, of a score on all rows. With a table "difference" on its rows, "test" metrics and "changed" decisions too. "int8" has the same of that file.
+        {"output", "opset", "bytes", "rows", "golden", "score_difference"}: bytes by file name, and the
+        largest difference of a logit from the packed model's over its temperature on the golden examples, of
+        a score on all rows. With a table "difference" on its rows, "test" metrics and "changed" decisions
+        too. "int8" has the same of that file.
 
     Raises:
         UsageError: there is no graph for this architecture, or `output` is in use.
@@ -72,22 +79,35 @@ def export_classifier(
     trial = _Trial.of(classifier, table)
     with new_folder(output) as folder:
         path, config = folder / MODEL_FILE, _config(files, meta)
-        write_model(classifier_model(spec, merged_weights(classifier.model, temperature_of(meta)), meta.pooling, config), path)
+        write_model(
+            classifier_model(
+                spec, merged_weights(classifier.model, temperature_of(meta)), meta.pooling, config
+            ),
+            path,
+        )
         write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         write_tokenizer(classifier.tokenizer, (files.folder,), files.config, folder, truncate=True)
         found = session_logits(open_session(path), trial.encoded, spec)
         require_close(found, trial.packed)
-        result = {"output": str(output), "opset": OPSET, "rows": len(trial.encoded) - trial.golden, **trial.record(found)}
+        result = {
+            "output": str(output),
+            "opset": OPSET,
+            "rows": len(trial.encoded) - trial.golden,
+            **trial.record(found),
+        }
         if int8:
             _quantise(path, folder / INT8_FILE)
-            result["int8"] = trial.record(session_logits(open_session(folder / INT8_FILE), trial.encoded, spec))
+            result["int8"] = trial.record(
+                session_logits(open_session(folder / INT8_FILE), trial.encoded, spec)
+            )
         result["bytes"] = file_sizes(folder)
     return result
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """Texts to compare on, the golden examples first: encoded, with the packed model's logits (N, C) over the temperature, and the labels of the rows behind them."""
+    """Texts to compare on, the golden examples first: encoded, with the packed model's logits (N, C) over the
+    temperature, and the labels of the rows behind them."""
 
     meta: AdapterMeta
     encoded: list[Encoded]
@@ -112,18 +132,26 @@ class _Trial:
             return cls(settled(meta), classifier.tokenizer.encode(texts, pairs), packed, golden, labels)
 
     def record(self, found: np.ndarray) -> dict[str, Any]:
-        """What a file's logits are worth: the largest difference of one on the golden examples and on the rows, of a score on all, metrics, decisions
-        changed."""
+        """What a file's logits are worth: the largest difference of one on the golden examples and on the
+        rows, of a score on all, metrics, decisions changed."""
         apart, meta = np.abs(found - self.packed), self.meta
         scores = [probabilities(logits, meta.problem_type) for logits in (found, self.packed)]
-        record: dict[str, Any] = {"golden": float(apart[: self.golden].max()), "score_difference": float(np.abs(scores[0] - scores[1]).max())}
+        record: dict[str, Any] = {
+            "golden": float(apart[: self.golden].max()),
+            "score_difference": float(np.abs(scores[0] - scores[1]).max()),
+        }
         if self.labels is None:
             return record
-        rows, thresholds = found[self.golden :], None if meta.thresholds is None else np.array(meta.thresholds)
+        rows = found[self.golden :]
+        thresholds = None if meta.thresholds is None else np.array(meta.thresholds)
         record |= {"difference": float(apart[self.golden :].max())}
-        record["test"] = evaluate(meta.problem_type, self.labels, rows, list(meta.labels), thresholds=thresholds)
+        record["test"] = evaluate(
+            meta.problem_type, self.labels, rows, list(meta.labels), thresholds=thresholds
+        )
         if meta.problem_type != REGRESSION:
-            after, before = (decide(p[self.golden :], meta.problem_type, thresholds).reshape(len(rows), -1) for p in scores)
+            after, before = (
+                decide(p[self.golden :], meta.problem_type, thresholds).reshape(len(rows), -1) for p in scores
+            )
             record["changed"] = int((before != after).any(axis=1).sum())
         return record
 
@@ -133,7 +161,8 @@ def require_spec(files: BaseFiles) -> EncoderSpec:
     spec = read_spec(files.config)
     if isinstance(spec, str):
         raise UsageError(
-            f"no ONNX graph for this base: {spec}, and the graph is made from its tables", "`textlora merge` it and export that folder with optimum"
+            f"no ONNX graph for this base: {spec}, and the graph is made from its tables",
+            "`textlora merge` it and export that folder with optimum",
         )
     return spec
 
@@ -141,12 +170,15 @@ def require_spec(files: BaseFiles) -> EncoderSpec:
 def named_base(spec: EncoderSpec, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Full transformers name -> tensor of a base, its pooler included where it has one."""
     prefix = spec.family.prefix
-    table = spec.tensors() | {f"pooler.{part}": f"pooler.dense.{part}" for part in ("weight", "bias") if f"pooler.{part}" in tensors}
+    table = spec.tensors() | {
+        f"pooler.{part}": f"pooler.dense.{part}" for part in ("weight", "bias") if f"pooler.{part}" in tensors
+    }
     return {f"{prefix}.{theirs}": tensors[ours] for ours, theirs in table.items()}
 
 
 def merged_weights(model: PackedModel, temperature: float = 1.0) -> dict[str, np.ndarray]:
-    """Full transformers name -> float32 array of the merged classifier; `W + delta` is computed in float64 and rounded once.
+    """Full transformers name -> float32 array of the merged classifier; `W + delta` is computed in float64
+    and rounded once.
 
     Args:
         temperature: what the adapter's logits are divided by; it goes into the head.
@@ -164,7 +196,8 @@ def as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def adapter_facts(meta: AdapterMeta) -> dict[str, Any]:
-    """What an answer depends on and neither a graph nor transformers' config.json has a place for; the temperature is in the head."""
+    """What an answer depends on and neither a graph nor transformers' config.json has a place for; the
+    temperature is in the head."""
     return {name: getattr(settled(meta), name) for name in _FACTS}
 
 
@@ -186,13 +219,20 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def _quantise(source: Path, target: Path) -> None:
-    """Dynamic int8: dense layers with one scale per output, embedding tables with one each; the rest stays float32."""
+    """Dynamic int8: dense layers with one scale per output, embedding tables with one each; the rest stays
+    float32."""
     from onnxruntime.quantization import quantize_dynamic  # takes a second to import
 
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it asks for a preparation that a graph like ours has no use for
     try:
         large = source.with_name(f"{source.name}_data").exists()
-        quantize_dynamic(source, target, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, use_external_data_format=large)
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul", "Gather"],
+            per_channel=True,
+            use_external_data_format=large,
+        )
     finally:
         logging.disable(disabled)
