@@ -20,7 +20,7 @@ from textlora.data.tokenize import Encoded, pack
 from textlora.model.base import find_base, read_weights
 from textlora.model.families import read_spec
 from textlora.model.open import open_model
-from textlora.model.reference_model import ReferenceModel, _load, _wrap, quietly
+from textlora.model.reference_model import ReferenceModel, _wrap, load_base, quietly
 
 LENGTHS = [5, 1, 2, 3, 5, 48, 5, 8, 13]
 LORA = LoraConfig(r=4)
@@ -100,7 +100,7 @@ def test_mean_pooling_round_trip(family, tiny_base, tmp_path):
 def test_names_are_pefts_file_names(family, tiny_base):
     model = ReferenceModel.create(tiny_base(family), LoraConfig(r=4, use_dora=True), 3)
     with quietly():
-        base = _load(tiny_base(family), 3, "first")
+        base = load_base(tiny_base(family), 3, "first")
         net = _wrap(base, model.lora, model.target_modules, "first")
     assert {n: t.shape for n, t in get_peft_model_state_dict(net).items()} == {
         n: t.shape for n, t in model.trainable().items()

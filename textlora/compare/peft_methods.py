@@ -16,7 +16,7 @@ from torch import nn
 from textlora.core.config import LoraConfig
 from textlora.core.errors import UsageError
 from textlora.model.families import FAMILIES
-from textlora.model.reference_model import ReferenceModel, _load, _seeded, quietly
+from textlora.model.reference_model import ReferenceModel, load_base, quietly, seeded
 from textlora.model.targets import lies_in
 
 KINDS = ("ia3", "prefix", "prompt")
@@ -44,8 +44,8 @@ class PeftMethodModel(ReferenceModel):
         """
         if pooling not in poolings(kind):
             raise UsageError(f"'{kind}' has no mean pooling", "leave out --pooling")
-        with _seeded(seed), quietly():
-            base = _load(Path(folder), num_labels, pooling)
+        with seeded(seed), quietly():
+            base = load_base(Path(folder), num_labels, pooling)
             about = base.net.config
             if kind == "prompt" and getattr(about, "embedding_size", about.hidden_size) != about.hidden_size:
                 raise UsageError(

@@ -30,7 +30,7 @@ from textlora.training.cross_validation import Trainings
 from textlora.training.head_start import start_head
 from textlora.training.hidden_state_cache import HiddenStates, PickedStates, build_prefix
 from textlora.training.losses import prior_of
-from textlora.training.prepare import Prepared, _folds
+from textlora.training.prepare import Prepared, row_folds
 from textlora.training.trainer import Trainer
 
 MOST_EVALUATIONS = 10  # of a run over few rows, which has many short epochs
@@ -169,7 +169,7 @@ class Bench:
             picked = pick_rows(sets["train"].labels, run.train_rows, run.seed)
             sets["train"] = sets["train"].pick(picked)
             if folds is not None:
-                folds = _folds(sets["train"].rows, sets["train"].labels, self.prepared.schema, run.seed)
+                folds = row_folds(sets["train"].rows, sets["train"].labels, self.prepared.schema, run.seed)
             steps = math.ceil(len(picked) / (config.batch_size * config.gradient_accumulation_steps))
             if run.epochs > MOST_EVALUATIONS:
                 config = replace(config, eval_every=math.ceil(steps * run.epochs / MOST_EVALUATIONS))

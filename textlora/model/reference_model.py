@@ -154,8 +154,8 @@ class ReferenceModel:
             ModelError: the base cannot be read, does not fit its config.json, or is no encoder.
             UsageError: the LoRA settings name layers that are not there.
         """
-        with _seeded(seed), quietly():
-            base = _load(Path(folder), num_labels, pooling)
+        with seeded(seed), quietly():
+            base = load_base(Path(folder), num_labels, pooling)
             targets = find_targets(lora, base.net, base.prefix, base.heads if pooling == "first" else None)
             own = _own_modules(base, lora, targets)
             net = _wrap(base, lora, targets, pooling)
@@ -182,8 +182,8 @@ class ReferenceModel:
         """
         saved = read_adapter(adapter_folder)
         lora = lora_config(saved)
-        with _seeded(0), quietly():
-            base = _load(Path(base_folder), num_labels, pooling)
+        with seeded(0), quietly():
+            base = load_base(Path(base_folder), num_labels, pooling)
             try:
                 targets = find_targets(
                     lora, base.net, base.prefix, base.heads if pooling == "first" else None
@@ -271,7 +271,7 @@ class ReferenceModel:
         for layer in layers:  # the layer itself too: DoRA asks it, not its dropout, whether it trains
             layer.train(True)
         try:
-            with _seeded(seed, self.device):
+            with seeded(seed, self.device):
                 yield
         finally:
             for layer in layers:
@@ -299,7 +299,7 @@ class ReferenceModel:
         return self._hash
 
 
-def _load(folder: Path, num_labels: int, pooling: str) -> _Base:
+def load_base(folder: Path, num_labels: int, pooling: str) -> _Base:
     weight_files(folder)  # refuses pickles and missing shards in our words
     unfit = "is config.json of another model?"
     try:
@@ -446,7 +446,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Run on random numbers from `seed` and put the generators back."""
     on_gpu = device is not None and device.type == "cuda"
     with torch.random.fork_rng([device] if on_gpu else []):

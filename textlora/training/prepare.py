@@ -214,7 +214,7 @@ def _split_off(rows: list[Row], schema: LabelSchema, share: float) -> tuple[list
     ]
 
 
-def _folds(rows: Sequence[Row], labels: np.ndarray, schema: LabelSchema, seed: int) -> np.ndarray | None:
+def row_folds(rows: Sequence[Row], labels: np.ndarray, schema: LabelSchema, seed: int) -> np.ndarray | None:
     """The fold of each training row, by `folds.make_folds`."""
     if schema.problem_type == REGRESSION:
         marks = np.ones((len(rows), 1), dtype=bool)
@@ -345,7 +345,7 @@ def prepare(config: TrainConfig, sources: Mapping[str, Any] | None = None) -> Pr
         lengths,
         tokenizer.max_length,
     )
-    folds = _folds(rows["train"], labels["train"], schema, config.seed) if split.cross_validated else None
+    folds = row_folds(rows["train"], labels["train"], schema, config.seed) if split.cross_validated else None
     lines = [*split.lines(), *_deciders(split, folds, "validation" in tables)]
     return Prepared(
         config, files, model, reason, tokenizer, schema, sets, report, metric, tables["train"].sha256, device,
