@@ -14,7 +14,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 MADE = "textlora/kernels/_kernels.so"
 SOURCES = tuple(
     f"textlora/kernels/{name}.c"
-    for name in ("amx", "attention", "crew", "encode", "first", "lora", "passes", "product", "train")
+    for name in ("amx", "attention", "crew", "encode", "first", "grouped_lora", "passes", "product", "train")
 )
 COMMAND = [
     "-O3",

@@ -21,9 +21,10 @@ from common import RESULTS, write_result
 
 from textlora.compare.comparison import Comparison, compare, read_comparison
 from textlora.compare.methods import DEFAULT_METHODS
-from textlora.core.config import TrainConfig, default_rate
+from textlora.core.config import TrainConfig
 from textlora.report.comparison.across import across
 from textlora.report.comparison.page import render_many
+from textlora.training.learning_rate import default_rate
 
 SETS = ("trec6", "banking77", "sst2", "tweet_emotion", "mr", "glue_rte")
 ASIDE = ("ag_news", "sms_spam")

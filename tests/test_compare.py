@@ -21,8 +21,8 @@ from textlora.compare.methods import METHODS
 from textlora.compare.run_one import Bench, Run
 from textlora.compare.runner import Runner
 from textlora.compare.store import best_of
-from textlora.core.config import default_rate
 from textlora.core.errors import DataError, StorageError, UsageError
+from textlora.training.learning_rate import default_rate
 from textlora.training.prepare import prepare
 from textlora.training.run import run_training
 

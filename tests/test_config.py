@@ -11,8 +11,9 @@ import pytest
 
 from textlora.cli.options import merge_settings
 from textlora.cli.train import train
-from textlora.core.config import LoraConfig, TrainConfig, default_rate, field_type, read_config, write_config
+from textlora.core.config import LoraConfig, TrainConfig, field_type, read_config, write_config
 from textlora.core.errors import UsageError
+from textlora.training.learning_rate import default_rate
 from textlora.training.resume import resume_config
 
 FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}

@@ -39,10 +39,11 @@ from textlora.inference.evaluate import evaluate_table, read_rows
 from textlora.model.adapter_tensors import scaled_head
 from textlora.model.reference_model import ReferenceModel
 from textlora.training.checkpoint_choice import score
+from textlora.training.learning_rate import rate_at
 from textlora.training.losses import Loss, class_weights
 from textlora.training.prepare import Prepared, prepare
 from textlora.training.run import run_training
-from textlora.training.steps import plan, rate_at
+from textlora.training.steps import plan
 from textlora.training.trainer import Trainer
 
 

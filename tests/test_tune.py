@@ -20,11 +20,12 @@ import textlora.training.checkpoint_choice
 import textlora.training.finalize
 import textlora.training.trainer
 import textlora.tune.search
-from textlora.core.config import TrainConfig, default_rate, read_config
+from textlora.core.config import TrainConfig, read_config
 from textlora.core.errors import StorageError, TrainingError, UsageError
 from textlora.inference.classifier import TextClassifier
 from textlora.metrics.scores import evaluate
 from textlora.report.tuning import last_value, render_study
+from textlora.training.learning_rate import default_rate
 from textlora.training.prepare import prepare
 from textlora.training.run import run_training
 from textlora.tune.choice import LUCK, MOST_BYTES, Answers, choose, factor

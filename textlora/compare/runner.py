@@ -12,8 +12,9 @@ from textlora.compare.methods import METHODS, by_usefulness
 from textlora.compare.run_one import Bench, Run, pick_rows
 from textlora.compare.store import best_of, read_runs, write_json
 from textlora.metrics.scores import METRICS
+from textlora.training.learning_rate import peak_rate
 from textlora.training.prepare import Prepared
-from textlora.training.steps import peak_rate, plan
+from textlora.training.steps import plan
 
 # of what is left of a budget, the most that a short run may take which only tells how long a method's runs
 # are

@@ -235,17 +235,6 @@ class TrainConfig:
         )
 
 
-def default_rate(steps: int, classes: int = 1, pooling: str = "first") -> float:
-    """Peak learning rate of a run that names none: a few steps have to go as far as many. Chosen on training
-    rows of ten sets (docs/log.md).
-
-    A mean-pooled head learns more at half of that where classes are few, and at all of it where they are
-    many.
-    """
-    share = min(1.0, max(0.5, math.sqrt(classes / 10))) if pooling == "mean" else 1.0
-    return max(1e-3, share * min(4e-3, 4e-3 * math.sqrt(128 / max(1, steps))))
-
-
 def field_type(item: dataclasses.Field) -> type:
     """The plain type of a field: int for `int | None`, tuple for `tuple[str, ...] | None`."""
     kind = item.type

@@ -1,5 +1,5 @@
 """What torch has no fast way for, in C: products on the matrix units (amx.c), attention (attention.c), the
-small products of many adapters (lora.c), what lies between the products of a block (passes.c), products with
+small products of many adapters (grouped_lora.c), what lies between the products of a block (passes.c), products with
 what follows them (product.c). train.py has all blocks in training, encode.py when predicting, in one call,
 which several threads may share (crew.c).
 
@@ -140,7 +140,7 @@ def _attention(
 
 
 class AdaptedLayer(NamedTuple):
-    """A dense layer of an adapter, as lora.c reads it.
+    """A dense layer of an adapter, as grouped_lora.c reads it.
 
     Attributes:
         A: (r, in); B: (r, out), with s in it; scale: DoRA's factor (out,) or None. Float32, on the CPU,
@@ -157,7 +157,7 @@ class AdaptedLayer(NamedTuple):
 
     @classmethod
     def of(cls, A: Tensor, B: Tensor, scale: Tensor | None, column: int) -> "AdaptedLayer | None":
-        """None where lora.c cannot take it: nothing compiled, another type or device, a width that is no
+        """None where grouped_lora.c cannot take it: nothing compiled, another type or device, a width that is no
         multiple of 8, a rank above 256."""
         fits = all(
             t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous())

@@ -3,7 +3,7 @@
  *
  *   s = x Wqkv^T + b,  x1 = norm(attention(s) Wo^T + bo + x),  y = norm(gelu(x1 Wu^T + bu) Wd^T + bd + x1)
  *
- * to each of the four products of which adapters add theirs (lora.c). Where only the first token of each text is asked for, the last block forms no keys
+ * to each of the four products of which adapters add theirs (grouped_lora.c). Where only the first token of each text is asked for, the last block forms no keys
  * and values: scores of head h are (q_h W_k,h) X^T, where the key's bias adds the same to all of a text, and its output is (p_h X) W_v,h^T + b_v,h.
  *
  * Composed of the other files' functions. Called by encode.py, which checks all arguments.

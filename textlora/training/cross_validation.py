@@ -19,9 +19,10 @@ from textlora.inference.classifier import encoded_logits
 from textlora.training.checkpoint_choice import Evaluation, judge, score_logits
 from textlora.training.head_start import start_head
 from textlora.training.hidden_state_cache import HiddenStates, PickedStates
+from textlora.training.learning_rate import peak_rate
 from textlora.training.losses import Loss
 from textlora.training.prepare import Prepared
-from textlora.training.steps import evaluation_steps, peak_rate, plan
+from textlora.training.steps import evaluation_steps, plan
 from textlora.training.trainer import Trainer
 
 

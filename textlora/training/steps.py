@@ -1,4 +1,4 @@
-"""The steps of a training: which rows in which order, when to evaluate, at what rate, and in which pieces a
+"""The steps of a training: which rows in which order, when to evaluate, and in which pieces a
 step is computed."""
 
 import math
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from textlora.core.config import TrainConfig, default_rate
+from textlora.core.config import TrainConfig
 from textlora.data.tokenize import token_batches
 from textlora.training.prepare import Prepared
 
@@ -96,20 +96,3 @@ def piece_tokens(prepared: Prepared) -> int:
     spec = model.base.spec
     kept = KEPT_BYTES * (2 if model.dtype == torch.float32 else 1) * spec.layers * spec.hidden
     return min(most, max(512, free // (3 * kept)))
-
-
-def rate_at(config: TrainConfig, step: int, total: int) -> float:
-    """Share of the peak learning rate at a step counted from 0: linear warm-up, then linear, cosine or
-    constant."""
-    warmup = int(config.warmup * total) if config.warmup < 1 else int(config.warmup)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, total - warmup)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
-        config.scheduler
-    ]
-
-
-def peak_rate(prepared: Prepared, steps: int) -> float:
-    """The run's learning rate, or the default of a training of so many steps."""
-    return prepared.config.learning_rate or default_rate(steps, len(prepared.schema.labels), prepared.pooling)

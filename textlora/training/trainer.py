@@ -25,17 +25,10 @@ from textlora.training.adamw import AdamW
 from textlora.training.checkpoint_choice import Evaluation, judge, score
 from textlora.training.cuda_graphs import Filled, Recordings, fill_up
 from textlora.training.hidden_state_cache import HiddenStates
+from textlora.training.learning_rate import peak_rate, rate_at
 from textlora.training.losses import Loss
 from textlora.training.prepare import Prepared
-from textlora.training.steps import (
-    MIN_PIECE,
-    divide,
-    evaluation_steps,
-    peak_rate,
-    piece_tokens,
-    plan,
-    rate_at,
-)
+from textlora.training.steps import MIN_PIECE, divide, evaluation_steps, piece_tokens, plan
 
 
 class Trainer:

@@ -24,9 +24,10 @@ from textlora.training.checkpoint_choice import Evaluation
 from textlora.training.cross_validation import Trainings
 from textlora.training.head_start import start_head
 from textlora.training.hidden_state_cache import LIMIT_BYTES, HiddenStates, build_prefix
+from textlora.training.learning_rate import peak_rate
 from textlora.training.prepare import Prepared
 from textlora.training.run import run_training
-from textlora.training.steps import peak_rate, plan
+from textlora.training.steps import plan
 from textlora.tune.choice import Answers, choose
 from textlora.tune.shared import DEFAULTS, FINISH, SharedStudy
 from textlora.tune.space import distributions, start_parameters, trial_settings
