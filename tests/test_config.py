@@ -58,7 +58,7 @@ def test_every_setting_is_a_flag_of_train_with_its_help():
         if item.default is not None and field_type(item) is not bool:
             shown = re.search(r"\[default: (.*)\]$", flags[name].help).group(1)
             assert type(item.default)(shown) == item.default
-    assert set(flags) == set(FIELDS) | {"config_file", "resume", "as_json", "quiet"}
+    assert set(flags) == set(FIELDS) | {"config_file", "resume", "allow_other_kernels", "as_json", "quiet"}
 
 
 def test_config_file_takes_dashes_lists_and_whole_numbers(tmp_path):
