@@ -1,10 +1,15 @@
 """Tiny base models of every family, made from a seed: 2 layers, 32 wide, 4 heads, about 200 words. Nothing is
 downloaded."""
 
+import contextlib
+import io
+import json
 import os
 import string
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -14,6 +19,7 @@ import transformers
 from support import Cli, Trained, trained
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 from textlora.core.config import LoraConfig
 from textlora.data.tokenize import Encoded, PackedBatch, pack
@@ -22,6 +28,7 @@ from textlora.model.base import BaseFiles, find_base
 from textlora.model.interface import Model
 from textlora.model.open import open_model
 from textlora.model.reference_model import ReferenceModel
+from textlora.transform import fresh_process
 
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(
@@ -282,3 +289,29 @@ def cli(capfd) -> Cli:
 @pytest.fixture
 def single(tiny_base, tmp_path_factory) -> Trained:
     return trained(tiny_base, tmp_path_factory)
+
+
+@pytest.fixture
+def near(monkeypatch, tmp_path_factory):
+    """Run the script of the fresh process in this one: it costs seconds to import transformers again."""
+    modules = str(tmp_path_factory.mktemp("modules"))
+
+    def here(command: list[str], input: str, **_: object) -> SimpleNamespace:
+        out, before = io.StringIO(), hf_logging.get_verbosity()
+        assert command[:3] == [sys.executable, "-P", "-c"]
+        try:
+            with monkeypatch.context() as patched, contextlib.redirect_stdout(out):
+                patched.setattr(sys, "argv", ["-c", *command[4:]])
+                patched.setattr(sys, "path", [*sys.path])
+                patched.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+                patched.setattr(sys, "stdin", io.StringIO(input))
+                exec(command[3], {"__name__": "__main__"})
+        except Exception as error:
+            return SimpleNamespace(stdout="", stderr=f"Traceback\n{error}\n", returncode=1)
+        finally:
+            hf_logging.set_verbosity(before)
+        said = json.loads(out.getvalue())
+        said["imported"].remove("textlora")
+        return SimpleNamespace(stdout=json.dumps(said), stderr="", returncode=0)
+
+    monkeypatch.setattr(fresh_process, "subprocess", SimpleNamespace(run=here))

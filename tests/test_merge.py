@@ -1,11 +1,8 @@
 """Merging: the written folder against transformers + peft, against the unmerged adapter, and what is refused."""
 
-import contextlib
-import io
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +16,6 @@ from conftest import FAST, SLOW, random_adapter
 from safetensors.torch import load_file, save_file
 from support import WEIGHTS, single_rows, snapshot, write_csv
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
-from transformers.utils import logging as hf_logging
 
 from textlora import TextClassifier
 from textlora.adapters.folder import AdapterMeta
@@ -87,32 +83,6 @@ def transformers_logits(
 def pefts_merge(adapter: Path, base: Path, labels: int = 3) -> torch.nn.Module:
     net = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
     return peft.PeftModel.from_pretrained(net, adapter).merge_and_unload().eval()
-
-
-@pytest.fixture
-def near(monkeypatch, tmp_path_factory):
-    """Run the script of the fresh process in this one: it costs seconds to import transformers again."""
-    modules = str(tmp_path_factory.mktemp("modules"))
-
-    def here(command: list[str], input: str, **_: object) -> SimpleNamespace:
-        out, before = io.StringIO(), hf_logging.get_verbosity()
-        assert command[:3] == [sys.executable, "-P", "-c"]
-        try:
-            with monkeypatch.context() as patched, contextlib.redirect_stdout(out):
-                patched.setattr(sys, "argv", ["-c", *command[4:]])
-                patched.setattr(sys, "path", [*sys.path])
-                patched.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
-                patched.setattr(sys, "stdin", io.StringIO(input))
-                exec(command[3], {"__name__": "__main__"})
-        except Exception as error:
-            return SimpleNamespace(stdout="", stderr=f"Traceback\n{error}\n", returncode=1)
-        finally:
-            hf_logging.set_verbosity(before)
-        said = json.loads(out.getvalue())
-        said["imported"].remove("textlora")
-        return SimpleNamespace(stdout=json.dumps(said), stderr="", returncode=0)
-
-    monkeypatch.setattr(fresh_process, "subprocess", SimpleNamespace(run=here))
 
 
 def merged(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import FAST, SLOW, random_adapter
 from safetensors.torch import load_file, save_file
-from test_merge import LABELS, TEXTS, close, make_adapter, merged, near  # noqa: F401  a fixture too
+from test_merge import LABELS, TEXTS, close, make_adapter, merged
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -91,7 +91,7 @@ def with_temperature(folder: Path, base: Path, **changes: Any) -> TextClassifier
 
 
 @pytest.mark.parametrize("family", FAST + SLOW)
-def test_every_reader_gives_predicts_scores(family, tiny_base, tmp_path, near):  # noqa: F811
+def test_every_reader_gives_predicts_scores(family, tiny_base, tmp_path, near):
     base, output = tiny_base(family), tmp_path / "m"
     classifier = make_adapter(tmp_path / "a", base, pooling="mean", target_modules=("all-linear",))
     result = merged(classifier, base, tmp_path / "a", output, rows=[(text, None) for text in TEXTS])
@@ -104,7 +104,7 @@ def test_every_reader_gives_predicts_scores(family, tiny_base, tmp_path, near): 
 
 
 @pytest.mark.parametrize("family", FAST + SLOW)
-def test_no_class_makes_up_a_tensor(family, tiny_base, tmp_path, near):  # noqa: F811
+def test_no_class_makes_up_a_tensor(family, tiny_base, tmp_path, near):
     """Pipeline class and bare encoder take every tensor from the files (but a pooler that the base has none
     of); the family's own class refuses."""
     base, output = tiny_base(family), tmp_path / "m"
@@ -142,7 +142,7 @@ def test_no_class_makes_up_a_tensor(family, tiny_base, tmp_path, near):  # noqa:
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
 @pytest.mark.parametrize(("kind", "labels", "pairs"), TASKS)
-def test_tasks(kind, labels, pairs, family, tiny_base, tmp_path, near):  # noqa: F811
+def test_tasks(kind, labels, pairs, family, tiny_base, tmp_path, near):
     base, output = tiny_base(family), tmp_path / "m"
     thresholds = (0.5, 0.25, 0.75) if kind == MULTI_LABEL else None
     classifier = make_adapter(
@@ -161,7 +161,7 @@ def test_tasks(kind, labels, pairs, family, tiny_base, tmp_path, near):  # noqa:
     assert np.abs(by_encode(output, kind, seconds) - expected).max() <= 1e-5
 
 
-def test_the_files_of_sentence_transformers(tiny_base, tmp_path, near):  # noqa: F811
+def test_the_files_of_sentence_transformers(tiny_base, tmp_path, near):
     base, output = tiny_base("bert"), tmp_path / "m"
     merged(make_adapter(tmp_path / "a", base, pooling="mean", max_length=20), base, tmp_path / "a", output)
     read = lambda name: json.loads((output / name).read_text(encoding="utf-8"))
@@ -197,7 +197,7 @@ def test_the_files_of_sentence_transformers(tiny_base, tmp_path, near):  # noqa:
 
 
 @pytest.mark.parametrize("truncation", ["head", "tail"])
-def test_long_texts_are_cut_as_the_adapter_cuts(truncation, tiny_base, tmp_path, near):  # noqa: F811
+def test_long_texts_are_cut_as_the_adapter_cuts(truncation, tiny_base, tmp_path, near):
     base, output = tiny_base("bert"), tmp_path / "m"
     classifier = make_adapter(tmp_path / "a", base, pooling="mean", truncation=truncation, max_length=20)
     merged(classifier, base, tmp_path / "a", output)
@@ -206,7 +206,7 @@ def test_long_texts_are_cut_as_the_adapter_cuts(truncation, tiny_base, tmp_path,
     assert np.abs(by_pipeline(output, classifier) - by_predict(classifier)).max() <= 1e-5
 
 
-def test_head_tail_rows_are_left_out_and_said(tiny_base, tmp_path, near):  # noqa: F811
+def test_head_tail_rows_are_left_out_and_said(tiny_base, tmp_path, near):
     base, output = tiny_base("bert"), tmp_path / "m"
     classifier = make_adapter(tmp_path / "a", base, pooling="mean", truncation="head-tail", max_length=20)
     result = merged(classifier, base, tmp_path / "a", output)
@@ -221,7 +221,7 @@ def test_head_tail_rows_are_left_out_and_said(tiny_base, tmp_path, near):  # noq
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["bert", "bert-no-pooler", "distilbert"])
-def test_half_precision(dtype, family, tiny_base, tmp_path, near):  # noqa: F811
+def test_half_precision(dtype, family, tiny_base, tmp_path, near):
     base, output = tiny_base(family), tmp_path / "m"
     classifier = make_adapter(tmp_path / "a", base, pooling="mean")
     result = merged(classifier, base, tmp_path / "a", output, dtype, [(text, None) for text in TEXTS])
@@ -236,7 +236,7 @@ def test_half_precision(dtype, family, tiny_base, tmp_path, near):  # noqa: F811
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 @pytest.mark.parametrize("kind", [SINGLE_LABEL, MULTI_LABEL])
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2"])
-def test_a_temperature_goes_into_the_head(family, kind, pooling, tiny_base, tmp_path, near):  # noqa: F811
+def test_a_temperature_goes_into_the_head(family, kind, pooling, tiny_base, tmp_path, near):
     """Of a folder of an older textlora, whose readers divide by it: merged scores are predict's, and so are
     those extracted again."""
     base = tiny_base(family)
@@ -255,7 +255,7 @@ def test_a_temperature_goes_into_the_head(family, kind, pooling, tiny_base, tmp_
     assert np.abs(by_predict(again) - expected).max() <= 1e-5
 
 
-def test_temperature_of_a_regression_has_no_effect(tiny_base, tmp_path, near):  # noqa: F811
+def test_temperature_of_a_regression_has_no_effect(tiny_base, tmp_path, near):
     base = tiny_base("bert")
     make_adapter(tmp_path / "a", base, pooling="mean", kind=REGRESSION, labels=("value",))
     classifier = with_temperature(tmp_path / "a", base, temperature=3.0)
@@ -263,7 +263,7 @@ def test_temperature_of_a_regression_has_no_effect(tiny_base, tmp_path, near):  
     assert np.abs(by_encode(tmp_path / "m", REGRESSION) - by_predict(classifier)).max() <= 1e-5
 
 
-def test_a_fitted_temperature_in_the_head_is_noted_only(tiny_base, tmp_path, near):  # noqa: F811
+def test_a_fitted_temperature_in_the_head_is_noted_only(tiny_base, tmp_path, near):
     base = tiny_base("bert")
     make_adapter(tmp_path / "a", base, pooling="mean")
     classifier = with_temperature(tmp_path / "a", base, fitted_temperature=1.9)
@@ -274,7 +274,7 @@ def test_a_fitted_temperature_in_the_head_is_noted_only(tiny_base, tmp_path, nea
 
 
 @pytest.mark.parametrize("family", [*FAST, "deberta-v2", "albert"])
-def test_extract_gives_the_adapter_again_and_runs_no_code(family, tiny_base, tmp_path, near):  # noqa: F811
+def test_extract_gives_the_adapter_again_and_runs_no_code(family, tiny_base, tmp_path, near):
     base = tiny_base(family)
     places = {"target_modules": ("all-linear",), "layers": "last:1"} if family != "albert" else {}
     classifier = make_adapter(tmp_path / "a", base, pooling="mean", r=3, **places)
@@ -288,7 +288,7 @@ def test_extract_gives_the_adapter_again_and_runs_no_code(family, tiny_base, tmp
     assert close(again.logits(TEXTS), classifier.logits(TEXTS))
 
 
-def test_extract_refuses_half_a_folder(tiny_base, tmp_path, near, cli):  # noqa: F811
+def test_extract_refuses_half_a_folder(tiny_base, tmp_path, near, cli):
     base = tiny_base("bert")
     merged(make_adapter(tmp_path / "a", base, pooling="mean"), base, tmp_path / "a", tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "model.safetensors")
@@ -299,7 +299,7 @@ def test_extract_refuses_half_a_folder(tiny_base, tmp_path, near, cli):  # noqa:
 
 
 @pytest.mark.parametrize("family", FAST)
-def test_the_folder_is_a_base_too(family, tiny_base, tmp_path, near):  # noqa: F811
+def test_the_folder_is_a_base_too(family, tiny_base, tmp_path, near):
     """Its encoder alone: what lies beside it is no part of the base."""
     base = tiny_base(family)
     merged(make_adapter(tmp_path / "a", base, pooling="mean"), base, tmp_path / "a", tmp_path / "m")
@@ -341,7 +341,7 @@ def test_the_command_in_a_fresh_process(tiny_base, tmp_path, cli, monkeypatch):
     assert np.abs(by_pipeline(output, classifier) - by_predict(classifier)).max() <= 1e-5
 
 
-def test_without_sentence_transformers_its_steps_are_taken_by_hand(tiny_base, tmp_path, near, monkeypatch):  # noqa: F811
+def test_without_sentence_transformers_its_steps_are_taken_by_hand(tiny_base, tmp_path, near, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     base, output = tiny_base("roberta"), tmp_path / "m"
     classifier = make_adapter(tmp_path / "a", base, pooling="mean", pairs=True)
@@ -354,7 +354,7 @@ def test_without_sentence_transformers_its_steps_are_taken_by_hand(tiny_base, tm
 
 
 @pytest.mark.parametrize("damage", ["dense", "head", "pooling", "guard", "length", "code"])
-def test_a_folder_that_answers_otherwise_is_refused(damage, tiny_base, tmp_path, cli, near, monkeypatch):  # noqa: F811
+def test_a_folder_that_answers_otherwise_is_refused(damage, tiny_base, tmp_path, cli, near, monkeypatch):
     base, real = tiny_base("bert"), merge.ask_fresh
     make_adapter(tmp_path / "a", base, pooling="mean")
 
@@ -401,7 +401,7 @@ def test_a_folder_that_answers_otherwise_is_refused(damage, tiny_base, tmp_path,
     assert ("without trust_remote_code" if damage == "guard" else "more than rounding explains") in said
 
 
-def test_scores_beyond_the_tolerance_are_refused(tiny_base, tmp_path, near, monkeypatch):  # noqa: F811
+def test_scores_beyond_the_tolerance_are_refused(tiny_base, tmp_path, near, monkeypatch):
     base, real = tiny_base("bert"), merge.ask_fresh
     classifier = make_adapter(tmp_path / "a", base)
     monkeypatch.setattr(
